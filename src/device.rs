@@ -1,0 +1,397 @@
+//! [`FuseDevice`]: a file descriptor known to be `/dev/fuse`.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, major, minor, open};
+use rustix::io::Errno;
+use static_assertions::{assert_eq_size, assert_impl_all};
+use thiserror::Error;
+
+use crate::diagnose;
+use crate::error::{
+    BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError, SyncInitError,
+};
+use crate::{BackingId, ioctl};
+
+/// `MISC_MAJOR` and `FUSE_MINOR` of the kernel's `linux/major.h` and `linux/miscdevice.h`.
+const DEVICE_NUMBER: (u32, u32) = (10, 229);
+
+/// A file descriptor known to be `/dev/fuse`.
+///
+/// A FUSE *connection* is what a mount and its server share. A device fd is attached to one when it
+/// is handed to mount(2), and stays so for good; [`clone_connection`] attaches further ones.
+///
+/// `Fd` is whatever holds the fd: an [`OwnedFd`], a [`File`](std::fs::File), a [`BorrowedFd`], or a
+/// reference or [`Arc`](std::sync::Arc) of one of these, so that a server lends what it already
+/// has. The fd is only ever borrowed; dropping the handle drops the `Fd`.
+///
+/// The check is made once, by [`new`](Self::new). It guards against mistakes, not against an `Fd`
+/// whose [`AsFd`] names a different fd each time, or one closed behind its owner's back.
+///
+/// # Examples
+///
+/// ```no_run
+/// use fuse_backing::FuseDevice;
+/// # fn server_device() -> std::os::fd::OwnedFd { unimplemented!() }
+///
+/// // The fd that the server handed to mount(2), or got from fusermount3.
+/// let device = FuseDevice::new(server_device())?;
+/// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
+/// // ... answer OPEN with FOPEN_PASSTHROUGH and id.as_raw(), and after its last RELEASE:
+/// device.backing_close(id)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct FuseDevice<Fd: AsFd> {
+    fd: Fd,
+}
+
+assert_impl_all!(FuseDevice<OwnedFd>: Send, Sync);
+// Nothing beside the fd: no lock, no cache, no state that could disagree with the kernel's.
+assert_eq_size!(FuseDevice<OwnedFd>, OwnedFd);
+
+impl FuseDevice<OwnedFd> {
+    /// `open("/dev/fuse", O_RDWR | O_CLOEXEC)` — Opens a device that is not attached to a
+    /// connection yet.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceOpenError`] says why not: no such node, no driver behind it, no permission, or
+    /// something else stands at that path.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// let device = fuse_backing::FuseDevice::open()?;
+    /// // Its fd goes into mount(2)'s data: "fd=N,rootmode=40000,user_id=0,group_id=0".
+    /// # Ok::<(), fuse_backing::DeviceOpenError>(())
+    /// ```
+    pub fn open() -> Result<Self, DeviceOpenError> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let fd =
+            open("/dev/fuse", flags, Mode::empty()).map_err(DeviceOpenError::from_open_errno)?;
+        Self::new(fd).map_err(|refused| DeviceOpenError::NotFuse(refused.reason))
+    }
+}
+
+impl<Fd: AsFd> FuseDevice<Fd> {
+    /// `fstat(fd)`, `fcntl(fd, F_GETFL)` — Takes an fd that must be the character device 10:229.
+    ///
+    /// Whether it is attached to a connection, and whether passthrough was negotiated there, shows
+    /// at the first [`backing_open`](Self::backing_open).
+    ///
+    /// # Errors
+    ///
+    /// [`NotFuseDevice`] gives the fd back and says what it is instead. An `O_PATH` fd of
+    /// `/dev/fuse` is refused as well: every ioctl on it fails with `EBADF`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fuse_backing::{FuseDevice, NotFuseDeviceReason};
+    ///
+    /// let refused = FuseDevice::new(std::fs::File::open("/dev/null")?).unwrap_err();
+    /// assert!(matches!(
+    ///     refused.reason(),
+    ///     NotFuseDeviceReason::OtherDevice { major: 1, minor: 3, .. }
+    /// ));
+    /// let _still_open: std::fs::File = refused.into_fd();
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn new(fd: Fd) -> Result<Self, NotFuseDevice<Fd>> {
+        match check(fd.as_fd()) {
+            Ok(()) => Ok(Self { fd }),
+            Err(reason) => Err(NotFuseDevice { fd, reason }),
+        }
+    }
+
+    /// Gives the `Fd` back.
+    #[must_use]
+    pub fn into_inner(self) -> Fd {
+        self.fd
+    }
+
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file with the connection, to
+    /// be read and written by the kernel.
+    ///
+    /// The id that comes back goes into OPEN and CREATE replies, see [`OpenReply`]. The kernel
+    /// takes its own reference to the file: `fd` may be closed at once. It does not charge it to
+    /// `RLIMIT_NOFILE`, and lsof does not show it.
+    ///
+    /// [`BackingFile::open`] is the same with a guard that closes the id.
+    ///
+    /// # Requirements
+    ///
+    /// - Linux 6.9 with `CONFIG_FUSE_PASSTHROUGH`.
+    /// - The connection's INIT reply had `FUSE_INIT_EXT` and `FUSE_PASSTHROUGH`, not
+    ///   `FUSE_WRITEBACK_CACHE`, and a `max_stack_depth` of 1 or 2.
+    /// - The calling *thread* has `CAP_SYS_ADMIN` in the initial user namespace.
+    /// - `fd` is a regular file on a filesystem of a lower stack depth than `max_stack_depth`. It
+    ///   may be an `O_PATH` fd from Linux 6.12 on.
+    ///
+    /// # Security
+    ///
+    /// **The access mode of `fd` restricts nothing.** At each open the kernel opens the file's path
+    /// again, with the *client's* flags, the credentials of the thread that registered it, and no
+    /// permission check: a client that opens the FUSE file for writing writes to a file that was
+    /// registered through a read-only or `O_PATH` fd. Hold the client's flags against an
+    /// [`Access`](crate::Access), as [`OpenReply::passthrough`] does.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingOpenError`], one variant for each cause; nothing stays registered.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(device: &fuse_backing::FuseDevice<std::fs::File>) -> Result<(), Box<dyn std::error::Error>> {
+    /// use fuse_backing::{BackingOpenError, Scope};
+    ///
+    /// match device.backing_open(std::fs::File::open("/srv/data/file")?) {
+    ///     Ok(id) => println!("registered as {}", id.as_raw()),
+    ///     Err(e) if e.scope() == Scope::File => println!("serving this file without passthrough: {e}"),
+    ///     Err(e) => return Err(e.into()),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # References
+    ///
+    /// - `fuse_dev_ioctl_backing_open` in `fs/fuse/dev.c`, `fuse_backing_open` in
+    ///   `fs/fuse/backing.c` (6.9 to 6.16: `fs/fuse/passthrough.c`)
+    /// - `tests/kernel/backing_open.rs`, `tests/kernel/passthrough.rs`
+    ///
+    /// [`OpenReply`]: crate::OpenReply
+    /// [`OpenReply::passthrough`]: crate::OpenReply::passthrough
+    /// [`BackingFile::open`]: crate::BackingFile::open
+    #[doc(alias = "FUSE_DEV_IOC_BACKING_OPEN")]
+    #[inline]
+    pub fn backing_open(&self, fd: impl AsFd) -> Result<BackingId, BackingOpenError> {
+        backing_open(self.fd.as_fd(), fd.as_fd())
+    }
+
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Gives a backing id back.
+    ///
+    /// Files that are open through the id go on working; a later OPEN reply with it fails in the
+    /// client, with `EIO`. So close after the *last* RELEASE of the inode, not after the reply: the
+    /// kernel looks the id up only when it has read the reply.
+    ///
+    /// Works after the connection was aborted or unmounted, as long as a device fd is open.
+    ///
+    /// # Requirements
+    ///
+    /// The same capability as registering: a server that drops `CAP_SYS_ADMIN` can close nothing
+    /// any more.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingCloseError`] gives the id back and has the [cause](BackingCloseError::cause).
+    ///
+    /// # Examples
+    ///
+    /// An id is closed once. What would close it twice does not compile:
+    ///
+    /// ```compile_fail,E0382
+    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, id: fuse_backing::BackingId) {
+    /// let first = device.backing_close(id);
+    /// let second = device.backing_close(id);
+    /// # }
+    /// ```
+    ///
+    /// A close that failed can be tried again with the id from the error:
+    ///
+    /// ```no_run
+    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, id: fuse_backing::BackingId) {
+    /// if let Err(failed) = device.backing_close(id) {
+    ///     eprintln!("{failed}");
+    ///     let id = failed.into_inner();
+    ///     // Another thread may still have the capability.
+    /// #   let _ = id.into_raw();
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// # References
+    ///
+    /// - `fuse_dev_ioctl_backing_close` in `fs/fuse/dev.c`, `fuse_backing_close` in
+    ///   `fs/fuse/backing.c` (6.9 to 6.16: `fs/fuse/passthrough.c`)
+    /// - `tests/kernel/backing_close.rs`
+    #[doc(alias = "FUSE_DEV_IOC_BACKING_CLOSE")]
+    #[inline]
+    pub fn backing_close(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        ioctl::backing_close(self.fd.as_fd(), id.as_raw())
+            .map_err(|errno| BackingCloseError::new(id, diagnose::close(self.fd.as_fd(), errno)))
+    }
+
+    /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — A further device fd, attached to
+    /// the same connection.
+    ///
+    /// Each clone has a queue of requests in process of its own, which lets a server with many
+    /// threads answer them with less contention. Backing ids belong to the connection: any of its
+    /// fds opens and closes them. The connection, and with it every id, lives until the mount *and*
+    /// all of its device fds are gone.
+    ///
+    /// # Requirements
+    ///
+    /// Linux 4.2; this device is attached to a connection, that is, was mounted.
+    ///
+    /// # Errors
+    ///
+    /// [`CloneConnectionError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>) -> Result<(), Box<dyn std::error::Error>> {
+    /// let worker = device.clone_connection()?;
+    /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
+    /// worker.backing_close(id)?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # References
+    ///
+    /// - `fuse_dev_ioctl_clone` in `fs/fuse/dev.c`
+    /// - `tests/kernel/clone.rs`
+    #[doc(alias = "FUSE_DEV_IOC_CLONE")]
+    pub fn clone_connection(&self) -> Result<FuseDevice<OwnedFd>, CloneConnectionError> {
+        let device = FuseDevice::open().map_err(CloneConnectionError::Open)?;
+        ioctl::clone(device.as_fd(), self.fd.as_fd())
+            .map_err(|errno| diagnose::clone(self.fd.as_fd(), errno))?;
+        Ok(device)
+    }
+
+    /// `ioctl(device, FUSE_DEV_IOC_SYNC_INIT)` — Makes the mount(2) that will be given this device
+    /// wait until INIT was answered.
+    ///
+    /// Without it mount(2) returns at once, and a registration made before the INIT reply was
+    /// written fails with `EPERM`. With it the server must answer INIT from another thread than the
+    /// one that mounts, and **every other call on the device blocks until it is mounted**:
+    /// [`backing_open`](Self::backing_open) does, interruptibly.
+    ///
+    /// # Requirements
+    ///
+    /// Linux 6.18, and a device that is not attached yet.
+    ///
+    /// # Errors
+    ///
+    /// [`SyncInitError`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use fuse_backing::{FuseDevice, SyncInitError};
+    ///
+    /// let device = FuseDevice::open()?;
+    /// match device.sync_init() {
+    ///     // Before Linux 6.18: the mount completes before INIT, as it always did.
+    ///     Ok(()) | Err(SyncInitError::UnsupportedKernel) => {}
+    ///     Err(e) => return Err(e.into()),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # References
+    ///
+    /// - `fuse_dev_ioctl_sync_init` in `fs/fuse/dev.c`
+    /// - `tests/kernel/sync_init.rs`
+    #[doc(alias = "FUSE_DEV_IOC_SYNC_INIT")]
+    pub fn sync_init(&self) -> Result<(), SyncInitError> {
+        ioctl::sync_init(self.fd.as_fd()).map_err(SyncInitError::from_errno)
+    }
+}
+
+/// Out of line of `FuseDevice` so that it is compiled once, whatever holds the fd.
+#[inline]
+fn backing_open(
+    device: BorrowedFd<'_>,
+    backing: BorrowedFd<'_>,
+) -> Result<BackingId, BackingOpenError> {
+    match ioctl::backing_open(device, backing) {
+        Ok(raw) => BackingId::from_raw(raw).ok_or(BackingOpenError::InvalidId(raw)),
+        Err(errno) => Err(diagnose::open(device, backing, errno)),
+    }
+}
+
+impl<Fd: AsFd> AsFd for FuseDevice<Fd> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn check(fd: BorrowedFd<'_>) -> Result<(), NotFuseDeviceReason> {
+    let stat = fstat(fd).map_err(NotFuseDeviceReason::Unreadable)?;
+    let file_type = FileType::from_raw_mode(stat.st_mode);
+    if file_type != FileType::CharacterDevice {
+        return Err(NotFuseDeviceReason::NotCharacterDevice { file_type });
+    }
+    let (major, minor) = (major(stat.st_rdev), minor(stat.st_rdev));
+    if (major, minor) != DEVICE_NUMBER {
+        return Err(NotFuseDeviceReason::OtherDevice { major, minor });
+    }
+    let flags = fcntl_getfl(fd).map_err(NotFuseDeviceReason::Unreadable)?;
+    if flags.contains(OFlags::PATH) {
+        return Err(NotFuseDeviceReason::PathOnly);
+    }
+    Ok(())
+}
+
+/// An fd that [`FuseDevice::new`] refused, with the reason.
+#[derive(Error)]
+#[error("not a FUSE device: {reason}")]
+pub struct NotFuseDevice<Fd> {
+    fd: Fd,
+    reason: NotFuseDeviceReason,
+}
+
+impl<Fd> NotFuseDevice<Fd> {
+    /// What the fd is instead.
+    #[must_use]
+    pub fn reason(&self) -> NotFuseDeviceReason {
+        self.reason
+    }
+
+    /// Gives the fd back, as it was.
+    #[must_use]
+    pub fn into_fd(self) -> Fd {
+        self.fd
+    }
+}
+
+// Without a bound, so that `unwrap` and `?` work for every holder of an fd.
+impl<Fd> fmt::Debug for NotFuseDevice<Fd> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NotFuseDevice")
+            .field("reason", &self.reason)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why an fd is not usable as a FUSE device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NotFuseDeviceReason {
+    /// It is not a character device.
+    #[error("it is no character device but {}", crate::error::kind_of_file(*.file_type))]
+    #[non_exhaustive]
+    NotCharacterDevice {
+        /// What it is.
+        file_type: FileType,
+    },
+    /// It is another character device than 10:229.
+    #[error("it is the character device {major}:{minor}, not 10:229")]
+    #[non_exhaustive]
+    OtherDevice {
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
+    /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
+    #[error("it was opened with O_PATH, which permits no ioctl")]
+    PathOnly,
+    /// `fstat` or `fcntl` failed.
+    #[error("it cannot be looked at: {0}")]
+    Unreadable(Errno),
+}

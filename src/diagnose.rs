@@ -1,0 +1,148 @@
+//! What an ambiguous errno means on this machine.
+//!
+//! Only ever called when an ioctl has failed: these look at the device, the backing fd and the
+//! calling thread. Where they cannot be certain they say so.
+
+use std::os::fd::BorrowedFd;
+
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, statfs};
+use rustix::io::{Errno, read};
+use rustix::thread::{CapabilitySet, capabilities};
+
+use crate::error::{BackingCloseCause, BackingOpenError, CloneConnectionError, NotPermitted};
+use crate::ioctl;
+
+#[cold]
+pub(crate) fn open(
+    device: BorrowedFd<'_>,
+    backing: BorrowedFd<'_>,
+    errno: Errno,
+) -> BackingOpenError {
+    match errno {
+        Errno::NOTTY => BackingOpenError::UnsupportedKernel,
+        Errno::NOSYS => BackingOpenError::Unimplemented,
+        Errno::OPNOTSUPP => match passthrough_is_compiled_in(device) {
+            Some(true) => BackingOpenError::FileNotSupported,
+            Some(false) => BackingOpenError::DisabledInKernel,
+            None => BackingOpenError::Other(errno),
+        },
+        Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
+            BackingOpenError::NotAttached { errno }
+        }
+        Errno::PERM => BackingOpenError::NotPermitted(not_permitted()),
+        Errno::ISDIR => BackingOpenError::NotRegularFile {
+            file_type: file_type(backing),
+            errno,
+        },
+        Errno::INVAL => match file_type(backing) {
+            FileType::RegularFile => BackingOpenError::Other(errno),
+            file_type => BackingOpenError::NotRegularFile { file_type, errno },
+        },
+        Errno::LOOP => BackingOpenError::StackedTooDeep,
+        Errno::BADF => match fcntl_getfl(backing) {
+            Ok(flags) if flags.contains(OFlags::PATH) => BackingOpenError::PathOnlyFd,
+            Ok(_) => BackingOpenError::Other(errno),
+            Err(_) => BackingOpenError::BadFd,
+        },
+        Errno::NOMEM => BackingOpenError::OutOfMemory,
+        Errno::NOSPC => BackingOpenError::OutOfIds,
+        Errno::INTR => BackingOpenError::Interrupted,
+        errno => BackingOpenError::Other(errno),
+    }
+}
+
+#[cold]
+pub(crate) fn close(device: BorrowedFd<'_>, errno: Errno) -> BackingCloseCause {
+    match errno {
+        Errno::NOENT => BackingCloseCause::UnknownId,
+        Errno::NOTTY => BackingCloseCause::UnsupportedKernel,
+        Errno::NOSYS => BackingCloseCause::Unimplemented,
+        Errno::OPNOTSUPP => BackingCloseCause::DisabledInKernel,
+        Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
+            BackingCloseCause::NotAttached { errno }
+        }
+        Errno::PERM => BackingCloseCause::NotPermitted(not_permitted()),
+        Errno::INTR => BackingCloseCause::Interrupted,
+        errno => BackingCloseCause::Other(errno),
+    }
+}
+
+#[cold]
+pub(crate) fn clone(source: BorrowedFd<'_>, errno: Errno) -> CloneConnectionError {
+    match errno {
+        Errno::PERM | Errno::INVAL if is_attached(source) == Some(false) => {
+            CloneConnectionError::NotAttached { errno }
+        }
+        Errno::NOTTY => CloneConnectionError::UnsupportedKernel,
+        Errno::NOSYS => CloneConnectionError::Unimplemented,
+        Errno::NOMEM => CloneConnectionError::OutOfMemory,
+        Errno::INTR => CloneConnectionError::Interrupted,
+        errno => CloneConnectionError::Other(errno),
+    }
+}
+
+/// A read with a buffer too small for any request is refused before anything is dequeued: `EINVAL`
+/// on a device that is, or was, attached and `EPERM` on one that never was (`fuse_dev_do_read` in
+/// fs/fuse/dev.c).
+///
+/// A device that waits for a synchronous INIT would block here, but would have blocked in the ioctl
+/// before, whose failure brought us here.
+fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
+    match read(device, &mut [0_u8; 1]) {
+        Err(Errno::INVAL) => Some(true),
+        Err(Errno::PERM) => Some(false),
+        _ => None,
+    }
+}
+
+/// The kernel asks for the option in each of the two ioctls, and then refuses id 0, which no file
+/// has, before it looks anything up.
+fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
+    match ioctl::backing_close(device, 0) {
+        Err(Errno::OPNOTSUPP) => Some(false),
+        Err(Errno::INVAL | Errno::PERM) => Some(true),
+        _ => None,
+    }
+}
+
+fn not_permitted() -> NotPermitted {
+    if in_initial_user_namespace() == Some(false) {
+        return NotPermitted::NotInInitialUserNamespace;
+    }
+    match capabilities(None) {
+        Ok(sets) if !sets.effective.contains(CapabilitySet::SYS_ADMIN) => {
+            NotPermitted::MissingCapability
+        }
+        _ => NotPermitted::NotNegotiatedOrDenied,
+    }
+}
+
+/// `None` where `/proc` is not there to ask.
+fn in_initial_user_namespace() -> Option<bool> {
+    /// `PROC_USER_INIT_INO` of the kernel's `include/linux/proc_ns.h`, the same on every machine.
+    const INITIAL: u64 = 0xEFFF_FFFD;
+    const NSFS_MAGIC: u64 = 0x6e73_6673;
+    const PATH: &str = "/proc/thread-self/ns/user";
+
+    // Whatever is mounted at /proc, only nsfs has these inode numbers.
+    #[allow(
+        clippy::cast_sign_loss,
+        reason = "the type differs between targets, the magic fits all"
+    )]
+    let magic = statfs(PATH).ok()?.f_type as u64;
+    if magic != NSFS_MAGIC {
+        return None;
+    }
+    let stat = rustix::fs::stat(PATH).ok()?;
+    #[allow(
+        clippy::useless_conversion,
+        reason = "the type differs between targets"
+    )]
+    Some(u64::from(stat.st_ino) == INITIAL)
+}
+
+fn file_type(fd: BorrowedFd<'_>) -> FileType {
+    fstat(fd).map_or(FileType::Unknown, |stat| {
+        FileType::from_raw_mode(stat.st_mode)
+    })
+}

@@ -1,0 +1,358 @@
+//! The two fields of an OPEN or CREATE reply that decide about passthrough, checked.
+
+use std::fmt;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+
+use bitflags::bitflags;
+use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::backing::{BackingFile, BackingId};
+use crate::uapi;
+
+bitflags! {
+    /// `FOPEN_*`: the `open_flags` of an OPEN or CREATE reply.
+    ///
+    /// Bits that this crate has no name for are kept.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct OpenFlags: u32 {
+        /// `FOPEN_DIRECT_IO`: bypass the page cache. Beside passthrough: reads and writes come to
+        /// the server, mmap goes to the backing file.
+        const DIRECT_IO = uapi::FOPEN_DIRECT_IO;
+        /// `FOPEN_KEEP_CACHE`: keep what the page cache has.
+        const KEEP_CACHE = uapi::FOPEN_KEEP_CACHE;
+        /// `FOPEN_NONSEEKABLE`: the file is not seekable.
+        const NONSEEKABLE = uapi::FOPEN_NONSEEKABLE;
+        /// `FOPEN_CACHE_DIR`: cache this directory.
+        const CACHE_DIR = uapi::FOPEN_CACHE_DIR;
+        /// `FOPEN_STREAM`: the file is a stream without a position.
+        const STREAM = uapi::FOPEN_STREAM;
+        /// `FOPEN_NOFLUSH`: send no FLUSH on close.
+        const NOFLUSH = uapi::FOPEN_NOFLUSH;
+        /// `FOPEN_PARALLEL_DIRECT_WRITES`: allow concurrent direct writes.
+        const PARALLEL_DIRECT_WRITES = uapi::FOPEN_PARALLEL_DIRECT_WRITES;
+        /// `FOPEN_PASSTHROUGH`: read and write the backing file. Set by [`OpenReply::passthrough`].
+        const PASSTHROUGH = uapi::FOPEN_PASSTHROUGH;
+
+        const _ = !0;
+    }
+}
+
+impl OpenFlags {
+    /// `FOPEN_PASSTHROUGH_MASK` of the kernel's fs/fuse/iomode.c: all that may stand in a reply
+    /// with `FOPEN_PASSTHROUGH`. Any other bit gives the client `EIO`.
+    const WITH_PASSTHROUGH: Self = Self::DIRECT_IO
+        .union(Self::NOFLUSH)
+        .union(Self::PARALLEL_DIRECT_WRITES)
+        .union(Self::PASSTHROUGH);
+}
+
+/// Reading, writing, or both: what a server grants through a registration, and what a client's open
+/// asks for.
+///
+/// The kernel does not hold the one against the other: it ignores the access mode of the fd that was
+/// registered, see [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
+///
+/// # Examples
+///
+/// ```
+/// use fuse_backing::Access;
+///
+/// let granted = Access::of(std::fs::File::open("/dev/null")?)?;
+/// assert_eq!(granted, Access::ReadOnly);
+/// assert!(granted.allows(Access::wanted_by(0))); // O_RDONLY
+/// assert!(!granted.allows(Access::wanted_by(2))); // O_RDWR
+/// # Ok::<(), std::io::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Reading.
+    ReadOnly,
+    /// Writing.
+    WriteOnly,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+impl Access {
+    /// `fcntl(fd, F_GETFL)` — What an fd can be used for.
+    ///
+    /// # Errors
+    ///
+    /// [`AccessError`]: the fd grants nothing, being an `O_PATH` fd or one opened with access mode 3
+    /// (which is for ioctls alone), or cannot be asked.
+    pub fn of(fd: impl AsFd) -> Result<Self, AccessError> {
+        let flags = fcntl_getfl(fd).map_err(AccessError::Unreadable)?;
+        if flags.contains(OFlags::PATH) {
+            return Err(AccessError::PathOnly);
+        }
+        match flags & OFlags::ACCMODE {
+            OFlags::RDONLY => Ok(Self::ReadOnly),
+            OFlags::WRONLY => Ok(Self::WriteOnly),
+            OFlags::RDWR => Ok(Self::ReadWrite),
+            _ => Err(AccessError::Neither),
+        }
+    }
+
+    /// What the flags of an OPEN or CREATE request ask for: the `flags` of `fuse_open_in`, in fuser
+    /// the number inside `OpenFlags`.
+    ///
+    /// `O_TRUNC` writes, also with `O_RDONLY`; access mode 3 asks for both. Other bits do not matter.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use fuse_backing::Access;
+    /// use rustix::fs::OFlags;
+    ///
+    /// let wanted = |flags: OFlags| Access::wanted_by(flags.bits() as i32);
+    /// assert_eq!(wanted(OFlags::WRONLY | OFlags::APPEND), Access::WriteOnly);
+    /// assert_eq!(wanted(OFlags::RDONLY | OFlags::TRUNC), Access::ReadWrite);
+    /// assert_eq!(wanted(OFlags::WRONLY | OFlags::RDWR), Access::ReadWrite);
+    /// ```
+    #[must_use]
+    pub fn wanted_by(client_flags: i32) -> Self {
+        #[allow(clippy::cast_sign_loss, reason = "a bit pattern")]
+        let flags = OFlags::from_bits_retain(client_flags as u32);
+        match flags & OFlags::ACCMODE {
+            OFlags::RDONLY if !flags.contains(OFlags::TRUNC) => Self::ReadOnly,
+            OFlags::WRONLY => Self::WriteOnly,
+            _ => Self::ReadWrite,
+        }
+    }
+
+    /// Whether granting this is granting all that is `wanted`.
+    #[must_use]
+    pub fn allows(self, wanted: Self) -> bool {
+        self == Self::ReadWrite || self == wanted
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ReadOnly => "read-only",
+            Self::WriteOnly => "write-only",
+            Self::ReadWrite => "read-write",
+        })
+    }
+}
+
+/// [`Access::of`] found nothing that the fd grants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum AccessError {
+    /// The fd was opened with `O_PATH`.
+    #[error("the fd was opened with O_PATH, which grants neither reading nor writing")]
+    PathOnly,
+    /// The fd was opened with access mode 3.
+    #[error("the fd was opened with access mode 3, which grants neither reading nor writing")]
+    Neither,
+    /// `fcntl` failed.
+    #[error("the fd's flags cannot be read: {0}")]
+    Unreadable(Errno),
+}
+
+impl From<AccessError> for io::Error {
+    fn from(error: AccessError) -> Self {
+        let kind = match error {
+            AccessError::PathOnly | AccessError::Neither => io::ErrorKind::PermissionDenied,
+            AccessError::Unreadable(errno) => io::Error::from(errno).kind(),
+        };
+        Self::new(kind, error)
+    }
+}
+
+/// The `open_flags` and the `backing_id` of an OPEN or CREATE reply, in a combination that the
+/// kernel accepts.
+///
+/// A reply that it does not accept is not reported to the server: the client gets a bare `EIO`.
+///
+/// What one reply alone cannot know is left to the server: an inode is either *passthrough*, and
+/// then every open of it is answered with the same id, or not, and then none is, until its last open
+/// was released.
+///
+/// # Examples
+///
+/// With fuser 0.18, whose reply wants its own type of id (which must not close ours when it is
+/// dropped, hence `into_raw`):
+///
+/// ```no_run
+/// # use fuse_backing::{Access, BackingFile, FuseDevice, OpenFlags, OpenReply};
+/// # fn f(reply: fuser::ReplyOpen, flags: fuser::OpenFlags, fh: u64,
+/// #      file: std::fs::File, backing: BackingFile<&FuseDevice<std::fs::File>>)
+/// # -> Result<(), Box<dyn std::error::Error>> {
+/// let checked = OpenReply::passthrough(&backing, Access::of(&file)?, flags.0, OpenFlags::empty())?;
+/// // SAFETY: the id is registered with this session and stays so until RELEASE drops `backing`.
+/// let lent = unsafe { reply.wrap_backing(checked.backing_id() as u32) };
+/// let open_flags = fuser::FopenFlags::from_bits_retain(checked.open_flags());
+/// reply.opened_passthrough(fuser::FileHandle(fh), open_flags, &lent);
+/// let _ = lent.into_raw();
+/// # Ok(()) }
+/// ```
+///
+/// A server that writes the bytes itself sends [`to_fuse_open_out`](Self::to_fuse_open_out).
+///
+/// The reply borrows the registration, so that it cannot be closed before the reply is made:
+///
+/// ```compile_fail,E0505
+/// # use fuse_backing::{Access, BackingFile, FuseDevice, OpenFlags, OpenReply};
+/// # fn f(backing: BackingFile<&FuseDevice<std::fs::File>>) -> Result<(), Box<dyn std::error::Error>> {
+/// let reply = OpenReply::passthrough(&backing, Access::ReadOnly, 0, OpenFlags::empty())?;
+/// drop(backing);
+/// println!("{}", reply.backing_id());
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a request that is not answered hangs its client"]
+pub struct OpenReply<'id> {
+    open_flags: OpenFlags,
+    backing_id: i32,
+    id: PhantomData<&'id BackingId>,
+}
+
+impl<'id> OpenReply<'id> {
+    /// A reply with passthrough: the kernel reads and writes the backing file.
+    ///
+    /// - `granted`: what the server grants through this registration, most often
+    ///   [`Access::of`] the fd that was registered.
+    /// - `client_flags`: the flags of the OPEN or CREATE request.
+    /// - `flags`: what to set beside `FOPEN_PASSTHROUGH`.
+    ///
+    /// # Errors
+    ///
+    /// - [`OpenReplyError::AccessExceeded`]: the client asks for more than is granted. Answer
+    ///   `EACCES` or `EROFS`.
+    /// - [`OpenReplyError::FlagsNotAllowed`]: the kernel accepts only `DIRECT_IO`, `NOFLUSH` and
+    ///   `PARALLEL_DIRECT_WRITES` beside `PASSTHROUGH`.
+    pub fn passthrough<D: AsFd>(
+        backing: &'id BackingFile<D>,
+        granted: Access,
+        client_flags: i32,
+        flags: OpenFlags,
+    ) -> Result<Self, OpenReplyError> {
+        Self::passthrough_with_id(backing.id(), granted, client_flags, flags)
+    }
+
+    /// [`passthrough`](Self::passthrough) for a server that keeps its ids itself. That `id` is
+    /// registered with the connection that the reply goes to, and stays so until the last RELEASE
+    /// of the inode, is the server's to ensure; otherwise the client gets `EIO`, or another file.
+    ///
+    /// # Errors
+    ///
+    /// As for [`passthrough`](Self::passthrough).
+    pub fn passthrough_with_id(
+        id: &'id BackingId,
+        granted: Access,
+        client_flags: i32,
+        flags: OpenFlags,
+    ) -> Result<Self, OpenReplyError> {
+        let wanted = Access::wanted_by(client_flags);
+        if !granted.allows(wanted) {
+            return Err(OpenReplyError::AccessExceeded { granted, wanted });
+        }
+        let refused = flags.difference(OpenFlags::WITH_PASSTHROUGH);
+        if !refused.is_empty() {
+            return Err(OpenReplyError::FlagsNotAllowed { refused });
+        }
+        Ok(Self {
+            open_flags: flags | OpenFlags::PASSTHROUGH,
+            backing_id: id.as_raw(),
+            id: PhantomData,
+        })
+    }
+
+    /// `FOPEN_*`, for the reply's `open_flags`.
+    #[must_use]
+    pub fn open_flags(&self) -> u32 {
+        self.open_flags.bits()
+    }
+
+    /// For the reply's `backing_id`; 0 without passthrough.
+    #[must_use]
+    pub fn backing_id(&self) -> i32 {
+        self.backing_id
+    }
+
+    /// The body of the OPEN reply; in a CREATE reply it follows `fuse_entry_out`.
+    #[must_use]
+    pub fn to_fuse_open_out(&self, fh: u64) -> uapi::fuse_open_out {
+        uapi::fuse_open_out {
+            fh,
+            open_flags: self.open_flags(),
+            backing_id: self.backing_id,
+        }
+    }
+}
+
+impl OpenReply<'static> {
+    /// A reply without passthrough: reads and writes come to the server, through the page cache or
+    /// with `DIRECT_IO` past it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenReplyError::FlagsNotAllowed`] if `flags` has `PASSTHROUGH`, which needs an id.
+    pub fn server(flags: OpenFlags) -> Result<Self, OpenReplyError> {
+        if flags.contains(OpenFlags::PASSTHROUGH) {
+            return Err(OpenReplyError::FlagsNotAllowed {
+                refused: OpenFlags::PASSTHROUGH,
+            });
+        }
+        Ok(Self {
+            open_flags: flags,
+            backing_id: 0,
+            id: PhantomData,
+        })
+    }
+}
+
+/// A reply that the kernel, or the server's own grant, would not stand.
+///
+/// # Examples
+///
+/// ```
+/// use fuse_backing::{Access, BackingId, OpenFlags, OpenReply, OpenReplyError};
+///
+/// let id = BackingId::from_raw(1).ok_or("positive")?;
+/// let o_rdwr = 2;
+/// assert_eq!(
+///     OpenReply::passthrough_with_id(&id, Access::ReadOnly, o_rdwr, OpenFlags::empty()),
+///     Err(OpenReplyError::AccessExceeded { granted: Access::ReadOnly, wanted: Access::ReadWrite }),
+/// );
+/// assert_eq!(
+///     OpenReply::passthrough_with_id(&id, Access::ReadOnly, 0, OpenFlags::KEEP_CACHE),
+///     Err(OpenReplyError::FlagsNotAllowed { refused: OpenFlags::KEEP_CACHE }),
+/// );
+/// # Ok::<(), &str>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum OpenReplyError {
+    /// The client's open asks for more than the server grants through the registration.
+    #[error("the client asks for {wanted} access, {granted} is granted")]
+    AccessExceeded {
+        /// What the server grants.
+        granted: Access,
+        /// What the client's open flags ask for.
+        wanted: Access,
+    },
+    /// These flags cannot stand in this reply.
+    #[error("the kernel refuses these flags in such a reply: {refused:?}")]
+    FlagsNotAllowed {
+        /// The flags to leave out.
+        refused: OpenFlags,
+    },
+}
+
+impl From<OpenReplyError> for io::Error {
+    fn from(error: OpenReplyError) -> Self {
+        let kind = match error {
+            OpenReplyError::AccessExceeded { .. } => io::ErrorKind::PermissionDenied,
+            OpenReplyError::FlagsNotAllowed { .. } => io::ErrorKind::InvalidInput,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -1,1 +1,151 @@
-fn main() {}
+//! The crate against the kernel that runs here: real mounts, exact errors.
+//!
+//! `FUSE_BACKING_TEST=off|auto|require`: `auto`, the default, reports what cannot run here as
+//! ignored, with the reason; `require` fails it. A feature that the kernel lacks is no reason: its
+//! tests then assert that it is absent.
+
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::multiple_unsafe_ops_per_block
+)]
+#![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
+
+#[path = "../support/alloc.rs"]
+mod alloc;
+#[path = "../support/client.rs"]
+mod client;
+#[path = "../support/fuse.rs"]
+mod fuse;
+#[path = "../support/mode.rs"]
+mod mode;
+#[path = "../support/sandbox.rs"]
+mod sandbox;
+#[path = "../support/seccomp.rs"]
+mod seccomp;
+#[path = "../support/thread.rs"]
+mod thread;
+#[path = "../support/trace.rs"]
+mod trace;
+
+mod abi;
+mod backing_close;
+mod backing_open;
+mod clone;
+mod cost;
+mod device;
+mod passthrough;
+mod sync_init;
+
+use std::process::ExitCode;
+
+use fuse_backing::{BackingId, BackingOpenError, uapi};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use fuse::{Connection, Init, Offer};
+use mode::Mode;
+use sandbox::Sandbox;
+
+/// A test, by its name below the file's.
+pub type Test = (&'static str, Needs, fn(&Sandbox) -> Result<(), Failed>);
+
+/// What a kernel must have for a test to be meaningful.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Needs {
+    Nothing,
+    /// Where it lacks, its absence is asserted instead.
+    Passthrough,
+    SyncInit,
+}
+
+/// What this kernel says that it has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Support {
+    Present,
+    /// Protocol 7.40 is of Linux 6.9, so the kernel knows passthrough, and was built without.
+    Disabled,
+    Absent,
+}
+
+impl Support {
+    fn of(offer: Offer) -> Self {
+        if offer.flags & uapi::FUSE_PASSTHROUGH != 0 {
+            Self::Present
+        } else if offer.minor >= 40 {
+            Self::Disabled
+        } else {
+            Self::Absent
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    if let Some(code) = client::play(&roles()) {
+        return code;
+    }
+    let mode = Mode::from_env();
+    let ready = match mode {
+        Mode::Off => Ok(()),
+        Mode::Auto | Mode::Require => sandbox::enter(),
+    };
+    let tests = [
+        ("abi", abi::TESTS),
+        ("backing_close", backing_close::TESTS),
+        ("backing_open", backing_open::TESTS),
+        ("clone", clone::TESTS),
+        ("cost", cost::TESTS),
+        ("device", device::TESTS),
+        ("passthrough", passthrough::TESTS),
+        ("sync_init", sync_init::TESTS),
+    ];
+    let mut trials = Vec::new();
+    for (file, tests) in tests {
+        trials.extend(tests.iter().map(|test| trial(mode, &ready, file, *test)));
+    }
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    sandbox::leave();
+    conclusion.exit_code()
+}
+
+fn roles() -> Vec<(&'static str, client::Role)> {
+    [
+        backing_close::ROLES,
+        backing_open::ROLES,
+        cost::ROLES,
+        device::ROLES,
+        passthrough::ROLES,
+        sync_init::ROLES,
+    ]
+    .concat()
+}
+
+fn trial(mode: Mode, ready: &Result<(), String>, file: &str, test: Test) -> Trial {
+    let (name, needs, run) = test;
+    let name = format!("{file}::{name}");
+    mode.trial(&name.clone(), ready, move || {
+        let sandbox = Sandbox::new(&name)?;
+        let offer = Connection::mount(&sandbox, Init::PLAIN)?.offer();
+        let support = Support::of(offer);
+        match needs {
+            Needs::Passthrough if support != Support::Present => assert_absent(&sandbox, support),
+            Needs::SyncInit if offer.minor < 45 => sync_init::assert_absent(),
+            Needs::Nothing | Needs::Passthrough | Needs::SyncInit => run(&sandbox),
+        }
+    })
+}
+
+/// On a kernel without passthrough, whatever was negotiated.
+fn assert_absent(sandbox: &Sandbox, support: Support) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(2))?;
+    let device = connection.device();
+    let expected = match support {
+        Support::Disabled => BackingOpenError::DisabledInKernel,
+        _ => BackingOpenError::UnsupportedKernel,
+    };
+    assert_eq!(device.backing_open(tempfile::tempfile()?), Err(expected));
+    let id = BackingId::from_raw(1).expect("positive");
+    let close = device.backing_close(id).expect_err("no such ioctl");
+    assert_eq!(close.errno(), expected.errno());
+    Ok(())
+}

@@ -1,0 +1,372 @@
+//! `FUSE_DEV_IOC_BACKING_CLOSE`: what closing frees, each error, and each misuse that the types do
+//! not rule out.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use fuse_backing::{
+    BackingCloseCause, BackingFile, BackingId, Errno, FuseDevice, NotPermitted, Scope, uapi,
+};
+use libtest_mimic::Failed;
+
+use crate::client::{Client, Role};
+use crate::fuse::{Connection, Init};
+use crate::sandbox::{Sandbox, Tmpfs};
+use crate::seccomp::{Forged, forge};
+use crate::thread::{apart, without_cap_sys_admin};
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    ("frees_the_file", Needs::Passthrough, frees_the_file),
+    ("unknown_id", Needs::Passthrough, unknown_id),
+    (
+        "device_not_attached",
+        Needs::Passthrough,
+        device_not_attached,
+    ),
+    ("without_capability", Needs::Passthrough, without_capability),
+    ("after_abort", Needs::Passthrough, after_abort),
+    ("after_unmount", Needs::Passthrough, after_unmount),
+    ("forged_errors", Needs::Passthrough, forged_errors),
+    (
+        "misuse_dropped_id_leaks",
+        Needs::Passthrough,
+        misuse_dropped_id_leaks,
+    ),
+    ("misuse_forged_id", Needs::Passthrough, misuse_forged_id),
+    (
+        "misuse_other_connection",
+        Needs::Passthrough,
+        misuse_other_connection,
+    ),
+    (
+        "misuse_closed_twice",
+        Needs::Passthrough,
+        misuse_closed_twice,
+    ),
+    (
+        "misuse_closed_after_fork",
+        Needs::Passthrough,
+        misuse_closed_after_fork,
+    ),
+    (
+        "guard_closes_on_drop",
+        Needs::Passthrough,
+        guard_closes_on_drop,
+    ),
+    ("guard_in_an_arc", Needs::Passthrough, guard_in_an_arc),
+    (
+        "guard_close_reports",
+        Needs::Passthrough,
+        guard_close_reports,
+    ),
+    (
+        "guard_drop_without_capability_leaks",
+        Needs::Passthrough,
+        guard_drop_without_capability_leaks,
+    ),
+    (
+        "guard_to_id_and_back",
+        Needs::Passthrough,
+        guard_to_id_and_back,
+    ),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("close-after-fork", close_after_fork)];
+
+/// A connection, and a tmpfs whose unmounting says whether an id is open.
+fn setup(sandbox: &Sandbox) -> Result<(Connection, Tmpfs), Failed> {
+    Ok((
+        Connection::mount(sandbox, Init::passthrough(1))?,
+        sandbox.tmpfs()?,
+    ))
+}
+
+fn id(raw: i32) -> BackingId {
+    BackingId::from_raw(raw).expect("positive")
+}
+
+fn frees_the_file(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    connection.device().backing_close(id)?;
+    tmpfs.unmount_when_idle()
+}
+
+fn unknown_id(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, _) = setup(sandbox)?;
+    for raw in [1, 77, i32::MAX] {
+        let failed = connection.device().backing_close(id(raw)).unwrap_err();
+        assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+        assert_eq!(
+            (failed.errno(), failed.scope()),
+            (Errno::NOENT, Scope::File)
+        );
+        assert_eq!(failed.into_inner().as_raw(), raw);
+    }
+    Ok(())
+}
+
+fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
+    let failed = FuseDevice::open()?.backing_close(id(1)).unwrap_err();
+    // EINVAL in the first releases with passthrough.
+    assert!(
+        matches!(failed.errno(), Errno::PERM | Errno::INVAL),
+        "{failed:?}"
+    );
+    assert!(
+        matches!(failed.cause(), BackingCloseCause::NotAttached { .. }),
+        "{failed:?}"
+    );
+    assert_eq!(failed.scope(), Scope::Connection);
+    Ok(())
+}
+
+fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let id = device.backing_open(tmpfs.file("file", "")?)?;
+    let raw = id.as_raw();
+    let failed = without_cap_sys_admin(|| device.backing_close(id)).unwrap_err();
+    let cause = BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
+    assert_eq!((failed.cause(), failed.errno()), (cause, Errno::PERM));
+    assert_eq!(failed.scope(), Scope::Connection);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+
+    // Nothing is lost: the id is in the error, and this thread may close it.
+    let id = failed.into_inner();
+    assert_eq!(id.as_raw(), raw);
+    device.backing_close(id)?;
+    tmpfs.unmount_when_idle()
+}
+
+fn after_abort(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
+    connection.abort()?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    connection.device().backing_close(id)?;
+    tmpfs.unmount_when_idle()
+}
+
+fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
+    connection.unmount()?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    connection.device().backing_close(id)?;
+    tmpfs.unmount_when_idle()
+}
+
+fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, _) = setup(sandbox)?;
+    let device = connection.device();
+    let file = tempfile::tempfile()?;
+    for (errno, cause, scope) in [
+        (
+            Errno::NOTTY,
+            BackingCloseCause::UnsupportedKernel,
+            Scope::Connection,
+        ),
+        (
+            Errno::NOSYS,
+            BackingCloseCause::Unimplemented,
+            Scope::Connection,
+        ),
+        (
+            Errno::OPNOTSUPP,
+            BackingCloseCause::DisabledInKernel,
+            Scope::Connection,
+        ),
+        (
+            Errno::INTR,
+            BackingCloseCause::Interrupted,
+            Scope::Transient,
+        ),
+        (
+            Errno::PERM,
+            BackingCloseCause::NotPermitted(NotPermitted::NotNegotiatedOrDenied),
+            Scope::Connection,
+        ),
+        (
+            Errno::INVAL,
+            BackingCloseCause::Other(Errno::INVAL),
+            Scope::File,
+        ),
+        (Errno::IO, BackingCloseCause::Other(Errno::IO), Scope::File),
+    ] {
+        let id = device.backing_open(&file)?;
+        let failed = apart(|| {
+            forge(&[(uapi::FUSE_DEV_IOC_BACKING_CLOSE, Forged::Error(errno))]).expect("seccomp");
+            device.backing_close(id).unwrap_err()
+        });
+        assert_eq!(
+            (failed.cause(), failed.errno(), failed.scope()),
+            (cause, errno, scope)
+        );
+        device.backing_close(failed.into_inner())?;
+    }
+    Ok(())
+}
+
+/// What `#[must_use]` warns of. Only the end of the connection frees the file.
+fn misuse_dropped_id_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    drop(connection.device().backing_open(tmpfs.file("file", "")?)?);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    connection.unmount()?;
+    assert_eq!(
+        tmpfs.unmount(),
+        Err(Errno::BUSY),
+        "a device fd is still open"
+    );
+    drop(connection);
+    tmpfs.unmount_when_idle()
+}
+
+fn misuse_forged_id(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let victim = device.backing_open(tmpfs.file("file", "")?)?;
+    device.backing_close(id(victim.as_raw()))?;
+    tmpfs.unmount_when_idle()?;
+    let failed = device.backing_close(victim).unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+    Ok(())
+}
+
+/// Ids of all connections start at 1: the wrong device has such an id too.
+fn misuse_other_connection(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (mine, tmpfs) = setup(sandbox)?;
+    let (other, others_tmpfs) = setup(sandbox)?;
+    let id = mine.device().backing_open(tmpfs.file("file", "")?)?;
+    let others = other
+        .device()
+        .backing_open(others_tmpfs.file("file", "")?)?;
+    assert_eq!(id, others);
+
+    other.device().backing_close(id)?;
+    others_tmpfs.unmount_when_idle()?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+
+    // What rules it out: a guard knows its device.
+    BackingFile::from_id(&mine.device(), others).close()?;
+    tmpfs.unmount_when_idle()
+}
+
+fn misuse_closed_twice(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, _) = setup(sandbox)?;
+    let device = connection.device();
+    let raw = device.backing_open(tempfile::tempfile()?)?.into_raw();
+    device.backing_close(id(raw))?;
+    let failed = device.backing_close(id(raw)).unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+    Ok(())
+}
+
+/// The child's copy of the id and the parent's name one registration.
+fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, _) = setup(sandbox)?;
+    let device = connection.device().as_fd().try_clone_to_owned()?;
+    let child = Client::start_with_fd("close-after-fork", &[], device)?;
+    assert_eq!(
+        child.finish()?,
+        "child closed it: true, parent: Err(UnknownId)"
+    );
+    Ok(())
+}
+
+/// In a process of a single thread, where fork is harmless.
+#[allow(unsafe_code)]
+fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let device = FuseDevice::new(std::io::stdin())?;
+    let id = device.backing_open(tempfile::tempfile()?)?;
+    // SAFETY: this process has one thread, so the child has no lock that nobody will release.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let closed = device.backing_close(id).is_ok();
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(i32::from(!closed)) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is a live int.
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    let parent = device.backing_close(id).map_err(|failed| failed.cause());
+    Ok(format!(
+        "child closed it: {}, parent: {parent:?}",
+        status == 0
+    ))
+}
+
+fn guard_closes_on_drop(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    drop(guard);
+    tmpfs.unmount_when_idle()
+}
+
+/// As a server keeps it: beyond the function that has the device, and sent to another thread.
+fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let guard = {
+        let device = Arc::new(connection.device());
+        BackingFile::open(device, tmpfs.file("file", "")?)?
+    };
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    std::thread::spawn(move || drop(guard))
+        .join()
+        .expect("no panic");
+    tmpfs.unmount_when_idle()
+}
+
+fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let failed = without_cap_sys_admin(|| guard.close()).unwrap_err();
+    assert_eq!(
+        failed.cause(),
+        BackingCloseCause::NotPermitted(NotPermitted::MissingCapability)
+    );
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    failed.into_inner().close()?;
+    tmpfs.unmount_when_idle()?;
+
+    // An error that nobody looks into still holds the guard, which closes on drop.
+    let tmpfs = sandbox.tmpfs()?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    drop(without_cap_sys_admin(|| guard.close()));
+    tmpfs.unmount_when_idle()?;
+
+    // Somebody closed the guard's id behind its back.
+    let guard = BackingFile::open(&device, tempfile::tempfile()?)?;
+    device.backing_close(id(guard.id().as_raw()))?;
+    let failed = guard.close().unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+    Ok(())
+}
+
+/// Documented: a destructor has nobody to tell.
+fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let raw = guard.id().as_raw();
+    without_cap_sys_admin(|| drop(guard));
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    device.backing_close(id(raw))?;
+    tmpfs.unmount_when_idle()
+}
+
+fn guard_to_id_and_back(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, tmpfs) = setup(sandbox)?;
+    let device = connection.device();
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let raw = guard.into_id().into_raw();
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "nothing guards it");
+    drop(BackingFile::from_id(&device, id(raw)));
+    tmpfs.unmount_when_idle()
+}

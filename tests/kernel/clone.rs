@@ -1,0 +1,111 @@
+//! `FUSE_DEV_IOC_CLONE`: further fds of one connection.
+
+use fuse_backing::{CloneConnectionError, Errno, FuseDevice, Scope, uapi};
+use libtest_mimic::Failed;
+
+use crate::fuse::{Connection, Init};
+use crate::sandbox::Sandbox;
+use crate::seccomp::{Forged, forge};
+use crate::thread::apart;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    ("device_not_attached", Needs::Nothing, device_not_attached),
+    ("shares_ids", Needs::Passthrough, shares_ids),
+    (
+        "keeps_the_connection",
+        Needs::Passthrough,
+        keeps_the_connection,
+    ),
+    ("forged_errors", Needs::Nothing, forged_errors),
+];
+
+fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
+    let failed = FuseDevice::open()?.clone_connection().unwrap_err();
+    // EINVAL in older releases.
+    assert!(
+        matches!(failed.errno(), Errno::PERM | Errno::INVAL),
+        "{failed:?}"
+    );
+    assert!(
+        matches!(failed, CloneConnectionError::NotAttached { .. }),
+        "{failed:?}"
+    );
+    assert_eq!(failed.scope(), Scope::Connection);
+    Ok(())
+}
+
+fn shares_ids(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    let clone = device.clone_connection()?;
+    let again = clone.clone_connection()?;
+    let file = tempfile::tempfile()?;
+
+    let first = device.backing_open(&file)?;
+    let second = clone.backing_open(&file)?;
+    assert_eq!((first.as_raw(), second.as_raw()), (1, 2));
+    clone.backing_close(first)?;
+    again.backing_close(second)?;
+    Ok(())
+}
+
+fn keeps_the_connection(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let clone = connection.device().clone_connection()?;
+    let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
+    drop(connection);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    clone.backing_close(id)?;
+    tmpfs.unmount_when_idle()?;
+
+    // And the end of the last fd closes what is left.
+    let tmpfs = sandbox.tmpfs()?;
+    let leaked = clone.backing_open(tmpfs.file("file", "")?)?;
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    drop((leaked, clone));
+    tmpfs.unmount_when_idle()
+}
+
+fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::PLAIN)?;
+    let device = connection.device();
+    for (errno, error, scope) in [
+        (
+            Errno::NOTTY,
+            CloneConnectionError::UnsupportedKernel,
+            Scope::Connection,
+        ),
+        (
+            Errno::NOSYS,
+            CloneConnectionError::Unimplemented,
+            Scope::Connection,
+        ),
+        (
+            Errno::NOMEM,
+            CloneConnectionError::OutOfMemory,
+            Scope::Transient,
+        ),
+        (
+            Errno::INTR,
+            CloneConnectionError::Interrupted,
+            Scope::Transient,
+        ),
+        (
+            Errno::INVAL,
+            CloneConnectionError::Other(Errno::INVAL),
+            Scope::Connection,
+        ),
+    ] {
+        let failed = apart(|| {
+            forge(&[(uapi::FUSE_DEV_IOC_CLONE, Forged::Error(errno))]).expect("seccomp");
+            device.clone_connection().unwrap_err()
+        });
+        assert_eq!(
+            (failed, failed.errno(), failed.scope()),
+            (error, errno, scope)
+        );
+    }
+    Ok(())
+}

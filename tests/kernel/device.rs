@@ -1,0 +1,230 @@
+//! `FuseDevice`: which fds it takes, and what it says of others.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use fuse_backing::{
+    CloneConnectionError, DeviceOpenError, Errno, FileType, FuseDevice, NotFuseDeviceReason, Scope,
+};
+use libtest_mimic::Failed;
+use rustix::fs::{CWD, Mode, OFlags, makedev, mknodat, open};
+use rustix::mount::{MountFlags, mount, mount_bind};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+use crate::client::{self, Role};
+use crate::fuse::{Connection, Init};
+use crate::sandbox::Sandbox;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    ("opens_the_node", Needs::Nothing, opens_the_node),
+    ("takes_any_holder", Needs::Passthrough, takes_any_holder),
+    (
+        "takes_a_node_elsewhere",
+        Needs::Nothing,
+        takes_a_node_elsewhere,
+    ),
+    (
+        "refuses_others_and_gives_them_back",
+        Needs::Nothing,
+        refuses_others_and_gives_them_back,
+    ),
+    ("refuses_o_path", Needs::Nothing, refuses_o_path),
+    (
+        "open_says_what_is_wrong",
+        Needs::Nothing,
+        open_says_what_is_wrong,
+    ),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("open-device-in-broken-dev", open_device_in_broken_dev)];
+
+fn opens_the_node(_: &Sandbox) -> Result<(), Failed> {
+    let fd = FuseDevice::open()?.into_inner();
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    assert_eq!(flags & OFlags::ACCMODE, OFlags::RDWR);
+    assert!(rustix::io::fcntl_getfd(&fd)?.contains(rustix::io::FdFlags::CLOEXEC));
+    Ok(())
+}
+
+fn takes_any_holder(sandbox: &Sandbox) -> Result<(), Failed> {
+    fn register<Fd: AsFd>(holder: Fd) -> i32 {
+        let device = FuseDevice::new(holder).expect("a FUSE device");
+        let id = device
+            .backing_open(tempfile::tempfile().unwrap())
+            .expect("an id");
+        let raw = id.as_raw();
+        device.backing_close(id).expect("closed");
+        raw
+    }
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let owned: OwnedFd = connection.device().as_fd().try_clone_to_owned()?;
+    assert_eq!(register(&owned), 1);
+    assert_eq!(register(owned.as_fd()), 2);
+    assert_eq!(register(Arc::new(owned.try_clone()?)), 3);
+    assert_eq!(register(connection.device()), 4);
+    assert_eq!(register(File::from(owned)), 5);
+    Ok(())
+}
+
+fn takes_a_node_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
+    let node = sandbox.folder("dev")?.join("any-name");
+    mknodat(
+        CWD,
+        &node,
+        FileType::CharacterDevice,
+        Mode::RUSR | Mode::WUSR,
+        makedev(10, 229),
+    )?;
+    FuseDevice::new(File::options().read(true).write(true).open(node)?)?;
+    Ok(())
+}
+
+fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
+    let folder = sandbox.folder("files")?;
+    fs::write(folder.join("file"), "")?;
+    // A block device of the same number.
+    let block = folder.join("block");
+    mknodat(
+        CWD,
+        &block,
+        FileType::BlockDevice,
+        Mode::RUSR,
+        makedev(10, 229),
+    )?;
+    let (reader, _writer) = rustix::pipe::pipe()?;
+    let opened = |path: &std::path::Path, flags| open(path, flags | OFlags::CLOEXEC, Mode::empty());
+
+    let refused = |fd: OwnedFd| {
+        let inode = File::from(fd.try_clone().unwrap())
+            .metadata()
+            .unwrap()
+            .ino();
+        let refused = FuseDevice::new(fd).unwrap_err();
+        let reason = refused.reason();
+        let message = format!("{refused} {refused:?}");
+        assert!(message.starts_with("not a FUSE device: "), "{message}");
+        let returned = File::from(refused.into_fd()).metadata().unwrap();
+        assert_eq!(returned.ino(), inode, "the same fd, still open");
+        format!("{reason:?}")
+    };
+    let other = |file_type| format!("NotCharacterDevice {{ file_type: {file_type} }}");
+    assert_eq!(
+        refused(opened(&folder.join("file"), OFlags::RDONLY)?),
+        other("RegularFile")
+    );
+    assert_eq!(
+        refused(opened(&folder, OFlags::RDONLY)?),
+        other("Directory")
+    );
+    assert_eq!(refused(opened(&block, OFlags::PATH)?), other("BlockDevice"));
+    assert_eq!(refused(reader), other("Fifo"));
+    assert_eq!(
+        refused(File::open("/dev/null")?.into()),
+        "OtherDevice { major: 1, minor: 3 }"
+    );
+    Ok(())
+}
+
+/// It is 10:229, and every ioctl on it fails with EBADF.
+fn refuses_o_path(_: &Sandbox) -> Result<(), Failed> {
+    let fd = open("/dev/fuse", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let refused = FuseDevice::new(fd).unwrap_err();
+    assert_eq!(refused.reason(), NotFuseDeviceReason::PathOnly);
+    Ok(())
+}
+
+fn open_says_what_is_wrong(_: &Sandbox) -> Result<(), Failed> {
+    assert_eq!(client::run("open-device-in-broken-dev", &[])?, "ok");
+    Ok(())
+}
+
+/// In a process of its own: it covers /dev in its mount namespace.
+#[allow(unsafe_code)]
+fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+
+    let limit = getrlimit(Resource::Nofile);
+    let device = FuseDevice::open()?;
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(0),
+            ..limit
+        },
+    )?;
+    let error = FuseDevice::open().unwrap_err();
+    assert_eq!(error, DeviceOpenError::Other(Errno::MFILE));
+    assert_eq!(
+        (error.errno(), error.scope()),
+        (Errno::MFILE, Scope::Transient)
+    );
+    let clone = device.clone_connection().unwrap_err();
+    assert_eq!(clone, CloneConnectionError::Open(error));
+    assert_eq!(
+        (clone.errno(), clone.scope()),
+        (Errno::MFILE, Scope::Transient)
+    );
+    setrlimit(Resource::Nofile, limit)?;
+
+    mount_bind("/dev/null", "/dev/fuse")?;
+    let error = FuseDevice::open().unwrap_err();
+    assert!(
+        matches!(
+            error,
+            DeviceOpenError::NotFuse(NotFuseDeviceReason::OtherDevice {
+                major: 1,
+                minor: 3,
+                ..
+            })
+        ),
+        "{error:?}"
+    );
+    assert_eq!(
+        (error.errno(), error.scope()),
+        (Errno::NOTTY, Scope::Connection)
+    );
+
+    mount("tmpfs", "/dev", "tmpfs", MountFlags::empty(), None)?;
+    let error = FuseDevice::open().unwrap_err();
+    assert_eq!(
+        (error, error.errno()),
+        (DeviceOpenError::Missing, Errno::NOENT)
+    );
+    assert_eq!(error.scope(), Scope::Connection);
+
+    // A device number that no driver has claimed.
+    mknodat(
+        CWD,
+        "/dev/fuse",
+        FileType::CharacterDevice,
+        Mode::RUSR,
+        makedev(10, 255),
+    )?;
+    let error = FuseDevice::open().unwrap_err();
+    assert!(
+        matches!(error, DeviceOpenError::NoDriver { .. }),
+        "{error:?}"
+    );
+
+    // A filesystem that denies devices to everybody.
+    mount("tmpfs", "/dev", "tmpfs", MountFlags::NODEV, None)?;
+    mknodat(
+        CWD,
+        "/dev/fuse",
+        FileType::CharacterDevice,
+        Mode::RUSR,
+        makedev(10, 229),
+    )?;
+    let error = FuseDevice::open().unwrap_err();
+    assert!(matches!(error, DeviceOpenError::Denied { .. }), "{error:?}");
+    assert_eq!(
+        (error.errno(), error.scope()),
+        (Errno::ACCESS, Scope::Connection)
+    );
+    Ok("ok".into())
+}

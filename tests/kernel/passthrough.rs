@@ -1,0 +1,446 @@
+//! What a registration is for: a client's reads and writes through the mount, and the ways in which
+//! they go wrong that this crate and its documentation speak of.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use fuse_backing::{
+    Access, BackingFile, Errno, FuseDevice, OpenFlags, OpenReply, OpenReplyError, uapi,
+};
+use libtest_mimic::Failed;
+use rustix::fs::{Mode, OFlags, open};
+
+use crate::client::{self, Client, Role, wait_for_parent};
+use crate::fuse::{Connection, Init, Node, OpenAnswer};
+use crate::sandbox::{Sandbox, Tmpfs};
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    (
+        "reads_and_writes_pass_the_server_by",
+        Needs::Passthrough,
+        reads_and_writes_pass_the_server_by,
+    ),
+    (
+        "direct_io_comes_to_the_server",
+        Needs::Passthrough,
+        direct_io_comes_to_the_server,
+    ),
+    (
+        "server_reply_is_plain_fuse",
+        Needs::Passthrough,
+        server_reply_is_plain_fuse,
+    ),
+    (
+        "access_mode_is_ignored",
+        Needs::Passthrough,
+        access_mode_is_ignored,
+    ),
+    (
+        "access_is_held_against_the_client",
+        Needs::Passthrough,
+        access_is_held_against_the_client,
+    ),
+    (
+        "read_only_mount_does_stop_writes",
+        Needs::Passthrough,
+        read_only_mount_does_stop_writes,
+    ),
+    (
+        "flags_that_the_kernel_refuses",
+        Needs::Passthrough,
+        flags_that_the_kernel_refuses,
+    ),
+    (
+        "id_closed_before_the_reply",
+        Needs::Passthrough,
+        id_closed_before_the_reply,
+    ),
+    (
+        "id_closed_while_files_are_open",
+        Needs::Passthrough,
+        id_closed_while_files_are_open,
+    ),
+    (
+        "second_id_for_an_open_inode",
+        Needs::Passthrough,
+        second_id_for_an_open_inode,
+    ),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("read", read), ("overwrite", overwrite), ("hold", hold)];
+
+const CONTENT: &str = "what the backing file says";
+
+/// Prints what it reads, or the errno.
+fn read(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    Ok(match fs::read_to_string(&args[0]) {
+        Ok(content) => content,
+        Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+    })
+}
+
+/// Opens for reading and writing, and writes.
+fn overwrite(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let opened = File::options().read(true).write(true).open(&args[0]);
+    Ok(
+        match opened.and_then(|mut file| file.write_all(args[1].as_bytes())) {
+            Ok(()) => "written".into(),
+            Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+        },
+    )
+}
+
+/// Opens, says so, waits, and reads.
+fn hold(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let mut file = match File::open(&args[0]) {
+        Ok(file) => file,
+        Err(error) => return Ok(format!("errno {}", error.raw_os_error().unwrap_or(0))),
+    };
+    println!("open");
+    wait_for_parent()?;
+    let mut content = String::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.read_to_string(&mut content)?;
+    Ok(content)
+}
+
+type Device = FuseDevice<Arc<OwnedFd>>;
+type Answer = dyn Fn(&Device, u64, i32) -> OpenAnswer + Send + Sync;
+
+/// A mount of one file, whose backing on `tmpfs` has `CONTENT`.
+fn serve(sandbox: &Sandbox, tmpfs: &Tmpfs, answer: Arc<Answer>) -> Result<Connection, Failed> {
+    // The server's closure is made before there is a device to give it.
+    let late: Arc<OnceLock<Device>> = Arc::default();
+    let device = Arc::clone(&late);
+    let handles = AtomicU64::new(1);
+    let on_open = move |_, flags| {
+        let device = device.get().ok_or(Errno::IO)?;
+        answer(device, handles.fetch_add(1, Ordering::Relaxed), flags)
+    };
+    let node = Node {
+        name: "file".into(),
+        backing: tmpfs.file("file", CONTENT)?,
+    };
+    let connection =
+        Connection::serve(sandbox, Init::passthrough(1), vec![node], Arc::new(on_open))?;
+    late.set(connection.device()).map_err(|_| "set twice")?;
+    Ok(connection)
+}
+
+/// Registers a file for good and answers with it, checked or not.
+fn registered(
+    path: &Path,
+    flags: OFlags,
+    reply: impl Fn(i32, i32) -> Result<(u32, i32), Errno> + Send + Sync + 'static,
+) -> Arc<Answer> {
+    let path = path.to_owned();
+    let id: Mutex<Option<i32>> = Mutex::default();
+    Arc::new(move |device, fh, client_flags| {
+        let mut id = id.lock().unwrap();
+        let id = match *id {
+            Some(id) => id,
+            None => {
+                let fd = open(&path, flags | OFlags::CLOEXEC, Mode::empty())?;
+                let new = device.backing_open(fd).map_err(|e| e.errno())?.into_raw();
+                *id.insert(new)
+            }
+        };
+        let (open_flags, backing_id) = reply(id, client_flags)?;
+        let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        let mut out = reply.to_fuse_open_out(fh);
+        out.open_flags = open_flags;
+        out.backing_id = backing_id;
+        Ok(out)
+    })
+}
+
+/// What a server does that checks nothing.
+fn unchecked(id: i32, _: i32) -> Result<(u32, i32), Errno> {
+    Ok((uapi::FOPEN_PASSTHROUGH, id))
+}
+
+fn client(connection: &Connection, role: &str, extra: &str) -> Result<String, Failed> {
+    client::run(
+        role,
+        &[connection.path("file").as_os_str(), OsStr::new(extra)],
+    )
+}
+
+fn errno(errno: Errno) -> String {
+    format!("errno {}", errno.raw_os_error())
+}
+
+fn backing_content(tmpfs: &Tmpfs) -> Result<String, Failed> {
+    Ok(fs::read_to_string(tmpfs.path().join("file"))?)
+}
+
+/// The main job: a guard for each inode, checked replies, no READ and no WRITE.
+fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let path = tmpfs.path().join("file");
+    let opens: Mutex<Vec<BackingFile<Arc<Device>>>> = Mutex::default();
+    let opens = Arc::new(opens);
+    let kept = Arc::clone(&opens);
+    let connection = serve(
+        sandbox,
+        &tmpfs,
+        Arc::new(move |device, fh, flags| {
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            let mut opens = kept.lock().unwrap();
+            if opens.is_empty() {
+                let device = FuseDevice::new(device.as_fd().try_clone_to_owned().unwrap().into());
+                opens.push(BackingFile::open(Arc::new(device.unwrap()), &file).unwrap());
+            }
+            let granted = Access::of(&file).unwrap();
+            let reply = OpenReply::passthrough(&opens[0], granted, flags, OpenFlags::NOFLUSH);
+            Ok(reply.unwrap().to_fuse_open_out(fh))
+        }),
+    )?;
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
+    assert_eq!(
+        client(&connection, "read", "")?,
+        CONTENT.replacen("what", "WHAT", 1)
+    );
+    assert_eq!(
+        backing_content(&tmpfs)?,
+        CONTENT.replacen("what", "WHAT", 1)
+    );
+    connection.wait_for_releases(3)?;
+    let seen = &connection.seen;
+    assert_eq!(seen.opens.load(Ordering::SeqCst), 3);
+    assert_eq!(seen.reads.load(Ordering::SeqCst), 0);
+    assert_eq!(seen.writes.load(Ordering::SeqCst), 0);
+    // The server's own fd of the node, then the id.
+    opens.lock().unwrap().clear();
+    drop(connection);
+    tmpfs.unmount_when_idle()
+}
+
+fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let checked = |id: i32, flags| {
+        let id = fuse_backing::BackingId::from_raw(id).ok_or(Errno::IO)?;
+        let reply =
+            OpenReply::passthrough_with_id(&id, Access::ReadWrite, flags, OpenFlags::DIRECT_IO)
+                .map_err(|_| Errno::IO)?;
+        Ok((reply.open_flags(), reply.backing_id()))
+    };
+    let answer = registered(&tmpfs.path().join("file"), OFlags::RDWR, checked);
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    assert_ne!(connection.seen.reads.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// The control of `reads_and_writes_pass_the_server_by`: that READs are counted.
+fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let answer: Arc<Answer> = Arc::new(|_, fh, _| {
+        let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        Ok(reply.to_fuse_open_out(fh))
+    });
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
+    assert_ne!(connection.seen.reads.load(Ordering::SeqCst), 0);
+    assert_ne!(connection.seen.writes.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// What happens without the check: a client writes through a registration that the server made with
+/// a read-only fd, or with one that cannot even be read.
+fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
+    for flags in [OFlags::RDONLY, OFlags::PATH] {
+        let tmpfs = sandbox.tmpfs()?;
+        let answer = registered(&tmpfs.path().join("file"), flags, unchecked);
+        let connection = serve(sandbox, &tmpfs, answer)?;
+        assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
+        assert_eq!(
+            backing_content(&tmpfs)?,
+            CONTENT.replacen("what", "WHAT", 1)
+        );
+    }
+    Ok(())
+}
+
+/// The same server with the check.
+fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let path = tmpfs.path().join("file");
+    let granted = Access::of(File::open("/proc/self/exe")?)?;
+    let checked = move |id: i32, flags| {
+        let id = fuse_backing::BackingId::from_raw(id).ok_or(Errno::IO)?;
+        match OpenReply::passthrough_with_id(&id, granted, flags, OpenFlags::empty()) {
+            Ok(reply) => Ok((reply.open_flags(), reply.backing_id())),
+            Err(OpenReplyError::AccessExceeded { .. }) => Err(Errno::ACCESS),
+            Err(_) => Err(Errno::IO),
+        }
+    };
+    let connection = serve(sandbox, &tmpfs, registered(&path, OFlags::RDONLY, checked))?;
+    assert_eq!(
+        client(&connection, "overwrite", "WHAT")?,
+        errno(Errno::ACCESS)
+    );
+    assert_eq!(backing_content(&tmpfs)?, CONTENT);
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    Ok(())
+}
+
+/// What the README recommends to whoever cannot trust every reply: a file opened through a detached
+/// read-only clone of its mount.
+#[allow(unsafe_code)]
+fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let folder = tmpfs.path().to_owned();
+    let id: OnceLock<i32> = OnceLock::new();
+    let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
+        let id = id.get_or_init(|| {
+            use rustix::mount::{OpenTreeFlags, open_tree};
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            let tree = open_tree(rustix::fs::CWD, &folder, flags).unwrap();
+            read_only(&tree);
+            let file = rustix::fs::openat(
+                &tree,
+                "file",
+                OFlags::RDONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            );
+            device.backing_open(file.unwrap()).unwrap().into_raw()
+        });
+        let mut out = OpenReply::server(OpenFlags::empty())
+            .unwrap()
+            .to_fuse_open_out(fh);
+        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, *id);
+        Ok(out)
+    });
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    assert_eq!(client(&connection, "overwrite", "WHAT")?, errno(Errno::IO));
+    assert_eq!(backing_content(&tmpfs)?, CONTENT);
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    assert_eq!(connection.seen.reads.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// `mount_setattr(tree, "", AT_EMPTY_PATH, {.attr_set = MOUNT_ATTR_RDONLY})`
+#[allow(unsafe_code)]
+fn read_only(tree: &OwnedFd) {
+    use std::os::fd::AsRawFd;
+    const MOUNT_ATTR_RDONLY: u64 = 1;
+    let attr: [u64; 4] = [MOUNT_ATTR_RDONLY, 0, 0, 0];
+    // SAFETY: `attr` is a `struct mount_attr` of the size that is said, and the path a C string.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            attr.as_ptr(),
+            size_of_val(&attr),
+        )
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// The control of `OpenReplyError::FlagsNotAllowed`: with each of them the client gets EIO, and with
+/// each that is allowed it does not.
+fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
+    for bit in 0..32 {
+        let flag = 1 << bit;
+        let id = fuse_backing::BackingId::from_raw(1).ok_or("positive")?;
+        let allowed = OpenReply::passthrough_with_id(
+            &id,
+            Access::ReadOnly,
+            0,
+            OpenFlags::from_bits_retain(flag),
+        )
+        .is_ok();
+
+        let tmpfs = sandbox.tmpfs()?;
+        let with_flag = move |id, _| Ok((uapi::FOPEN_PASSTHROUGH | flag, id));
+        let answer = registered(&tmpfs.path().join("file"), OFlags::RDONLY, with_flag);
+        let connection = serve(sandbox, &tmpfs, answer)?;
+        let expected = if allowed {
+            CONTENT.to_owned()
+        } else {
+            errno(Errno::IO)
+        };
+        assert_eq!(client(&connection, "read", "")?, expected, "bit {bit}");
+    }
+    Ok(())
+}
+
+/// What the borrow in `OpenReply` rules out.
+fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let path = tmpfs.path().join("file");
+    let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
+        let id = device.backing_open(File::open(&path).unwrap()).unwrap();
+        let mut out = OpenReply::server(OpenFlags::empty())
+            .unwrap()
+            .to_fuse_open_out(fh);
+        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id.as_raw());
+        device.backing_close(id).unwrap();
+        Ok(out)
+    });
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+    // A RELEASE follows an open that failed so: the server's handle is not leaked.
+    connection.wait_for_releases(1)
+}
+
+/// Files that are open go on; a new open with the closed id fails.
+fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let answer = registered(&tmpfs.path().join("file"), OFlags::RDONLY, unchecked);
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    let path = connection.path("file");
+    let mut holder = Client::start("hold", &[path.as_os_str()])?;
+    assert_eq!(holder.line()?, "open");
+
+    let id = fuse_backing::BackingId::from_raw(1).ok_or("positive")?;
+    connection.device().backing_close(id)?;
+    assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+
+    holder.proceed()?;
+    assert_eq!(holder.finish()?, CONTENT);
+    assert_eq!(connection.seen.reads.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// Why one `BackingFile` serves all opens of an inode.
+fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let path = tmpfs.path().join("file");
+    // A registration for each open, of the same file.
+    let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
+        let id = device
+            .backing_open(File::open(&path).unwrap())
+            .unwrap()
+            .into_raw();
+        let mut out = OpenReply::server(OpenFlags::empty())
+            .unwrap()
+            .to_fuse_open_out(fh);
+        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id);
+        Ok(out)
+    });
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    let mut holder = Client::start("hold", &[connection.path("file").as_os_str()])?;
+    assert_eq!(holder.line()?, "open");
+    assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+    holder.proceed()?;
+    assert_eq!(holder.finish()?, CONTENT);
+    connection.wait_for_releases(2)?;
+    assert_eq!(
+        client(&connection, "read", "")?,
+        CONTENT,
+        "nobody has it open any more"
+    );
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! `FUSE_DEV_IOC_SYNC_INIT`: mount(2) that waits for INIT. Linux 6.18.
+
+use std::process::Command;
+use std::time::Duration;
+
+use fuse_backing::{Errno, FuseDevice, Scope, SyncInitError, uapi};
+use libtest_mimic::Failed;
+
+use crate::client::{self, Role};
+use crate::fuse::{Connection, Init, attach};
+use crate::sandbox::Sandbox;
+use crate::seccomp::{Forged, forge};
+use crate::thread::apart;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    (
+        "mount_waits_for_init",
+        Needs::SyncInit,
+        mount_waits_for_init,
+    ),
+    ("already_attached", Needs::SyncInit, already_attached),
+    (
+        "backing_open_waits_for_mount",
+        Needs::SyncInit,
+        backing_open_waits_for_mount,
+    ),
+    ("forged_errors", Needs::Nothing, forged_errors),
+];
+
+pub const ROLES: &[(&str, Role)] = &[
+    ("mount-synchronously", mount_synchronously),
+    ("register-before-mount", register_before_mount),
+];
+
+/// Instead of the tests, on an older kernel.
+pub fn assert_absent() -> Result<(), Failed> {
+    let refused = FuseDevice::open()?.sync_init();
+    assert_eq!(refused, Err(SyncInitError::UnsupportedKernel));
+    Ok(())
+}
+
+/// Without an answer to INIT mount(2) does not return. The control is
+/// `backing_open::init_not_answered`, where it does.
+fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
+    let mountpoint = sandbox.folder("mnt")?;
+    let mut child = client::Client::start("mount-synchronously", &[mountpoint.as_os_str()])?;
+    assert_eq!(child.line()?, "mounting");
+    std::thread::sleep(Duration::from_millis(300));
+    let state = std::fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
+    assert!(!state.contains(") Z "), "mount(2) returned: {state}");
+    assert!(
+        !std::fs::read_to_string("/proc/self/mountinfo")?.contains(mountpoint.to_str().unwrap())
+    );
+    // Killed on drop, which ends the wait and with the last device fd the connection.
+    drop(child);
+
+    // And with an answer it returns when passthrough is on: registering needs no waiting.
+    let device = FuseDevice::open()?;
+    device.sync_init()?;
+    let connection = Connection::serve_before_mount(sandbox, Init::passthrough(1), device)?;
+    let device = connection.device();
+    let id = device.backing_open(tempfile::tempfile()?)?;
+    device.backing_close(id)?;
+    Ok(())
+}
+
+fn mount_synchronously(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let device = FuseDevice::open()?;
+    device.sync_init()?;
+    println!("mounting");
+    attach(&device.into_inner(), args[0].as_ref()).map_err(|e| format!("{e:?}"))?;
+    Ok("mounted".into())
+}
+
+fn already_attached(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::PLAIN)?;
+    let refused = connection.device().sync_init().unwrap_err();
+    assert_eq!(refused, SyncInitError::AlreadyAttached);
+    assert_eq!(
+        (refused.errno(), refused.scope()),
+        (Errno::INVAL, Scope::Connection)
+    );
+    Ok(())
+}
+
+/// In a child, because it would wait forever: a signal ends it.
+fn backing_open_waits_for_mount(_: &Sandbox) -> Result<(), Failed> {
+    let result = client::run("register-before-mount", &[])?;
+    assert_eq!(result, "waited: true, Interrupted Transient");
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn register_before_mount(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    extern "C" fn nothing(_: libc::c_int) {}
+    let device = FuseDevice::open()?;
+    device.sync_init()?;
+    let file = tempfile::tempfile()?;
+    // A handler without SA_RESTART, and a signal in a moment.
+    // SAFETY: zero is a valid value of every member.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = nothing as *const () as usize;
+    // SAFETY: `action` lives, and the handler does nothing.
+    unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) };
+    let script = format!("sleep 0.5; kill -USR1 {}", std::process::id());
+    let mut alarm = Command::new("sh").args(["-c", &script]).spawn()?;
+    let start = std::time::Instant::now();
+    let error = device.backing_open(&file).expect_err("there is no mount");
+    let waited = start.elapsed() > Duration::from_millis(200);
+    alarm.wait()?;
+    Ok(format!("waited: {waited}, {error:?} {:?}", error.scope()))
+}
+
+fn forged_errors(_: &Sandbox) -> Result<(), Failed> {
+    let device = FuseDevice::open()?;
+    for (errno, error) in [
+        (Errno::NOTTY, SyncInitError::UnsupportedKernel),
+        (Errno::NOSYS, SyncInitError::Unimplemented),
+        (Errno::IO, SyncInitError::Other(Errno::IO)),
+    ] {
+        let failed = apart(|| {
+            forge(&[(uapi::FUSE_DEV_IOC_SYNC_INIT, Forged::Error(errno))]).expect("seccomp");
+            device.sync_init().unwrap_err()
+        });
+        assert_eq!(
+            (failed, failed.errno(), failed.scope()),
+            (error, errno, Scope::Connection)
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,118 @@
+//! Child processes: clients of a mount, and roles that need a process of their own.
+//!
+//! A process that holds files open on its own FUSE mount can deadlock when it exits, so whatever
+//! opens a file of a mount that the test process serves is a re-execution of the test binary.
+
+use std::env;
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+
+use libtest_mimic::Failed;
+
+/// The argument by which the test binary knows that it is a child.
+const MARK: &str = "--fuse-backing-child";
+
+/// A child's part: gets its arguments, talks on stdout, returns what it ends with.
+pub type Role = fn(&[String]) -> Result<String, Box<dyn std::error::Error>>;
+
+/// Runs this process's part, if it is a child.
+pub fn play(roles: &[(&str, Role)]) -> Option<ExitCode> {
+    let mut args = env::args().skip(1);
+    if args.next()? != MARK {
+        return None;
+    }
+    let name = args.next()?;
+    let rest: Vec<_> = args.collect();
+    let Some((_, role)) = roles.iter().find(|(role, _)| *role == name) else {
+        println!("no role {name}");
+        return Some(ExitCode::FAILURE);
+    };
+    let (last, code) = match role(&rest) {
+        Ok(last) => (last, ExitCode::SUCCESS),
+        Err(error) => (format!("error: {error}"), ExitCode::FAILURE),
+    };
+    println!("{last}");
+    Some(code)
+}
+
+/// A child that was started. Killed when dropped before it ended.
+pub struct Client {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Client {
+    pub fn start(role: &str, args: &[&OsStr]) -> Result<Self, Failed> {
+        Self::start_with(role, args, Stdio::piped())
+    }
+
+    /// With an fd as its standard input: the one way to hand it over that needs no inheritable fd.
+    pub fn start_with_fd(role: &str, args: &[&OsStr], fd: OwnedFd) -> Result<Self, Failed> {
+        Self::start_with(role, args, Stdio::from(fd))
+    }
+
+    fn start_with(role: &str, args: &[&OsStr], input: Stdio) -> Result<Self, Failed> {
+        let mut child = Command::new(env::current_exe()?)
+            .args([MARK, role])
+            .args(args)
+            .stdin(input)
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = child.stdout.take().ok_or("stdout is piped")?;
+        Ok(Self {
+            input: child.stdin.take(),
+            output: BufReader::new(output),
+            child,
+        })
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next line that it prints.
+    pub fn line(&mut self) -> Result<String, Failed> {
+        let mut line = String::new();
+        self.output.read_line(&mut line)?;
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Lets a child go on that waits in `wait_for_parent`.
+    pub fn proceed(&mut self) -> Result<(), Failed> {
+        self.input.as_mut().ok_or("no pipe")?.write_all(b"\n")?;
+        Ok(())
+    }
+
+    /// Waits for its end, and returns the last line that it printed.
+    pub fn finish(mut self) -> Result<String, Failed> {
+        drop(self.input.take());
+        let mut last = String::new();
+        let mut line = self.line()?;
+        while !line.is_empty() {
+            last = line;
+            line = self.line()?;
+        }
+        self.child.wait()?;
+        Ok(last)
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Start to end.
+pub fn run(role: &str, args: &[&OsStr]) -> Result<String, Failed> {
+    Client::start(role, args)?.finish()
+}
+
+/// In the child.
+pub fn wait_for_parent() -> std::io::Result<()> {
+    std::io::stdin().read_line(&mut String::new()).map(drop)
+}

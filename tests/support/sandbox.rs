@@ -1,0 +1,202 @@
+//! What every kernel test stands in: a mount namespace of its own, a scratch tmpfs, fusectl, and a
+//! watchdog.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
+use rustix::process::geteuid;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// After this the test's connections are aborted, which fails whatever hangs on them.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// After this the process ends.
+const GRACE: Duration = Duration::from_secs(20);
+
+static ROOT: OnceLock<PathBuf> = OnceLock::new();
+static TESTS: Mutex<Option<HashMap<u64, Watched>>> = Mutex::new(None);
+
+struct Watched {
+    name: String,
+    since: Instant,
+    /// fusectl's `abort` of each.
+    connections: Vec<Arc<File>>,
+}
+
+/// Leaves the machine's mount namespace for a private one, where nothing that a test mounts can be
+/// left behind. Before any thread is started, since a namespace belongs to a thread.
+pub fn enter() -> Result<(), String> {
+    if !geteuid().is_root() {
+        return Err("not root: mount(2) and CAP_SYS_ADMIN are needed".into());
+    }
+    fs::metadata("/dev/fuse").map_err(|e| format!("/dev/fuse: {e}"))?;
+    let failed = |what: &str, errno| format!("{what}: {errno}");
+    unshare_mounts().map_err(|e| failed("unshare(CLONE_NEWNS)", e))?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).map_err(|e| failed("mount --make-rprivate /", e))?;
+
+    let root = std::env::temp_dir().join(format!("fuse-backing-test-{}", process::id()));
+    fs::create_dir(&root).map_err(|e| format!("{}: {e}", root.display()))?;
+    mount("tmpfs", &root, "tmpfs", MountFlags::empty(), None).map_err(|e| failed("tmpfs", e))?;
+    let fusectl = root.join("fusectl");
+    fs::create_dir(&fusectl).map_err(|e| e.to_string())?;
+    mount("fusectl", &fusectl, "fusectl", MountFlags::empty(), None)
+        .map_err(|e| failed("fusectl", e))?;
+    ROOT.set(root).map_err(|_| "entered twice")?;
+    thread::spawn(watchdog);
+    Ok(())
+}
+
+/// Takes the scratch folder away again; the mounts go with the namespace.
+pub fn leave() {
+    if let Some(root) = ROOT.get() {
+        let _ = unmount(root, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(root);
+    }
+}
+
+#[allow(unsafe_code)]
+fn unshare_mounts() -> rustix::io::Result<()> {
+    // SAFETY: CLONE_NEWNS does not touch the table of file descriptors, which is what makes
+    // `unshare` unsafe.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+fn watchdog() {
+    loop {
+        thread::sleep(Duration::from_millis(200));
+        let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        for test in tests.iter_mut().flat_map(HashMap::values_mut) {
+            let age = test.since.elapsed();
+            if age > PATIENCE {
+                for abort in test.connections.drain(..) {
+                    eprintln!("watchdog: {} hangs, aborting its connection", test.name);
+                    let _ = abort.as_ref().write_all(b"1");
+                }
+            }
+            if age > PATIENCE + GRACE {
+                eprintln!("watchdog: {} still hangs, giving up", test.name);
+                process::exit(124);
+            }
+        }
+    }
+}
+
+/// One test's place: a folder of its own, and the watchdog's eye.
+#[derive(Clone)]
+pub struct Sandbox(Arc<Inner>);
+
+struct Inner {
+    key: u64,
+    folder: PathBuf,
+    folders: AtomicU64,
+}
+
+impl Sandbox {
+    pub fn new(test: &str) -> Result<Self, Failed> {
+        static KEYS: AtomicU64 = AtomicU64::new(0);
+        let key = KEYS.fetch_add(1, Ordering::Relaxed);
+        let root = ROOT.get().ok_or("the sandbox was not entered")?;
+        let folder = root.join(key.to_string());
+        fs::create_dir(&folder)?;
+        let watched = Watched {
+            name: test.to_owned(),
+            since: Instant::now(),
+            connections: Vec::new(),
+        };
+        let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        tests.get_or_insert_default().insert(key, watched);
+        Ok(Self(Arc::new(Inner {
+            key,
+            folder,
+            folders: AtomicU64::new(0),
+        })))
+    }
+
+    /// A new, empty folder.
+    pub fn folder(&self, name: &str) -> Result<PathBuf, Failed> {
+        let n = self.0.folders.fetch_add(1, Ordering::Relaxed);
+        let folder = self.0.folder.join(format!("{n}-{name}"));
+        fs::create_dir(&folder)?;
+        Ok(folder)
+    }
+
+    /// A tmpfs of its own, to see by unmounting it whether anything pins a file on it.
+    pub fn tmpfs(&self) -> Result<Tmpfs, Failed> {
+        let folder = self.folder("tmpfs")?;
+        mount("tmpfs", &folder, "tmpfs", MountFlags::empty(), None)?;
+        Ok(Tmpfs(folder))
+    }
+
+    pub fn fusectl(&self) -> PathBuf {
+        ROOT.get().expect("entered").join("fusectl")
+    }
+
+    /// Has the watchdog abort a connection if the test hangs, by fusectl's file for it.
+    pub fn watch(&self, abort: Arc<File>) {
+        let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(test) = tests.as_mut().and_then(|tests| tests.get_mut(&self.0.key)) {
+            test.connections.push(abort);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tests) = tests.as_mut() {
+            tests.remove(&self.key);
+        }
+    }
+}
+
+/// The leak oracle: it cannot be unmounted while any of its files is open or registered.
+pub struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// A file of this content, open for reading and writing.
+    pub fn file(&self, name: &str, content: &str) -> Result<File, Failed> {
+        let path = self.0.join(name);
+        fs::write(&path, content)?;
+        Ok(File::options().read(true).write(true).open(path)?)
+    }
+
+    pub fn unmount(&self) -> rustix::io::Result<()> {
+        unmount(&self.0, UnmountFlags::NOFOLLOW)
+    }
+
+    /// Patient, because a child of another test has, between its fork and its exec, all fds of this
+    /// process; and because the kernel puts a file's last reference a moment after close(2).
+    pub fn unmount_when_idle(&self) -> Result<(), Failed> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.unmount() {
+                Ok(()) => return Ok(()),
+                Err(errno) if Instant::now() > deadline => {
+                    return Err(format!("something pins a file: umount says {errno}").into());
+                }
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
+}

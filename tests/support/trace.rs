@@ -1,0 +1,85 @@
+//! Every system call of a child, in order, by ptrace(2).
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+
+use libtest_mimic::Failed;
+
+use crate::client::Client;
+
+/// A call's number, and its first two arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub number: i64,
+    pub args: [u64; 2],
+}
+
+/// Lets a child go on that waits for its parent, and records what it calls until it ends.
+pub fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
+    let pid = child.id() as libc::pid_t;
+    let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXIT;
+    ptrace(libc::PTRACE_SEIZE, pid, 0, options as usize)?;
+    ptrace(libc::PTRACE_INTERRUPT, pid, 0, 0)?;
+    let mut calls = Vec::new();
+    let mut status = wait(pid)?;
+    child.proceed()?;
+    while libc::WIFSTOPPED(status) {
+        let signal = libc::WSTOPSIG(status);
+        let event = status >> 16;
+        let mut deliver = 0;
+        if signal == libc::SIGTRAP | 0x80 {
+            calls.extend(entry(pid)?);
+        } else if event == libc::PTRACE_EVENT_EXIT {
+            // Whoever started it waits for it.
+            ptrace(libc::PTRACE_DETACH, pid, 0, 0)?;
+            break;
+        } else if event == 0 {
+            deliver = signal as usize;
+        }
+        ptrace(libc::PTRACE_SYSCALL, pid, 0, deliver)?;
+        status = wait(pid)?;
+    }
+    Ok(calls)
+}
+
+/// The call that the child stopped at, if it stopped at an entry.
+fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
+    let mut info = MaybeUninit::<libc::ptrace_syscall_info>::zeroed();
+    ptrace(
+        libc::PTRACE_GET_SYSCALL_INFO,
+        pid,
+        size_of::<libc::ptrace_syscall_info>(),
+        info.as_mut_ptr() as usize,
+    )?;
+    // SAFETY: zeroed, and every bit pattern is one of these integers.
+    let info = unsafe { info.assume_init() };
+    if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
+        return Ok(None);
+    }
+    // SAFETY: of an entry, this is the member that the kernel filled in.
+    let entry = unsafe { info.u.entry };
+    Ok(Some(Call {
+        number: entry.nr as i64,
+        args: [entry.args[0], entry.args[1]],
+    }))
+}
+
+fn ptrace(request: libc::c_uint, pid: libc::pid_t, addr: usize, data: usize) -> io::Result<()> {
+    // SAFETY: the requests above write nothing here but PTRACE_GET_SYSCALL_INFO, which writes at
+    // most the `addr` bytes that `data` points to.
+    match unsafe { libc::ptrace(request, pid, addr, data) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn wait(pid: libc::pid_t) -> io::Result<libc::c_int> {
+    let mut status = 0;
+    // SAFETY: `status` is a live c_int.
+    match unsafe { libc::waitpid(pid, &raw mut status, libc::__WALL) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(status),
+    }
+}

@@ -20,7 +20,7 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// A file descriptor known to be `/dev/fuse`.
 ///
 /// A FUSE *connection* is what a mount and its server share. A device fd is attached to one when it
-/// is handed to mount(2), and stays so for good; [`clone_connection`] attaches further ones.
+/// is handed to mount(2), and stays so for good; [`clone_connection`](Self::clone_connection) attaches further ones.
 ///
 /// `Fd` is whatever holds the fd: an [`OwnedFd`], a [`File`](std::fs::File), a [`BorrowedFd`], or a
 /// reference or [`Arc`](std::sync::Arc) of one of these, so that a server lends what it already

@@ -184,6 +184,9 @@ impl BackingOpenError {
 
 /// Closing a backing id failed. What was to be closed is inside: `T` is a
 /// [`BackingId`](crate::BackingId) or a [`BackingFile`](crate::BackingFile).
+///
+/// Where `?` asks for an error that borrows nothing, and `T` is a guard that borrows its device,
+/// `map_err(|failed| failed.cause())` has one.
 #[derive(Error)]
 #[error("closing a backing id failed: {cause}")]
 pub struct BackingCloseError<T> {

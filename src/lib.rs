@@ -1,4 +1,85 @@
-//! placeholder
+//! Safe bindings to the `/dev/fuse` ioctls behind FUSE passthrough.
+//!
+//! With *passthrough* (Linux 6.9) a FUSE server hands a file to the kernel: it registers a *backing
+//! file* with its connection, gets a *backing id*, and answers OPEN with that id. From then on the
+//! kernel reads and writes the backing file itself; the server sees OPEN, RELEASE and whatever is
+//! not I/O.
+//!
+//! This crate serves no filesystem and depends on no FUSE library: whoever has the device fd can
+//! use it.
+//!
+//! # The way of a file
+//!
+//! 1. **INIT.** The reply must have `FUSE_INIT_EXT`, `FUSE_PASSTHROUGH`, a `max_stack_depth` of 1 or
+//!    2, and no `FUSE_WRITEBACK_CACHE`; see [`uapi`] for the bits. The kernel accepts any other
+//!    reply without a word, and refuses every registration later.
+//! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, in whatever holds it, and refuses
+//!    what is not `/dev/fuse`.
+//! 3. **A registration.** [`FuseDevice::backing_open`] gives a [`BackingId`], a token to be closed
+//!    once; [`BackingFile`] is the guard that closes it on drop.
+//! 4. **The reply.** [`OpenReply`] builds the two fields that OPEN and CREATE replies need, and
+//!    refuses what the kernel would answer with a bare `EIO` to the client.
+//! 5. **The end.** After the last RELEASE of the inode the guard is dropped.
+//!
+//! ```no_run
+//! use fuse_backing::{Access, BackingFile, FuseDevice, OpenFlags, OpenReply};
+//! use std::fs::File;
+//! use std::sync::Arc;
+//! # fn mounted_device() -> std::os::fd::OwnedFd { unimplemented!() }
+//! # fn send(_: &[u8]) {}
+//!
+//! let device = Arc::new(FuseDevice::new(mounted_device())?);
+//!
+//! // OPEN of an inode that nobody has open, with the client's flags; here O_RDONLY.
+//! let client_flags = 0;
+//! let file = File::open("/srv/data/file")?;
+//! let backing = BackingFile::open(Arc::clone(&device), &file)?;
+//! let fh = 1;
+//! let reply =
+//!     OpenReply::passthrough(&backing, Access::of(&file)?, client_flags, OpenFlags::empty())?;
+//! send(&reply.to_fuse_open_out(fh).to_bytes());
+//!
+//! // The last RELEASE of the inode.
+//! backing.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The repository's `examples/mirror.rs` is a whole filesystem on [fuser].
+//!
+//! # What the kernel does not do for you
+//!
+//! - **It ignores the access mode of the fd that is registered.** A client that opens the FUSE file
+//!   for writing writes to a backing file that was registered read-only. [`Access`] and
+//!   [`OpenReply`] hold the client's flags against what the server grants.
+//! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
+//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`.
+//! - **It needs the id after the reply was written.** An id that is closed right after the reply
+//!   races with the client's open.
+//! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
+//!   mount and every fd of its connection are gone, duplicates in other processes among them.
+//! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them.
+//! - **It asks for `CAP_SYS_ADMIN` again at closing.** A server that drops it closes nothing.
+//!
+//! # Errors
+//!
+//! Every operation has an error of its own, with a variant for each cause: `EPERM` alone has five.
+//! `errno()` is what the kernel said, and `scope()`, a [`Scope`], what it means for the next
+//! attempt. What the crate is not certain of it calls unknown. All of them become a
+//! [`std::io::Error`] that keeps the message.
+//!
+//! # ABI
+//!
+//! Layouts and ioctl numbers are asserted at compile time, for every target, against facts measured
+//! on running kernels. With `FUSE_BACKING_UAPI_CHECK=require` in the environment the build also
+//! compares them with `<linux/fuse.h>`; see the README. Left unset, as for dependents, no C compiler
+//! is asked for.
+//!
+//! # Android
+//!
+//! Built for Android too. Its kernels before 6.9 have a passthrough of their own, with other
+//! ioctls; there every registration fails with [`BackingOpenError::UnsupportedKernel`].
+//!
+//! [fuser]: https://docs.rs/fuser
 
 #![warn(clippy::pedantic)]
 
@@ -24,3 +105,8 @@ pub use error::{
 };
 pub use open::{Access, AccessError, OpenFlags, OpenReply, OpenReplyError};
 pub use rustix::{fs::FileType, io::Errno};
+
+/// The README's examples are compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

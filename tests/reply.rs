@@ -1,0 +1,164 @@
+//! `OpenReply`, `OpenFlags` and `Access`, which need no kernel: every combination, against rules
+//! written down a second time. That the kernel has the same rules: tests/kernel/passthrough.rs.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+
+use fuse_backing::{
+    Access, AccessError, BackingId, OpenFlags, OpenReply, OpenReplyError, uapi::fuse_open_out,
+};
+use rustix::fs::OFlags;
+
+const ALL: [Access; 3] = [Access::ReadOnly, Access::WriteOnly, Access::ReadWrite];
+
+fn id() -> BackingId {
+    BackingId::from_raw(7).unwrap()
+}
+
+#[test]
+fn access_of_an_fd() {
+    let open = |flags: OFlags| {
+        File::options()
+            .read(true)
+            .custom_flags(flags.bits() as i32)
+            .open("/dev/null")
+            .unwrap()
+    };
+    let write = File::options().write(true).open("/dev/null").unwrap();
+    let both = File::options().read(true).write(true).open("/dev/null");
+    assert_eq!(Access::of(open(OFlags::empty())), Ok(Access::ReadOnly));
+    assert_eq!(Access::of(&write), Ok(Access::WriteOnly));
+    assert_eq!(Access::of(both.unwrap()), Ok(Access::ReadWrite));
+    // F_GETFL says O_RDONLY of it: an fd that nothing can be read from.
+    assert_eq!(Access::of(open(OFlags::PATH)), Err(AccessError::PathOnly));
+    let mode_3 = rustix::fs::open("/dev/null", OFlags::ACCMODE, rustix::fs::Mode::empty());
+    assert_eq!(Access::of(mode_3.unwrap()), Err(AccessError::Neither));
+    assert_eq!(
+        io::Error::from(AccessError::PathOnly).kind(),
+        io::ErrorKind::PermissionDenied
+    );
+}
+
+#[test]
+fn access_that_open_flags_ask_for() {
+    // What a client's open may carry besides, exec's 0o40 among it.
+    let others = [
+        OFlags::empty(),
+        OFlags::APPEND,
+        OFlags::DIRECT,
+        OFlags::NONBLOCK,
+        OFlags::from_bits_retain(0o40),
+        OFlags::from_bits_retain(1 << 31),
+    ];
+    for other in others {
+        for (mode, plain, truncating) in [
+            (OFlags::RDONLY, Access::ReadOnly, Access::ReadWrite),
+            (OFlags::WRONLY, Access::WriteOnly, Access::WriteOnly),
+            (OFlags::RDWR, Access::ReadWrite, Access::ReadWrite),
+            (OFlags::ACCMODE, Access::ReadWrite, Access::ReadWrite),
+        ] {
+            let wanted = |flags: OFlags| Access::wanted_by(flags.bits() as i32);
+            assert_eq!(wanted(mode | other), plain, "{mode:?} {other:?}");
+            assert_eq!(
+                wanted(mode | other | OFlags::TRUNC),
+                truncating,
+                "{mode:?} {other:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn access_allows_no_more_than_it_is() {
+    for granted in ALL {
+        for wanted in ALL {
+            let reads = |access| access != Access::WriteOnly;
+            let writes = |access| access != Access::ReadOnly;
+            let expected =
+                (!reads(wanted) || reads(granted)) && (!writes(wanted) || writes(granted));
+            assert_eq!(granted.allows(wanted), expected, "{granted} {wanted}");
+        }
+    }
+}
+
+#[test]
+fn access_exceeded() {
+    for granted in ALL {
+        for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR] {
+            let wanted = Access::wanted_by(flags.bits() as i32);
+            let id = id();
+            let reply = OpenReply::passthrough_with_id(
+                &id,
+                granted,
+                flags.bits() as i32,
+                OpenFlags::empty(),
+            );
+            if granted.allows(wanted) {
+                assert!(reply.is_ok());
+            } else {
+                let error = reply.unwrap_err();
+                assert_eq!(error, OpenReplyError::AccessExceeded { granted, wanted });
+                let message = format!("the client asks for {wanted} access, {granted} is granted");
+                assert_eq!(error.to_string(), message);
+                assert_eq!(
+                    io::Error::from(error).kind(),
+                    io::ErrorKind::PermissionDenied
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn flags_beside_passthrough() {
+    let allowed = [0, 5, 6, 7];
+    for bit in 0..32 {
+        let flags = OpenFlags::from_bits_retain(1 << bit);
+        let id = id();
+        let reply = OpenReply::passthrough_with_id(&id, Access::ReadOnly, 0, flags);
+        if allowed.contains(&bit) {
+            let reply = reply.unwrap();
+            assert_eq!(reply.open_flags(), 1 << bit | 1 << 7);
+            assert_eq!(reply.backing_id(), 7);
+        } else {
+            let error = reply.unwrap_err();
+            assert_eq!(error, OpenReplyError::FlagsNotAllowed { refused: flags });
+            assert_eq!(io::Error::from(error).kind(), io::ErrorKind::InvalidInput);
+        }
+    }
+}
+
+/// All bits but passthrough, known or not, are sent as they came.
+#[test]
+fn flags_without_passthrough() {
+    for bit in (0..32).filter(|&bit| bit != 7) {
+        let reply = OpenReply::server(OpenFlags::from_bits_retain(1 << bit)).unwrap();
+        assert_eq!((reply.open_flags(), reply.backing_id()), (1 << bit, 0));
+    }
+    assert_eq!(
+        OpenReply::server(OpenFlags::PASSTHROUGH | OpenFlags::KEEP_CACHE),
+        Err(OpenReplyError::FlagsNotAllowed {
+            refused: OpenFlags::PASSTHROUGH
+        })
+    );
+}
+
+#[test]
+fn bytes_of_fuse_open_out() {
+    let id = BackingId::from_raw(i32::MAX).unwrap();
+    let reply = OpenReply::passthrough_with_id(&id, Access::ReadWrite, 2, OpenFlags::NOFLUSH);
+    let out: fuse_open_out = reply.unwrap().to_fuse_open_out(u64::MAX - 1);
+    assert_eq!(
+        (out.fh, out.open_flags, out.backing_id),
+        (u64::MAX - 1, 0xa0, i32::MAX)
+    );
+    let expected = [
+        &(u64::MAX - 1).to_ne_bytes()[..],
+        &0xa0_u32.to_ne_bytes(),
+        &i32::MAX.to_ne_bytes(),
+    ];
+    assert_eq!(out.to_bytes().as_slice(), expected.concat());
+}

@@ -6,8 +6,7 @@ use std::os::fd::AsFd;
 
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
-use crate::device::FuseDevice;
-use crate::diagnose;
+use crate::device::{self, FuseDevice};
 use crate::error::{BackingCloseError, BackingOpenError};
 use crate::ioctl;
 
@@ -90,7 +89,7 @@ impl BackingId {
     }
 
     /// A second token for the same registration.
-    const fn alias(&self) -> Self {
+    pub(crate) const fn alias(&self) -> Self {
         Self(self.0)
     }
 }
@@ -228,15 +227,12 @@ impl<D: AsFd> BackingFile<D> {
     /// is dropped, which tries once more.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
-        match ioctl::backing_close(self.device.as_fd(), self.id.as_raw()) {
+        match device::backing_close(self.device.as_fd(), &self.id) {
             Ok(()) => {
                 self.registered = false;
                 Ok(())
             }
-            Err(errno) => {
-                let cause = diagnose::close(self.device.as_fd(), errno);
-                Err(BackingCloseError::new(self, cause))
-            }
+            Err(cause) => Err(BackingCloseError::new(self, cause)),
         }
     }
 }

@@ -10,7 +10,8 @@ use thiserror::Error;
 
 use crate::diagnose;
 use crate::error::{
-    BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError, SyncInitError,
+    BackingCloseCause, BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError,
+    SyncInitError,
 };
 use crate::{BackingId, ioctl};
 
@@ -104,6 +105,11 @@ impl<Fd: AsFd> FuseDevice<Fd> {
             Ok(()) => Ok(Self { fd }),
             Err(reason) => Err(NotFuseDevice { fd, reason }),
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn unchecked(fd: Fd) -> Self {
+        Self { fd }
     }
 
     /// Gives the `Fd` back.
@@ -220,8 +226,7 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     #[doc(alias = "FUSE_DEV_IOC_BACKING_CLOSE")]
     #[inline]
     pub fn backing_close(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
-        ioctl::backing_close(self.fd.as_fd(), id.as_raw())
-            .map_err(|errno| BackingCloseError::new(id, diagnose::close(self.fd.as_fd(), errno)))
+        backing_close(self.fd.as_fd(), &id).map_err(|cause| BackingCloseError::new(id, cause))
     }
 
     /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — A further device fd, attached to
@@ -302,9 +307,9 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     }
 }
 
-/// Out of line of `FuseDevice` so that it is compiled once, whatever holds the fd.
+/// For whoever has the device's fd in a holder of its own.
 #[inline]
-fn backing_open(
+pub(crate) fn backing_open(
     device: BorrowedFd<'_>,
     backing: BorrowedFd<'_>,
 ) -> Result<BackingId, BackingOpenError> {
@@ -312,6 +317,15 @@ fn backing_open(
         Ok(raw) => BackingId::from_raw(raw).ok_or(BackingOpenError::InvalidId(raw)),
         Err(errno) => Err(diagnose::open(device, backing, errno)),
     }
+}
+
+/// Whoever calls this lets no other alias of the id be closed.
+#[inline]
+pub(crate) fn backing_close(
+    device: BorrowedFd<'_>,
+    id: &BackingId,
+) -> Result<(), BackingCloseCause> {
+    ioctl::backing_close(device, id.as_raw()).map_err(|errno| diagnose::close(device, errno))
 }
 
 impl<Fd: AsFd> AsFd for FuseDevice<Fd> {

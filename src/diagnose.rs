@@ -106,14 +106,22 @@ fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
 }
 
 fn not_permitted() -> NotPermitted {
+    registering_permitted()
+        .err()
+        .unwrap_or(NotPermitted::NotNegotiatedOrDenied)
+}
+
+/// Whether the calling thread lacks what the kernel asks of whoever registers, as far as that can be
+/// told; where it cannot, the kernel's own answer will come.
+pub(crate) fn registering_permitted() -> Result<(), NotPermitted> {
     if in_initial_user_namespace() == Some(false) {
-        return NotPermitted::NotInInitialUserNamespace;
+        return Err(NotPermitted::NotInInitialUserNamespace);
     }
     match capabilities(None) {
         Ok(sets) if !sets.effective.contains(CapabilitySet::SYS_ADMIN) => {
-            NotPermitted::MissingCapability
+            Err(NotPermitted::MissingCapability)
         }
-        _ => NotPermitted::NotNegotiatedOrDenied,
+        _ => Ok(()),
     }
 }
 

@@ -93,8 +93,13 @@ mod backing;
 mod device;
 mod diagnose;
 mod error;
+mod init;
 mod ioctl;
+#[cfg(test)]
+mod model;
 mod open;
+mod sync;
+mod table;
 pub mod uapi;
 
 pub use backing::{BackingFile, BackingId};
@@ -103,8 +108,12 @@ pub use error::{
     BackingCloseCause, BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError,
     NotPermitted, Scope, SyncInitError,
 };
+pub use init::{InitFlags, MaxStackDepth, NegotiateError, Negotiated, negotiate};
 pub use open::{Access, AccessError, OpenFlags, OpenReply, OpenReplyError};
 pub use rustix::{fs::FileType, io::Errno};
+pub use table::{
+    BackingTable, Busy, Entry, Listing, OpenFile, ServerReason, TableOpenError, TableStats,
+};
 
 /// The README's examples are compiled with the documentation's.
 #[cfg(doctest)]

@@ -115,13 +115,30 @@ impl Access {
     /// ```
     #[must_use]
     pub fn wanted_by(client_flags: i32) -> Self {
-        #[allow(clippy::cast_sign_loss, reason = "a bit pattern")]
-        let flags = OFlags::from_bits_retain(client_flags as u32);
-        match flags & OFlags::ACCMODE {
-            OFlags::RDONLY if !flags.contains(OFlags::TRUNC) => Self::ReadOnly,
+        let by_mode = Self::wanted_by_mode(client_flags);
+        if Self::truncates(client_flags) {
+            by_mode.union(Self::WriteOnly)
+        } else {
+            by_mode
+        }
+    }
+
+    /// [`wanted_by`](Self::wanted_by), but for `O_TRUNC`.
+    pub(crate) fn wanted_by_mode(client_flags: i32) -> Self {
+        match client_oflags(client_flags) & OFlags::ACCMODE {
+            OFlags::RDONLY => Self::ReadOnly,
             OFlags::WRONLY => Self::WriteOnly,
             _ => Self::ReadWrite,
         }
+    }
+
+    pub(crate) fn truncates(client_flags: i32) -> bool {
+        client_oflags(client_flags).contains(OFlags::TRUNC)
+    }
+
+    /// Both together.
+    pub(crate) fn union(self, other: Self) -> Self {
+        if self == other { self } else { Self::ReadWrite }
     }
 
     /// Whether granting this is granting all that is `wanted`.
@@ -129,6 +146,11 @@ impl Access {
     pub fn allows(self, wanted: Self) -> bool {
         self == Self::ReadWrite || self == wanted
     }
+}
+
+#[allow(clippy::cast_sign_loss, reason = "a bit pattern")]
+fn client_oflags(client_flags: i32) -> OFlags {
+    OFlags::from_bits_retain(client_flags as u32)
 }
 
 impl fmt::Display for Access {
@@ -254,6 +276,11 @@ impl<'id> OpenReply<'id> {
         if !granted.allows(wanted) {
             return Err(OpenReplyError::AccessExceeded { granted, wanted });
         }
+        Self::with_id(id, flags)
+    }
+
+    /// For an id whose access was checked.
+    pub(crate) fn with_id(id: &'id BackingId, flags: OpenFlags) -> Result<Self, OpenReplyError> {
         let refused = flags.difference(OpenFlags::WITH_PASSTHROUGH);
         if !refused.is_empty() {
             return Err(OpenReplyError::FlagsNotAllowed { refused });

@@ -1,0 +1,195 @@
+//! A passthrough mirror: serves a directory tree at another place, where reads and writes do not
+//! come to the server.
+//!
+//! ```text
+//! mirror SRC MNT                    serve SRC at MNT until it is unmounted, or Ctrl-C
+//! mirror --no-passthrough SRC MNT   the same through plain FUSE
+//! mirror                            measure both against the source, and check that nothing leaks
+//! ```
+//!
+//! Mounting takes root. Where the kernel refuses passthrough, being older than Linux 6.9 or in a
+//! container with users of its own, the mirror says why and serves plainly.
+//!
+//! Where to look: `mirror/opens.rs` is about passthrough, `mirror/fs.rs` about everything else that
+//! a filesystem does, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
+//!
+//! What differs from the source:
+//!
+//! - Set-user-ID programs and device nodes do not work: the mount is `nosuid` and `nodev`.
+//! - Inode numbers are the mirror's own, and listings have them only of what was looked up.
+//! - Locks taken on one side do not hold on the other. There are no ioctls, reflinks and `O_TMPFILE`.
+//! - A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag: passthrough
+//!   keeps the flags of the open.
+//! - A bind mount inside SRC of something else inside SRC is not told apart from it.
+//! - The server holds an fd of each file that the kernel remembers. Where their number is limited,
+//!   lookups in a larger tree fail with `EMFILE`.
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+
+use session::{Event, Events, Mounted};
+
+#[path = "mirror/attr.rs"]
+mod attr;
+#[path = "mirror/demo.rs"]
+mod demo;
+#[path = "mirror/fs.rs"]
+mod fs;
+#[path = "mirror/handles.rs"]
+mod handles;
+#[path = "mirror/inodes.rs"]
+mod inodes;
+#[path = "mirror/opens.rs"]
+mod opens;
+#[path = "mirror/session.rs"]
+mod session;
+#[path = "mirror/source.rs"]
+mod source;
+#[path = "mirror/status.rs"]
+mod status;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// How long a mirror that was interrupted waits for those who use it.
+const GRACE: Duration = Duration::from_secs(5);
+
+const USAGE: &str = "\
+usage: mirror [--no-passthrough] SRC MNT   serve the directory SRC at MNT
+       mirror                              demonstrate passthrough (as root)";
+
+enum Command {
+    Help,
+    Demonstrate,
+    /// What a client process of the demonstration does.
+    Read(PathBuf),
+    Serve {
+        source: PathBuf,
+        mountpoint: PathBuf,
+        passthrough: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = parse(std::env::args_os().skip(1)).and_then(|command| match command {
+        Command::Help => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        Command::Demonstrate => demo::run(),
+        Command::Read(path) => demo::read(&path),
+        Command::Serve {
+            source,
+            mountpoint,
+            passthrough,
+        } => serve(&source, &mountpoint, passthrough),
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mirror: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
+    let mut passthrough = true;
+    let mut paths = Vec::new();
+    let mut args = args.peekable();
+    if args.peek().is_none() {
+        return Ok(Command::Demonstrate);
+    }
+    while let Some(arg) = args.next() {
+        match arg.to_str() {
+            Some("--help" | "-h") => return Ok(Command::Help),
+            Some("--no-passthrough") => passthrough = false,
+            Some("--read") => {
+                let path = args.next().ok_or("--read takes a path")?;
+                return Ok(Command::Read(path.into()));
+            }
+            Some(option) if option.starts_with('-') => {
+                return Err(format!("there is no option {option}\n{USAGE}").into());
+            }
+            _ => paths.push(PathBuf::from(arg)),
+        }
+    }
+    match <[PathBuf; 2]>::try_from(paths) {
+        Ok([source, mountpoint]) => Ok(Command::Serve {
+            source,
+            mountpoint,
+            passthrough,
+        }),
+        Err(paths) => {
+            Err(format!("SRC and MNT are two paths, not {}\n{USAGE}", paths.len()).into())
+        }
+    }
+}
+
+fn serve(source: &Path, mountpoint: &Path, passthrough: bool) -> Result<()> {
+    refuse_a_mirror_in_itself(source, mountpoint)?;
+    prepare_process()?;
+    let events = Events::new();
+    // Before there is anything to clean up.
+    let interrupted = events.sender.clone();
+    ctrlc::set_handler(move || drop(interrupted.send(Event::Interrupted)))?;
+
+    // The device is dropped at once: the filesystem has its own, until it ends.
+    let (mut mirror, _) = Mounted::new(source, mountpoint, passthrough, events)?;
+    if passthrough && !mirror.status().negotiated.load(Ordering::Relaxed) {
+        eprintln!("mirror: serving without passthrough: the kernel does not offer it");
+    }
+    if let Some(Event::Ended(result)) = mirror.wait(Duration::MAX) {
+        return Ok(result?);
+    }
+    if mirror.unmount()? {
+        eprintln!(
+            "mirror: {} is in use: it is detached now, and served for {} more seconds at most",
+            mountpoint.display(),
+            GRACE.as_secs(),
+        );
+    }
+    // If it is still in use then, or interrupted once more: the connection ends with the process.
+    match mirror.wait(GRACE) {
+        Some(Event::Ended(result)) => Ok(result?),
+        Some(Event::Interrupted) | None => Ok(()),
+    }
+}
+
+/// A server that asks itself waits for itself.
+fn refuse_a_mirror_in_itself(source: &Path, mountpoint: &Path) -> Result<()> {
+    let canonical = |path: &Path| {
+        path.canonicalize()
+            .map_err(|e| format!("{}: {e}", path.display()))
+    };
+    let (source, mountpoint) = (canonical(source)?, canonical(mountpoint)?);
+    if mountpoint != source && mountpoint.starts_with(&source) {
+        return Err(format!(
+            "{} is inside of {}: the mirror would contain itself",
+            mountpoint.display(),
+            source.display(),
+        )
+        .into());
+    }
+    Ok(())
+}
+
+/// What a server that creates files for others, and holds an fd of each, needs.
+fn prepare_process() -> Result<()> {
+    // The modes in requests are final.
+    umask(rustix::fs::Mode::empty());
+    // As many fds as root may have, or else as many as everybody may.
+    let highest = std::fs::read_to_string("/proc/sys/fs/nr_open")?;
+    let limit = |maximum| Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, limit(highest.trim().parse().ok()))
+        .or_else(|_| setrlimit(Resource::Nofile, limit(getrlimit(Resource::Nofile).maximum)))?;
+    Ok(())
+}

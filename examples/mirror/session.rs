@@ -1,0 +1,153 @@
+//! A mounted mirror, from mount(2) until its filesystem is gone.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use fuse_backing::FuseDevice;
+use fuser::{Config, Session, SessionACL};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use crate::Result;
+use crate::fs::Mirror;
+use crate::opens::Device;
+use crate::status::Status;
+
+/// What whoever serves a mirror waits for.
+pub(crate) enum Event {
+    /// Ctrl-C, or a request to terminate.
+    Interrupted,
+    /// The mirror was unmounted, by whomever, and its filesystem is gone.
+    Ended(io::Result<()>),
+}
+
+/// Where the events of a mirror come in. Made before the mirror, so that none is missed.
+pub(crate) struct Events {
+    pub(crate) sender: Sender<Event>,
+    inbox: Receiver<Event>,
+}
+
+impl Events {
+    pub(crate) fn new() -> Self {
+        let (sender, inbox) = channel();
+        Self { sender, inbox }
+    }
+}
+
+/// Unmounted when dropped.
+pub(crate) struct Mounted {
+    mountpoint: PathBuf,
+    attached: bool,
+    status: Arc<Status>,
+    inbox: Receiver<Event>,
+}
+
+impl Mounted {
+    /// Mounts a mirror of `source`, and serves it in threads of its own. Whoever keeps the device
+    /// keeps the connection, and with it what is registered there.
+    pub(crate) fn new(
+        source: &Path,
+        mountpoint: &Path,
+        passthrough: bool,
+        events: Events,
+    ) -> Result<(Self, Device)> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(source, flags, Mode::empty())
+            .map_err(|errno| format!("{}: {errno}", source.display()))?;
+        let mountpoint = mountpoint
+            .canonicalize()
+            .map_err(|e| format!("{}: {e}", mountpoint.display()))?;
+
+        // The server opens the device and mounts it by itself. With `Session::new`, which does both,
+        // the device would come only after the filesystem was moved into the session, by way of a
+        // `OnceLock`; and what fuser 0.18 has mounted, it unmounts at the end of the session even if
+        // somebody else has already: that takes away whatever is mounted there by then.
+        let device = Arc::new(FuseDevice::open()?);
+        let mirror = Mirror::new(root, passthrough.then(|| Arc::clone(&device)))?;
+        let status = mirror.status();
+        mount(&device, source, &mountpoint)
+            .map_err(|errno| format!("mounting at {} failed: {errno}", mountpoint.display()))?;
+        let mounted = Self {
+            mountpoint,
+            attached: true,
+            status,
+            inbox: events.inbox,
+        };
+
+        let mut config = Config::default();
+        // A request may wait long for its disk: never leave the others without a thread.
+        let parallelism = thread::available_parallelism().map_or(1, usize::from);
+        config.n_threads = Some(parallelism.max(2));
+        config.clone_fd = true;
+        let fd = device.as_fd().try_clone_to_owned()?;
+        let session = Session::from_fd(mirror, fd, SessionACL::All, config)?;
+        thread::Builder::new()
+            .name("session".to_owned())
+            .spawn(move || drop(events.sender.send(Event::Ended(session.run()))))?;
+        Ok((mounted, device))
+    }
+
+    pub(crate) fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// The next event; `None` if none comes in time.
+    pub(crate) fn wait(&mut self, patience: Duration) -> Option<Event> {
+        let event = self.inbox.recv_timeout(patience).ok()?;
+        if matches!(event, Event::Ended(_)) {
+            self.attached = false;
+        }
+        Some(event)
+    }
+
+    /// Unmounts. While somebody uses the mirror that fails; then it is taken off its mountpoint,
+    /// to be served until nobody uses it any more, and this returns true.
+    pub(crate) fn unmount(&mut self) -> rustix::io::Result<bool> {
+        if !self.attached {
+            return Ok(false);
+        }
+        let busy = match rustix::mount::unmount(&self.mountpoint, UnmountFlags::empty()) {
+            Err(Errno::BUSY) => {
+                rustix::mount::unmount(&self.mountpoint, UnmountFlags::DETACH)?;
+                true
+            }
+            // Somebody else was faster.
+            Ok(()) | Err(Errno::INVAL) => false,
+            Err(errno) => return Err(errno),
+        };
+        self.attached = false;
+        Ok(busy)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(errno) = self.unmount() {
+            eprintln!(
+                "mirror: unmounting {} failed: {errno}",
+                self.mountpoint.display()
+            );
+        }
+    }
+}
+
+fn mount(device: &Device, source: &Path, mountpoint: &Path) -> rustix::io::Result<()> {
+    // The kernel checks permissions, by the attributes that the mirror reports, and lets everybody
+    // in who has them.
+    let data = format!(
+        "fd={},rootmode=40000,user_id={},group_id={},default_permissions,allow_other",
+        device.as_fd().as_raw_fd(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+    );
+    let data = CString::new(data).map_err(|_| Errno::INVAL)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    rustix::mount::mount(source, mountpoint, "fuse.mirror", flags, &*data)
+}

@@ -1,0 +1,210 @@
+//! Negotiating passthrough in INIT.
+
+use std::io;
+
+use bitflags::bitflags;
+use thiserror::Error;
+
+use crate::diagnose;
+use crate::error::NotPermitted;
+use crate::uapi;
+
+bitflags! {
+    /// The 64 flags of INIT, `flags | flags2 << 32`: what the kernel offers, and what the server
+    /// answers.
+    ///
+    /// Only those are named that have to do with passthrough; all others are kept as they come.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct InitFlags: u64 {
+        /// `FUSE_WRITEBACK_CACHE`: excludes passthrough.
+        const WRITEBACK_CACHE = uapi::FUSE_WRITEBACK_CACHE;
+        /// `FUSE_INIT_EXT`: `flags2` is valid.
+        const INIT_EXT = uapi::FUSE_INIT_EXT;
+        /// `FUSE_DIRECT_IO_ALLOW_MMAP`: shared mmap of direct files.
+        const DIRECT_IO_ALLOW_MMAP = uapi::FUSE_DIRECT_IO_ALLOW_MMAP;
+        /// `FUSE_PASSTHROUGH`: backing files may be registered.
+        const PASSTHROUGH = uapi::FUSE_PASSTHROUGH;
+        /// `FUSE_OVER_IO_URING`: requests may travel over `io_uring`.
+        const OVER_IO_URING = uapi::FUSE_OVER_IO_URING;
+
+        const _ = !0;
+    }
+}
+
+impl InitFlags {
+    /// From the two fields of an INIT request: `flags`, and `flags2`, which a kernel that does not
+    /// say [`INIT_EXT`](Self::INIT_EXT) does not send.
+    #[must_use]
+    pub fn from_fields(flags: u32, flags2: u32) -> Self {
+        Self::from_bits_retain(u64::from(flags) | u64::from(flags2) << 32)
+    }
+}
+
+/// How deeply stacked the filesystems may be that backing files are on: the `max_stack_depth` of the
+/// INIT reply.
+///
+/// The kernel knows no other depths: with 0, or with 3 and more, it silently leaves passthrough off.
+/// libfuse's option of a similar name counts one less.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MaxStackDepth {
+    /// 1: files on filesystems that are not stacked. This mount may then be a layer of an overlayfs,
+    /// or have the backing files of another passthrough mount.
+    #[default]
+    One,
+    /// 2: also files on overlayfs, and on a passthrough mount of depth 1. Nothing can be stacked on
+    /// this mount.
+    Two,
+}
+
+impl MaxStackDepth {
+    /// As the INIT reply has it.
+    #[must_use]
+    pub fn as_u32(self) -> u32 {
+        match self {
+            Self::One => 1,
+            Self::Two => 2,
+        }
+    }
+}
+
+/// What to answer to INIT, so that passthrough is on.
+///
+/// See [`negotiate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "passthrough is on if the INIT reply has these"]
+pub struct Negotiated {
+    flags: InitFlags,
+    max_stack_depth: MaxStackDepth,
+}
+
+impl Negotiated {
+    /// All 64 flags of the reply.
+    #[must_use]
+    pub fn init_flags(&self) -> InitFlags {
+        self.flags
+    }
+
+    /// The reply's `flags`.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "the low half")]
+    pub fn flags(&self) -> u32 {
+        self.flags.bits() as u32
+    }
+
+    /// The reply's `flags2`.
+    #[must_use]
+    pub fn flags2(&self) -> u32 {
+        (self.flags.bits() >> 32) as u32
+    }
+
+    /// The reply's `max_stack_depth`.
+    #[must_use]
+    pub fn max_stack_depth(&self) -> u32 {
+        self.max_stack_depth.as_u32()
+    }
+}
+
+/// Works out the INIT reply that turns passthrough on, or says why there is none.
+///
+/// - `offered`: the kernel's flags.
+/// - `wanted`: all that the server wants besides; what was not offered of it is left out of the
+///   reply.
+///
+/// The kernel accepts an INIT reply that cannot work without a word, and refuses every registration
+/// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
+/// whether *this thread* is, is checked here, since capabilities belong to threads.
+///
+/// # Errors
+///
+/// [`NegotiateError`]. The server can go on without passthrough.
+///
+/// # Examples
+///
+/// With fuser, in `Filesystem::init`:
+///
+/// ```no_run
+/// # fn init(config: &mut fuser::KernelConfig) -> std::io::Result<()> {
+/// use fuse_backing::{InitFlags, MaxStackDepth, negotiate};
+///
+/// let offered = InitFlags::from_bits_retain(config.capabilities().bits());
+/// match negotiate(offered, InitFlags::empty(), MaxStackDepth::One) {
+///     Ok(reply) => {
+///         let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits());
+///         config.add_capabilities(flags).map_err(|_| std::io::ErrorKind::Unsupported)?;
+///         config.set_max_stack_depth(reply.max_stack_depth()).map_err(|_| std::io::ErrorKind::Unsupported)?;
+///     }
+///     Err(why) => eprintln!("serving without passthrough: {why}"),
+/// }
+/// # Ok(()) }
+/// ```
+///
+/// A server that writes the bytes itself, with the request's body in `init_in` and the reply's in
+/// `init_out`:
+///
+/// ```
+/// use fuse_backing::{InitFlags, MaxStackDepth, NegotiateError, negotiate};
+///
+/// fn answer(init_in: &[u8; 64], init_out: &mut [u8; 64]) -> Result<(), NegotiateError> {
+///     let field = |at: usize| u32::from_ne_bytes([init_in[at], init_in[at + 1], init_in[at + 2], init_in[at + 3]]);
+///     let offered = InitFlags::from_fields(field(12), field(16));
+///     let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
+///     init_out[12..16].copy_from_slice(&reply.flags().to_ne_bytes());
+///     init_out[32..36].copy_from_slice(&reply.flags2().to_ne_bytes());
+///     init_out[36..40].copy_from_slice(&reply.max_stack_depth().to_ne_bytes());
+///     Ok(())
+/// }
+/// # assert_eq!(answer(&[0; 64], &mut [0; 64]), Err(NegotiateError::NotOffered));
+/// ```
+///
+/// # References
+///
+/// - `process_init_reply` in `fs/fuse/inode.c`
+/// - `tests/kernel/backing_open.rs`: which replies are accepted and which silently ignored
+pub fn negotiate(
+    offered: InitFlags,
+    wanted: InitFlags,
+    max_stack_depth: MaxStackDepth,
+) -> Result<Negotiated, NegotiateError> {
+    // INIT_EXT is not asked for: fuser strips it, and a kernel that sends bit 37 has it.
+    if !offered.contains(InitFlags::PASSTHROUGH) {
+        return Err(NegotiateError::NotOffered);
+    }
+    if wanted.contains(InitFlags::WRITEBACK_CACHE) {
+        return Err(NegotiateError::WritebackCacheWanted);
+    }
+    diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
+    Ok(Negotiated {
+        flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
+        max_stack_depth,
+    })
+}
+
+/// Why passthrough is not to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NegotiateError {
+    /// The kernel does not offer it: older than Linux 6.9, or built without
+    /// `CONFIG_FUSE_PASSTHROUGH`.
+    #[error(
+        "the kernel does not offer passthrough, which is of Linux 6.9 with CONFIG_FUSE_PASSTHROUGH"
+    )]
+    NotOffered,
+    /// The server wants [`InitFlags::WRITEBACK_CACHE`] as well, with which the kernel leaves
+    /// passthrough off.
+    #[error("passthrough and WRITEBACK_CACHE exclude each other")]
+    WritebackCacheWanted,
+    /// This thread could register nothing.
+    #[error("registering a backing file is not permitted: {0}")]
+    NotPermitted(NotPermitted),
+}
+
+impl From<NegotiateError> for io::Error {
+    fn from(error: NegotiateError) -> Self {
+        let kind = match error {
+            NegotiateError::NotOffered => io::ErrorKind::Unsupported,
+            NegotiateError::WritebackCacheWanted => io::ErrorKind::InvalidInput,
+            NegotiateError::NotPermitted(_) => io::ErrorKind::PermissionDenied,
+        };
+        Self::new(kind, error)
+    }
+}

@@ -28,7 +28,6 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
@@ -66,8 +65,10 @@ usage: mirror [--no-passthrough] SRC MNT   serve the directory SRC at MNT
 enum Command {
     Help,
     Demonstrate,
-    /// What a client process of the demonstration does.
+    /// What the client processes of the demonstration do.
     Read(PathBuf),
+    Open(PathBuf),
+    Hold(PathBuf),
     Serve {
         source: PathBuf,
         mountpoint: PathBuf,
@@ -83,6 +84,8 @@ fn main() -> ExitCode {
         }
         Command::Demonstrate => demo::run(),
         Command::Read(path) => demo::read(&path),
+        Command::Open(path) => demo::open(&path),
+        Command::Hold(path) => demo::hold(&path),
         Command::Serve {
             source,
             mountpoint,
@@ -109,9 +112,13 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
         match arg.to_str() {
             Some("--help" | "-h") => return Ok(Command::Help),
             Some("--no-passthrough") => passthrough = false,
-            Some("--read") => {
-                let path = args.next().ok_or("--read takes a path")?;
-                return Ok(Command::Read(path.into()));
+            Some(client @ ("--read" | "--open" | "--hold")) => {
+                let path = args.next().ok_or(format!("{client} takes a path"))?;
+                return Ok(match client {
+                    "--read" => Command::Read(path.into()),
+                    "--open" => Command::Open(path.into()),
+                    _ => Command::Hold(path.into()),
+                });
             }
             Some(option) if option.starts_with('-') => {
                 return Err(format!("there is no option {option}\n{USAGE}").into());
@@ -141,8 +148,8 @@ fn serve(source: &Path, mountpoint: &Path, passthrough: bool) -> Result<()> {
 
     // The device is dropped at once: the filesystem has its own, until it ends.
     let (mut mirror, _) = Mounted::new(source, mountpoint, passthrough, events)?;
-    if passthrough && !mirror.status().negotiated.load(Ordering::Relaxed) {
-        eprintln!("mirror: serving without passthrough: the kernel does not offer it");
+    if let Some(Err(why)) = mirror.status().negotiated.get() {
+        eprintln!("mirror: serving without passthrough: {why}");
     }
     if let Some(Event::Ended(result)) = mirror.wait(Duration::MAX) {
         return Ok(result?);

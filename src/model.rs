@@ -437,15 +437,20 @@ fn anything() {
     });
 }
 
-/// One file under an inode at a time.
+/// One file under an inode at a time, whoever comes first.
 #[test]
 fn another_file() {
     explore(|| {
         let world = World::new();
-        let open = world.open(0);
-        let other = world.table.open(&0, 0, &world.files[1], Access::ReadOnly);
-        assert_eq!(other.err(), Some(TableOpenError::DifferentFile));
-        drop(open);
+        threads(&world, 2, |world, n| {
+            match world.table.open(&0, 0, &world.files[n], Access::ReadOnly) {
+                Ok(open) => {
+                    world.reply(0, &open);
+                    world.release(0, open);
+                }
+                Err(error) => assert_eq!(error, TableOpenError::DifferentFile),
+            }
+        });
         world.assert_empty();
     });
 }

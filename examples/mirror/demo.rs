@@ -23,6 +23,7 @@ const SIZE: u64 = 256 << 20;
 const CHUNK: usize = 1 << 20;
 /// Odd, for the median.
 const ROUNDS: usize = 3;
+const OPENS: u32 = 5_000;
 /// For what takes no time unless something is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
@@ -61,6 +62,7 @@ pub(crate) fn run() -> Result<()> {
         }
     }
     print_table(&mut ways);
+    show_hot_and_cold(&plain, &passthrough)?;
     let expected = ways[0].readings[0].checksum;
     let equal = ways
         .iter()
@@ -89,8 +91,26 @@ pub(crate) fn run() -> Result<()> {
     }
 }
 
-/// The client: reads a file from start to end, and prints its size, its checksum, and the seconds
-/// spent in read(2). Always a process of its own: one that has files open on a mount which it
+/// A client: opens and closes a file over and over, and prints the microseconds that each took.
+pub(crate) fn open(path: &Path) -> Result<()> {
+    let start = Instant::now();
+    for _ in 0..OPENS {
+        File::open(path)?;
+    }
+    println!("{}", start.elapsed().as_secs_f64() * 1e6 / f64::from(OPENS));
+    Ok(())
+}
+
+/// A client: keeps a file open until its standard input ends.
+pub(crate) fn hold(path: &Path) -> Result<()> {
+    let _file = File::open(path)?;
+    println!("open");
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// A client: reads a file from start to end, and prints its size, its checksum, and the seconds
+/// spent in read(2). Clients are processes of their own: one that has files open on a mount which it
 /// serves itself can end up waiting for itself.
 pub(crate) fn read(path: &Path) -> Result<()> {
     let mut file = File::open(path)?;
@@ -112,6 +132,50 @@ pub(crate) fn read(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A file that nobody has open is registered at its open, and closed at its release; one that
+/// somebody has open shares what is registered.
+fn show_hot_and_cold(plain: &Running, passthrough: &Running) -> Result<()> {
+    let path = passthrough.at.join("readme");
+    let plain = client("--open", &plain.at.join("readme"))?;
+    let cold = client("--open", &path)?;
+    let mut holder = Command::new(std::env::current_exe()?)
+        .arg("--hold")
+        .arg(&path)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let table = passthrough.mirror.status().table();
+    let is_open = || {
+        let list = table.as_ref().map(|table| table.list());
+        list.filter(|list| list.iter().any(|entry| entry.opens > 0))
+    };
+    let mut listing = None;
+    within(PATIENCE, || {
+        listing = is_open();
+        listing.is_some()
+    });
+    let hot = client("--open", &path);
+    // Ends the holder, also if the client failed.
+    drop(holder.stdin.take());
+    holder.wait()?;
+    println!();
+    println!(
+        "open and close, microseconds: plain FUSE {}, passthrough cold {}, hot {}",
+        rounded(&plain)?,
+        rounded(&cold)?,
+        rounded(&hot?)?,
+    );
+    if let Some(listing) = listing {
+        println!("registered while it was hot:");
+        print!("{listing}");
+    }
+    Ok(())
+}
+
+fn rounded(printed: &str) -> Result<String> {
+    Ok(format!("{:.1}", printed.trim().parse::<f64>()?))
+}
+
 /// How many ids the passthrough mirror did not close. Unmounts everything to find out.
 ///
 /// The mirror's own count is one half of it. The other is the kernel's word: an id pins the mount of
@@ -122,9 +186,9 @@ fn ids_left_open(
     source: &mut Tmpfs,
     plain: &mut Running,
     passthrough: &mut Running,
-) -> Result<u64> {
+) -> Result<usize> {
     // RELEASE comes some time after close(2).
-    let count = || passthrough.mirror.status().ids.load(Ordering::Relaxed);
+    let count = || passthrough.mirror.status().ids();
     within(PATIENCE, || count() == 0);
     let count = count();
     plain.stop()?;
@@ -158,9 +222,8 @@ impl Running {
 
     /// Asks before anything is measured.
     fn require_passthrough(&self, source: &Path) -> Result<()> {
-        if !self.mirror.status().negotiated.load(Ordering::Relaxed) {
-            let missing = "the kernel does not offer passthrough, which is of Linux 6.9";
-            return Err(missing.into());
+        if let Some(Err(why)) = self.mirror.status().negotiated.get() {
+            return Err(why.to_string().into());
         }
         let file = File::open(source.join("readme"))?;
         BackingFile::open(Arc::clone(&self.device), file)?.close()?;
@@ -212,7 +275,7 @@ impl<'a> Way<'a> {
 
     fn read(&mut self) -> Result<()> {
         let before = self.mirror.map(Running::reads);
-        let printed = client(&self.path)?;
+        let printed = client("--read", &self.path)?;
         let after = self.mirror.map(Running::reads);
 
         let mut words = printed.split_whitespace();
@@ -254,9 +317,9 @@ fn print_table(ways: &mut [Way<'_>]) {
 }
 
 /// Runs this program once more as a client, and returns what it printed.
-fn client(path: &Path) -> Result<String> {
+fn client(part: &str, path: &Path) -> Result<String> {
     let mut child = Command::new(std::env::current_exe()?)
-        .arg("--read")
+        .arg(part)
         .arg(path)
         .stdout(Stdio::piped())
         .spawn()?;

@@ -27,7 +27,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use crate::attr::{attr, kind, timespec};
 use crate::handles::Handles;
 use crate::inodes::{Inode, Inodes};
-use crate::opens::{Answer, Device, Opens};
+use crate::opens::{Answer, Device, Opens, TableOpen};
 use crate::source::{self, proc_path};
 use crate::status::Status;
 
@@ -56,7 +56,8 @@ pub(crate) struct Mirror {
 
 struct OpenFile {
     file: OwnedFd,
-    nodeid: INodeNo,
+    /// Released when dropped, after RELEASE and whatever still reads or writes.
+    _counted: Option<TableOpen>,
 }
 
 /// An open file, from OPEN or CREATE, and how to answer.
@@ -69,10 +70,10 @@ impl Mirror {
     /// `source` is an fd of the directory that becomes the root, `device` that of the session to
     /// come, if passthrough is wanted.
     pub(crate) fn new(source: OwnedFd, device: Option<Device>) -> Result<Self> {
-        let status = Arc::default();
+        let status: Arc<Status> = Arc::default();
         Ok(Self {
             inodes: Inodes::new(source)?,
-            opens: Opens::new(device, Arc::clone(&status)),
+            opens: Opens::new(device, &status),
             files: Handles::new(),
             dirs: Handles::new(),
             acl: false,
@@ -190,7 +191,7 @@ impl Mirror {
     }
 
     fn opened(&self, nodeid: INodeNo, file: OwnedFd, flags: OFlags) -> Result<Opened> {
-        let answer = self.opens.open(nodeid, &file, flags)?;
+        let (answer, counted) = self.opens.open(nodeid, &file, flags)?;
         // The server reads and writes what the page cache asks for, at any alignment and offset.
         // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
         if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {
@@ -198,7 +199,10 @@ impl Mirror {
                 let _ = rustix::fs::fcntl_setfl(&file, set - OFlags::DIRECT - OFlags::APPEND);
             }
         }
-        let handle = self.files.insert(Arc::new(OpenFile { file, nodeid }));
+        let handle = self.files.insert(Arc::new(OpenFile {
+            file,
+            _counted: counted,
+        }));
         Ok(Opened { handle, answer })
     }
 
@@ -354,13 +358,9 @@ impl Filesystem for Mirror {
         add(InitFlags::FUSE_AUTO_INVAL_DATA);
         // The kernel is to check the ACLs that the source's files have, not their modes alone.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
-        // Never FUSE_WRITEBACK_CACHE: the kernel would silently leave passthrough off.
-        if self.opens.wants_passthrough() && add(InitFlags::FUSE_PASSTHROUGH) {
-            // 2, so that the source may be on overlayfs; nothing can be stacked on the mirror then.
-            if config.set_max_stack_depth(2).is_ok() {
-                self.opens.enable_passthrough();
-                self.status.negotiated.store(true, Ordering::Relaxed);
-            }
+        if let Some(negotiated) = self.opens.negotiate(config) {
+            // INIT comes once.
+            let _ = self.status.negotiated.set(negotiated);
         }
         Ok(())
     }
@@ -531,7 +531,7 @@ impl Filesystem for Mirror {
     fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let opened = self.open_file(ino, open_flags(flags.0));
         answer!(reply, opened, |Opened { handle, answer }| match answer {
-            Answer::Server => reply.opened(handle, FopenFlags::empty()),
+            Answer::Server(flags) => reply.opened(handle, flags),
             Answer::Passthrough { flags, id } => {
                 let lent = lend_to_open(&reply, id);
                 reply.opened_passthrough(handle, flags, &lent);
@@ -555,8 +555,8 @@ impl Filesystem for Mirror {
             reply,
             created,
             |(attr, Opened { handle, answer })| match answer {
-                Answer::Server => {
-                    reply.created(&TTL, &attr, GENERATION, handle, FopenFlags::empty());
+                Answer::Server(flags) => {
+                    reply.created(&TTL, &attr, GENERATION, handle, flags);
                 }
                 Answer::Passthrough { flags, id } => {
                     let lent = lend_to_create(&reply, id);
@@ -626,9 +626,7 @@ impl Filesystem for Mirror {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        if let Some(open) = self.files.remove(fh) {
-            self.opens.release(open.nodeid);
-        }
+        drop(self.files.remove(fh));
         reply.ok();
     }
 

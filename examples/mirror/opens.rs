@@ -1,19 +1,22 @@
 //! How each open inode is served: by the kernel, from a registered backing file, or by the server.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Once};
 
-use fuse_backing::{Access, AccessError, BackingFile, FuseDevice, OpenFlags, OpenReply, Scope};
-use fuser::INodeNo;
+use fuse_backing::{
+    Access, AccessError, BackingTable, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
+    OpenFlags, Scope, ServerReason, TableOpenError, negotiate,
+};
+use fuser::{INodeNo, KernelConfig};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::status::Status;
 
 pub(crate) type Device = Arc<FuseDevice<OwnedFd>>;
+pub(crate) type Table = BackingTable<Device, INodeNo>;
+pub(crate) type TableOpen = fuse_backing::OpenFile<Device, INodeNo>;
 
 /// How an OPEN or CREATE is to be answered.
 pub(crate) enum Answer {
@@ -24,143 +27,112 @@ pub(crate) enum Answer {
         id: u32,
     },
     /// The server does.
-    Server,
-}
-
-/// All opens of an inode at a time are served alike, with passthrough by one id. That is the
-/// kernel's rule: an open that differs from the first one fails with `EIO` in the client.
-enum Mode {
-    Passthrough(BackingFile<Device>),
-    Server,
-}
-
-struct OpenInode {
-    mode: Mode,
-    opens: u64,
+    Server(fuser::FopenFlags),
 }
 
 /// The open inodes of a mount.
 pub(crate) struct Opens {
-    /// Whether registering is worth an attempt: negotiated, and not known to be futile.
-    passthrough: AtomicBool,
-    device: Option<Device>,
-    inodes: Mutex<HashMap<INodeNo, OpenInode>>,
-    status: Arc<Status>,
+    /// None where passthrough is not wanted, and after the end.
+    table: Option<Arc<Table>>,
+    /// Negotiated in INIT.
+    enabled: AtomicBool,
+    /// Direct files can be mapped, as files that were opened with `O_DIRECT` can elsewhere.
+    direct: AtomicBool,
+    told: Once,
 }
 
 impl Opens {
     /// Without a device everything is served by the server.
-    pub(crate) fn new(device: Option<Device>, status: Arc<Status>) -> Self {
+    pub(crate) fn new(device: Option<Device>, status: &Status) -> Self {
+        let table = device.map(|device| Arc::new(BackingTable::new(device)));
+        if let Some(table) = &table {
+            status.set_table(table);
+        }
         Self {
-            passthrough: AtomicBool::new(false),
-            device,
-            inodes: Mutex::default(),
-            status,
+            table,
+            enabled: AtomicBool::new(false),
+            direct: AtomicBool::new(false),
+            told: Once::new(),
         }
     }
 
-    pub(crate) fn wants_passthrough(&self) -> bool {
-        self.device.is_some()
+    /// In INIT: turns passthrough on, if it is wanted, or finds out why it is not to be had.
+    pub(crate) fn negotiate(
+        &self,
+        config: &mut KernelConfig,
+    ) -> Option<Result<(), NegotiateError>> {
+        let mmap = fuser::InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+        let direct = config.capabilities().contains(mmap) && config.add_capabilities(mmap).is_ok();
+        self.direct.store(direct, Ordering::Relaxed);
+        self.table.as_ref()?;
+        let offered = InitFlags::from_bits_retain(config.capabilities().bits());
+        // Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
+        let reply = match negotiate(offered, InitFlags::empty(), MaxStackDepth::Two) {
+            Ok(reply) => reply,
+            Err(why) => return Some(Err(why)),
+        };
+        let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits());
+        let taken = config.add_capabilities(flags).is_ok()
+            && config.set_max_stack_depth(reply.max_stack_depth()).is_ok();
+        self.enabled.store(taken, Ordering::Relaxed);
+        Some(taken.then_some(()).ok_or(NegotiateError::NotOffered))
     }
 
-    /// Passthrough was negotiated.
-    pub(crate) fn enable_passthrough(&self) {
-        self.passthrough.store(true, Ordering::Relaxed);
-    }
-
-    /// Counts one more open of the inode, and says how to answer it. `file` was opened with the
-    /// client's flags. After an error nothing is counted.
+    /// One more open of the inode, and how to answer it. `file` was opened with the client's flags.
     pub(crate) fn open(
         &self,
         nodeid: INodeNo,
         file: &OwnedFd,
         client_flags: OFlags,
-    ) -> Result<Answer, Errno> {
-        // Before anything is counted, since it can fail.
-        let granted = granted(file)?;
-        let mut inodes = self.lock();
-        let inode = match inodes.entry(nodeid) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(OpenInode {
-                mode: self.choose(file),
-                opens: 0,
-            }),
+    ) -> Result<(Answer, Option<TableOpen>), Errno> {
+        let enabled = self.enabled.load(Ordering::Relaxed);
+        let Some(table) = self.table.as_ref().filter(|_| enabled) else {
+            return Ok((self.by_server(client_flags), None));
         };
-        inode.opens += 1;
-        let Mode::Passthrough(backing) = &inode.mode else {
-            return Ok(Answer::Server);
-        };
-        // The server's own open has truncated the file: that asks nothing of the registration.
-        let asked = (client_flags - OFlags::TRUNC).bits() as i32;
-        match OpenReply::passthrough(backing, granted, asked, OpenFlags::empty()) {
-            // The id outlives the lock: what closes it is the last RELEASE, and the one that
-            // belongs to this open comes after its reply.
-            Ok(reply) => Ok(Answer::Passthrough {
-                flags: fuser::FopenFlags::from_bits_retain(reply.open_flags()),
-                id: reply.backing_id() as u32,
-            }),
-            Err(_) => {
-                drop(inodes);
-                self.release(nodeid);
-                Err(Errno::ACCESS)
-            }
+        let flags = client_flags.bits() as i32;
+        let open =
+            table
+                .open(&nodeid, flags, file, granted(file)?)
+                .map_err(|error| match error {
+                    TableOpenError::AccessExceeded { .. } => Errno::ACCESS,
+                    TableOpenError::Unreadable(errno) => errno,
+                    _ => Errno::IO,
+                })?;
+        if !open.is_passthrough() {
+            self.tell(&open);
+            return Ok((self.by_server(client_flags), Some(open)));
         }
+        let reply = open.reply(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        let answer = Answer::Passthrough {
+            flags: fuser::FopenFlags::from_bits_retain(reply.open_flags()),
+            id: reply.backing_id() as u32,
+        };
+        Ok((answer, Some(open)))
     }
 
-    /// Counts one open less. The last one closes the backing file.
-    pub(crate) fn release(&self, nodeid: INodeNo) {
-        let mut inodes = self.lock();
-        let Entry::Occupied(mut entry) = inodes.entry(nodeid) else {
-            return;
-        };
-        entry.get_mut().opens -= 1;
-        if entry.get().opens > 0 {
-            return;
-        }
-        let last = entry.remove();
-        drop(inodes);
-        if let Mode::Passthrough(backing) = last.mode {
-            match backing.close() {
-                Ok(()) => {
-                    self.status.ids.fetch_sub(1, Ordering::Relaxed);
-                }
-                Err(error) => eprintln!("mirror: {error}"),
+    /// Through the page cache, but for a client that opens with `O_DIRECT`.
+    fn by_server(&self, client_flags: OFlags) -> Answer {
+        let direct = client_flags.contains(OFlags::DIRECT) && self.direct.load(Ordering::Relaxed);
+        Answer::Server(if direct {
+            fuser::FopenFlags::FOPEN_DIRECT_IO
+        } else {
+            fuser::FopenFlags::empty()
+        })
+    }
+
+    /// What goes for the whole connection is worth a line, once.
+    fn tell(&self, open: &TableOpen) {
+        if let Some(ServerReason::Refused(error)) = open.server_reason() {
+            if error.scope() == Scope::Connection {
+                self.told
+                    .call_once(|| eprintln!("mirror: serving without passthrough: {error}"));
             }
         }
     }
 
     /// Lets go of the connection, which lives as long as anybody holds its device.
     pub(crate) fn shut_down(&mut self) {
-        self.inodes = Mutex::default();
-        self.device = None;
-    }
-
-    /// Registers the file of an inode that nobody has open, or leaves the inode to the server.
-    fn choose(&self, file: &OwnedFd) -> Mode {
-        let enabled = self.passthrough.load(Ordering::Relaxed);
-        let Some(device) = self.device.as_ref().filter(|_| enabled) else {
-            return Mode::Server;
-        };
-        match BackingFile::open(Arc::clone(device), file) {
-            Ok(backing) => {
-                self.status.ids.fetch_add(1, Ordering::Relaxed);
-                Mode::Passthrough(backing)
-            }
-            Err(error) => {
-                // Of this file or of this moment: the next inode may have better luck.
-                if error.scope() == Scope::Connection
-                    && self.passthrough.swap(false, Ordering::Relaxed)
-                {
-                    eprintln!("mirror: serving without passthrough: {error}");
-                }
-                Mode::Server
-            }
-        }
-    }
-
-    /// A panic in one request is not to take the others down: no update can be half done.
-    fn lock(&self) -> MutexGuard<'_, HashMap<INodeNo, OpenInode>> {
-        self.inodes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table = None;
     }
 }
 

@@ -36,7 +36,9 @@ mod clone;
 mod cost;
 mod device;
 mod passthrough;
+mod property;
 mod sync_init;
+mod table;
 
 use std::process::ExitCode;
 
@@ -97,7 +99,9 @@ fn main() -> ExitCode {
         ("cost", cost::TESTS),
         ("device", device::TESTS),
         ("passthrough", passthrough::TESTS),
+        ("property", property::TESTS),
         ("sync_init", sync_init::TESTS),
+        ("table", table::TESTS),
     ];
     let mut trials = Vec::new();
     for (file, tests) in tests {
@@ -115,7 +119,9 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         cost::ROLES,
         device::ROLES,
         passthrough::ROLES,
+        property::ROLES,
         sync_init::ROLES,
+        table::ROLES,
     ]
     .concat()
 }

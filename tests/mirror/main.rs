@@ -1,0 +1,3 @@
+//! The mirror example against a plain directory.
+
+fn main() {}

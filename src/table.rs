@@ -448,8 +448,8 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
         *lock(&self.shared.refused) = None;
     }
 
-    /// How many ids may be registered at a time. More than are now: takes effect as they are closed;
-    /// idle ones are closed at once.
+    /// How many ids may be registered at a time. Below what there are now it takes effect as inodes
+    /// are released; idle ids are closed at once.
     pub fn set_limit(&self, limit: usize) {
         self.shared.limit.store(limit, Ordering::Relaxed);
         while self.shared.ids.load(Ordering::Relaxed) > limit && self.shared.close_oldest() {}
@@ -672,7 +672,9 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
         }
         match state.mode {
             Mode::Passthrough { .. } => {
-                let keep = self.shared.idle_limit.load(Ordering::Relaxed) > 0;
+                let shared = &self.shared;
+                let keep = shared.idle_limit.load(Ordering::Relaxed) > 0
+                    && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
                 if keep && state.attached {
                     let mut idle = lock(&self.shared.idle);
                     idle.last += 1;

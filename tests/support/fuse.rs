@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -76,7 +76,8 @@ pub struct Connection {
     /// its folder goes to the next mount once this one is gone.
     abort: Option<Arc<File>>,
     server: Option<JoinHandle<()>>,
-    negotiated: Option<mpsc::Receiver<Offer>>,
+    /// Behind a lock, so that a connection can be looked at from other threads.
+    negotiated: Option<Mutex<mpsc::Receiver<Offer>>>,
     offer: Option<Offer>,
     pub seen: Arc<Seen>,
 }
@@ -163,12 +164,13 @@ impl Connection {
             seen: Arc::clone(&self.seen),
         };
         self.server = Some(thread::Builder::new().spawn(move || server.run(init, &ready))?);
-        self.negotiated = Some(negotiated);
+        self.negotiated = Some(Mutex::new(negotiated));
         Ok(())
     }
 
     fn wait_for_init(&mut self) -> Result<(), Failed> {
         let negotiated = self.negotiated.take().ok_or("nobody serves")?;
+        let negotiated = negotiated.into_inner().expect("nobody panicked");
         self.offer = Some(negotiated.recv_timeout(Duration::from_secs(10))?);
         Ok(())
     }

@@ -10,49 +10,52 @@
 //!
 //! # The way of a file
 //!
-//! 1. **INIT.** The reply must have `FUSE_INIT_EXT`, `FUSE_PASSTHROUGH`, a `max_stack_depth` of 1 or
-//!    2, and no `FUSE_WRITEBACK_CACHE`; see [`uapi`] for the bits. The kernel accepts any other
-//!    reply without a word, and refuses every registration later.
+//! 1. **INIT.** [`negotiate`] works out the reply that turns passthrough on, or says why there is
+//!    none. The kernel accepts a reply that cannot work without a word, and refuses every registration
+//!    later.
 //! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, in whatever holds it, and refuses
 //!    what is not `/dev/fuse`.
-//! 3. **A registration.** [`FuseDevice::backing_open`] gives a [`BackingId`], a token to be closed
-//!    once; [`BackingFile`] is the guard that closes it on drop.
-//! 4. **The reply.** [`OpenReply`] builds the two fields that OPEN and CREATE replies need, and
-//!    refuses what the kernel would answer with a bare `EIO` to the client.
-//! 5. **The end.** After the last RELEASE of the inode the guard is dropped.
+//! 3. **OPEN.** The server opens its backing file and hands it to a [`BackingTable`], which registers
+//!    it or shares what is registered for this inode. The [`OpenFile`] that comes back has the reply,
+//!    and is kept until RELEASE.
 //!
 //! ```no_run
-//! use fuse_backing::{Access, BackingFile, FuseDevice, OpenFlags, OpenReply};
+//! use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags};
 //! use std::fs::File;
 //! use std::sync::Arc;
 //! # fn mounted_device() -> std::os::fd::OwnedFd { unimplemented!() }
 //! # fn send(_: &[u8]) {}
 //!
 //! let device = Arc::new(FuseDevice::new(mounted_device())?);
+//! let table = BackingTable::new(device);
 //!
-//! // OPEN of an inode that nobody has open, with the client's flags; here O_RDONLY.
+//! // OPEN of inode 2, with the client's flags; here O_RDONLY.
 //! let client_flags = 0;
 //! let file = File::open("/srv/data/file")?;
-//! let backing = BackingFile::open(Arc::clone(&device), &file)?;
-//! let fh = 1;
-//! let reply =
-//!     OpenReply::passthrough(&backing, Access::of(&file)?, client_flags, OpenFlags::empty())?;
-//! send(&reply.to_fuse_open_out(fh).to_bytes());
+//! let open = table.open(&2, client_flags, &file, Access::of(&file)?)?;
+//! let fh = 1; // under which `open` is kept
+//! send(&open.reply(OpenFlags::empty())?.to_fuse_open_out(fh).to_bytes());
 //!
-//! // The last RELEASE of the inode.
-//! backing.close()?;
+//! // RELEASE of that handle.
+//! drop(open);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! A server with a bookkeeping of its own takes the parts: [`FuseDevice::backing_open`] gives a
+//! [`BackingId`], a token to be closed once; [`BackingFile`] is the guard that closes it on drop;
+//! [`OpenReply`] builds the two fields of the reply, and refuses what the kernel would answer with a
+//! bare `EIO` to the client.
 //!
 //! The repository's `examples/mirror.rs` is a whole filesystem on [fuser].
 //!
 //! # What the kernel does not do for you
 //!
 //! - **It ignores the access mode of the fd that is registered.** A client that opens the FUSE file
-//!   for writing writes to a backing file that was registered read-only. [`Access`] and
-//!   [`OpenReply`] hold the client's flags against what the server grants.
+//!   for writing writes to a backing file that was registered read-only. With an [`Access`] the table
+//!   and [`OpenReply`] hold the client's flags against what the server grants.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
-//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`.
+//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`. The
+//!   table keeps to it.
 //! - **It needs the id after the reply was written.** An id that is closed right after the reply
 //!   races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE

@@ -253,6 +253,7 @@ const_assert_eq!(FUSE_PASSTHROUGH >> 32, 1 << 5);
 
 /// The comparison with the machine's header, written by the build script.
 #[cfg(fuse_backing_uapi_header)]
+#[allow(clippy::all, clippy::pedantic, reason = "written by a program")]
 mod header {
     use super::*;
 

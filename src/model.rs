@@ -2,6 +2,7 @@
 //! objects to whatever the real one answers with `EIO`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
+#![allow(clippy::cast_possible_truncation)]
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;

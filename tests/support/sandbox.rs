@@ -39,7 +39,7 @@ pub fn enter() -> Result<(), String> {
     if !geteuid().is_root() {
         return Err("not root: mount(2) and CAP_SYS_ADMIN are needed".into());
     }
-    fs::metadata("/dev/fuse").map_err(|e| format!("/dev/fuse: {e}"))?;
+    fuse_backing::FuseDevice::open().map_err(|e| e.to_string())?;
     let failed = |what: &str, errno| format!("{what}: {errno}");
     unshare_mounts().map_err(|e| failed("unshare(CLONE_NEWNS)", e))?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;

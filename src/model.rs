@@ -332,14 +332,14 @@ fn invalidate_meets_opens() {
 fn failing_closes() {
     explore(|| {
         let world = World::new();
-        world.table.set_limit(2);
+        world.table.set_limit(3);
+        world.kernel(|kernel| kernel.may_close = false);
         threads(&world, 3, |world, n| {
+            let inode = (n % 2) as u64;
             for round in 0..2 {
-                if n == 0 {
-                    world.kernel(|kernel| kernel.may_close = round == 1);
+                if n == 0 && round == 1 {
                     let _failing = world.table.retry_closes();
                 }
-                let inode = (n % 2) as u64;
                 let open = world.open(inode);
                 world.reply(inode, &open);
                 if n == 2 {
@@ -347,10 +347,51 @@ fn failing_closes() {
                 }
                 world.release(inode, open);
             }
-            world.table.forget(&((n % 2) as u64));
+            if n == 1 {
+                world.table.forget(&1);
+            }
         });
+        let registered = world.kernel(|kernel| kernel.ids.len());
+        assert_eq!(world.table.stats().ids, registered);
+        assert_eq!(world.table.list().len(), registered);
         world.kernel(|kernel| kernel.may_close = true);
         world.table.retry_closes().unwrap();
+        world.assert_empty();
+    });
+}
+
+/// The release of an inode that was forgotten leaves the one alone that has its number now.
+#[test]
+fn forgetting_meets_releasing_and_opening() {
+    explore(|| {
+        let world = World::new();
+        let held = world.open(0);
+        let spawn = |f: Box<dyn FnOnce(World) + Send>| {
+            let world = world.clone();
+            thread::spawn(move || f(world))
+        };
+        let forgetting = spawn(Box::new(|world| world.table.forget(&0)));
+        let releasing = spawn(Box::new(move |_| drop(held)));
+        let fresh = (0..3).find_map(|_| {
+            let open = world.table.open(&0, 0, &world.files[1], Access::ReadOnly);
+            thread::yield_now();
+            open.ok()
+        });
+        forgetting.join().unwrap();
+        if let Some(fresh) = fresh {
+            let id = |open: &OpenFile<Device>| open.reply(OpenFlags::empty()).unwrap().backing_id();
+            let forgotten = world
+                .table
+                .list()
+                .iter()
+                .any(|entry| entry.id == Some(id(&fresh)) && entry.forgotten);
+            let again = world
+                .table
+                .open(&0, 0, &world.files[1], Access::ReadOnly)
+                .unwrap();
+            assert_ne!(id(&again) == id(&fresh), forgotten);
+        }
+        releasing.join().unwrap();
         world.assert_empty();
     });
 }

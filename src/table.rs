@@ -46,7 +46,7 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock
 /// nothing. The table keeps to it: the first open of an inode decides, all others follow until the
 /// last one is released.
 ///
-/// `D` is how the table holds the device, a reference or an [`Arc`](std::sync::Arc). `K` is what the
+/// `D` is how the table holds the device, a reference or an [`Arc`]. `K` is what the
 /// server knows an inode by, its node id most often.
 ///
 /// # The life of an open

@@ -1,0 +1,118 @@
+//! Does FUSE passthrough work on this machine? Tries it on a scratch mount, step by step.
+//!
+//! ```text
+//! doctor [--json] [PATH...]
+//! ```
+//!
+//! Each step is told as `ok`, `FAILED` or `skipped`, with what was found, and what to do about it.
+//! For each PATH, a directory or a file, it tells whether files there can be backing files, and
+//! with which `max_stack_depth`. The last line sums up. The exit status is 0 if all of it works, 1
+//! if not, 2 if the arguments make no sense.
+//!
+//! Registering takes root. Without it the doctor says so, and tells what can be told without.
+//!
+//! It leaves nothing behind, however it ends: its mounts are attached to nothing but fds, in a
+//! mount namespace of its own, and the only file that it ever makes at a PATH has no name. Whatever
+//! could hang is done by a client process, which is given some seconds.
+//!
+//! Where to look: `doctor/examine.rs` has the steps, `doctor/server.rs` a FUSE server of two files,
+//! `doctor/scratch.rs` the mounts, `doctor/probe.rs` what is done about a PATH, `doctor/client.rs`
+//! how processes are started, `doctor/advice.rs` what to do about errors, and `doctor/report.rs`
+//! the output.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[path = "doctor/advice.rs"]
+mod advice;
+#[path = "doctor/client.rs"]
+mod client;
+#[path = "doctor/examine.rs"]
+mod examine;
+#[path = "doctor/probe.rs"]
+mod probe;
+#[path = "doctor/report.rs"]
+mod report;
+#[path = "doctor/scratch.rs"]
+mod scratch;
+#[path = "doctor/server.rs"]
+mod server;
+
+const USAGE: &str = "\
+usage: doctor [--json] [PATH...]
+
+Tells whether FUSE passthrough works on this machine, by trying it on a scratch mount, and whether
+files at each PATH can be backing files.
+
+  --json   one JSON object instead of text
+  --help   this text
+
+Exit status: 0 all of it works, 1 something does not, 2 bad arguments.
+";
+
+enum Command {
+    Help,
+    Examine {
+        json: bool,
+        paths: Vec<PathBuf>,
+    },
+    /// What the client processes do.
+    Read(OsString),
+    Probe(PathBuf),
+}
+
+fn main() -> ExitCode {
+    let (text, success) = match parse(std::env::args_os().skip(1)) {
+        Ok(Command::Help) => (USAGE.to_owned(), true),
+        Ok(Command::Examine { json, paths }) => {
+            let report = examine::examine(&paths);
+            let text = if json { report.json() } else { report.text() };
+            (text, report.works())
+        }
+        Ok(Command::Read(name)) => match client::read(&name) {
+            Ok(printed) => (printed, true),
+            Err(error) => (error.to_string(), false),
+        },
+        Ok(Command::Probe(path)) => match probe::probe(&path) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) => (error.to_string(), false),
+        },
+        Err(error) => {
+            eprintln!("doctor: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) if success => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
+    let mut json = false;
+    let mut paths = Vec::new();
+    let mut args = args;
+    while let Some(arg) = args.next() {
+        match arg.to_str() {
+            Some("--help" | "-h") => return Ok(Command::Help),
+            Some("--json") => json = true,
+            Some("--") => {
+                paths.extend(args.by_ref().map(PathBuf::from));
+            }
+            Some(part @ (client::READ | client::PROBE)) => {
+                let operand = args.next().ok_or(format!("{part} takes an operand"))?;
+                return Ok(match part {
+                    client::READ => Command::Read(operand),
+                    _ => Command::Probe(operand.into()),
+                });
+            }
+            _ if arg.as_encoded_bytes().starts_with(b"-") => {
+                return Err(format!("there is no option {arg:?}, see --help"));
+            }
+            _ => paths.push(PathBuf::from(arg)),
+        }
+    }
+    Ok(Command::Examine { json, paths })
+}

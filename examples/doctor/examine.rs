@@ -1,0 +1,442 @@
+//! The steps.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use fuse_backing::{
+    BackingFile, BackingOpenError, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
+    NotPermitted, SyncInitError, negotiate,
+};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities};
+
+use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+use crate::client::{self, PATIENCE, within};
+use crate::probe::{Probed, Verdict};
+use crate::report::{Feature, Outcome, PathReport, Report, Step};
+use crate::scratch::{Connection, Device, Tmpfs, enter_mount_namespace};
+use crate::server::{Offer, PASSED_THROUGH, SERVED};
+
+/// Of the file: some READ requests long.
+const SIZE: usize = 1 << 20;
+
+pub(crate) fn examine(paths: &[PathBuf]) -> Report {
+    let content = content();
+    let mut steps = Steps::default();
+
+    let device = steps.run("device node", Ok(()), |()| open_device());
+    steps.note("ioctl", by_ref(&device), try_ioctl);
+    let capable = steps.run("capability", Ok(()), |()| look_at_capability());
+    steps.note("user namespace", Ok(()), |()| look_at_user_namespace());
+    let sync_init = try_sync_init(by_ref(&device));
+
+    let needed = device.and_then(|device| capable.map(|()| device));
+    let scratch = steps.run("scratch mount", needed, |device| mount(device, &content));
+    let offer = steps.run("offered", by_ref(&scratch), look_at_offer);
+    let negotiated = steps.run("negotiated", by_ref(&offer), look_at_reply);
+
+    let mounted = by_ref(&scratch).map(|scratch| &scratch.connection);
+    let ready = negotiated.and(by_ref(&scratch));
+    let registered = steps.run("registration", ready, register);
+    let needed = registered.and(mounted);
+    steps.note("passthrough read", needed, |connection| {
+        read_passed_through(connection, &content)
+    });
+    let needed = by_ref(&offer).and(mounted);
+    steps.note("plain read", needed, |connection| {
+        read_served(connection, &content)
+    });
+    let closed = steps.run("close", registered.and(mounted), close);
+    let path_fds = try_path_fd(ready);
+
+    let (backing, connection) = match scratch {
+        Ok(scratch) => (Ok((scratch.tmpfs, scratch.private)), Ok(scratch.connection)),
+        Err(blocker) => (Err(blocker), Err(blocker)),
+    };
+    // With the connection still there, which would keep what is registered.
+    steps.note("unmount", closed.and(backing), |(tmpfs, private)| {
+        unmount(tmpfs, private)
+    });
+
+    let mut depths = Depths {
+        one: negotiated.and(connection),
+        two: None,
+        content,
+    };
+    let paths = paths.iter().map(|path| depths.examine(path)).collect();
+    Report {
+        steps: steps.0,
+        path_fds,
+        sync_init,
+        paths,
+    }
+}
+
+/// What a step gave for later ones, or the name of the step that is in its way.
+type Done<T> = Result<T, &'static str>;
+
+fn by_ref<T>(done: &Done<T>) -> Done<&T> {
+    done.as_ref().map_err(|blocker| *blocker)
+}
+
+fn because_of(blocker: &str) -> String {
+    format!("because of: {blocker}")
+}
+
+/// What was found, to be told, and what later steps need of it.
+type Found<T> = Result<(String, T), Trouble>;
+
+/// Why a step gave nothing.
+enum Trouble {
+    Failed(Failure),
+    /// It cannot be told here, which is neither good nor bad.
+    Untold(String),
+}
+
+impl<F: Into<Failure>> From<F> for Trouble {
+    fn from(failure: F) -> Self {
+        Self::Failed(failure.into())
+    }
+}
+
+#[derive(Default)]
+struct Steps(Vec<Step>);
+
+impl Steps {
+    /// Makes a step, unless another is in its way.
+    fn run<N, T>(
+        &mut self,
+        name: &'static str,
+        needed: Done<N>,
+        step: impl FnOnce(N) -> Found<T>,
+    ) -> Done<T> {
+        let (outcome, done) = match needed.map(step) {
+            Ok(Ok((found, done))) => (Outcome::Ok(found), Ok(done)),
+            Ok(Err(Trouble::Failed(failure))) => (Outcome::Failed(failure), Err(name)),
+            Ok(Err(Trouble::Untold(why))) => (Outcome::Skipped(why), Err(name)),
+            Err(blocker) => (Outcome::Skipped(because_of(blocker)), Err(blocker)),
+        };
+        self.0.push(Step { name, outcome });
+        done
+    }
+
+    /// Makes a step that no other needs.
+    fn note<N>(
+        &mut self,
+        name: &'static str,
+        needed: Done<N>,
+        step: impl FnOnce(N) -> Result<String, Trouble>,
+    ) {
+        // The outcome is kept.
+        let _ = self.run(name, needed, |needed| Ok((step(needed)?, ())));
+    }
+}
+
+fn open_device() -> Found<Device> {
+    let device = FuseDevice::open()?;
+    let found = "/dev/fuse, the character device 10:229".to_owned();
+    Ok((found, Arc::new(device)))
+}
+
+/// A device that is not mounted yet refuses every registration, and knows the ioctl or not. That
+/// the kernel was built without passthrough shows only on one that is.
+fn try_ioctl(device: &Device) -> Result<String, Trouble> {
+    match device.backing_open(device) {
+        Err(BackingOpenError::NotAttached { .. }) => {
+            Ok("FUSE_DEV_IOC_BACKING_OPEN is known".to_owned())
+        }
+        Err(error) => Err(error.into()),
+        Ok(id) => {
+            let closed = device.backing_close(id);
+            let cause = closed.map_or_else(|e| e.to_string(), |()| "and closes it".to_owned());
+            let cause = format!("a device that is not mounted registers a file: {cause}");
+            Err(Failure::new(cause, LOOK_INTO_THE_LOG).into())
+        }
+    }
+}
+
+fn look_at_capability() -> Found<()> {
+    let sets = capabilities(None).map_err(|errno| {
+        let cause = format!("capget(2) failed: {errno}");
+        Failure::new(cause, "look for a seccomp profile that denies it")
+    })?;
+    if sets.effective.contains(CapabilitySet::SYS_ADMIN) {
+        Ok((
+            "CAP_SYS_ADMIN is effective in this user namespace".to_owned(),
+            (),
+        ))
+    } else {
+        Err(NotPermitted::MissingCapability.into())
+    }
+}
+
+fn look_at_user_namespace() -> Result<String, Trouble> {
+    let everything = InitFlags::PASSTHROUGH | InitFlags::INIT_EXT;
+    let answer = negotiate(everything, InitFlags::empty(), MaxStackDepth::One);
+    if let Err(NegotiateError::NotPermitted(why @ NotPermitted::NotInInitialUserNamespace)) = answer
+    {
+        return Err(why.into());
+    }
+    // The answer is yes also where it cannot be told.
+    match std::fs::read_link("/proc/thread-self/ns/user") {
+        Ok(name) => Ok(format!("{}, the initial one", name.display())),
+        Err(e) => Err(Trouble::Untold(format!("/proc does not tell: {e}"))),
+    }
+}
+
+struct Scratch {
+    tmpfs: Tmpfs,
+    connection: Connection,
+    /// Whether the mount namespace is private.
+    private: rustix::io::Result<()>,
+}
+
+fn mount(device: Device, content: &Arc<[u8]>) -> Found<Scratch> {
+    let private = enter_mount_namespace()?;
+    let scratch = Scratch {
+        tmpfs: Tmpfs::new(content)?,
+        connection: Connection::new(device, MaxStackDepth::One, Arc::clone(content))?,
+        private,
+    };
+    let found = "tmpfs and FUSE, in a mount namespace of their own".to_owned();
+    Ok((found, scratch))
+}
+
+fn look_at_offer(scratch: &Scratch) -> Found<Offer> {
+    let offer = scratch.connection.offer()?;
+    let version = format!("protocol {}.{}", offer.major, offer.minor);
+    if offer.flags.contains(InitFlags::PASSTHROUGH) {
+        return Ok((format!("{version}, with FUSE_PASSTHROUGH"), offer));
+    }
+    // A registration may tell why not.
+    let why = match scratch.tmpfs.open(OFlags::RDONLY) {
+        Ok(file) => scratch.connection.device.backing_open(file).err(),
+        Err(_) => None,
+    };
+    let mut failure = match why {
+        Some(why @ (BackingOpenError::UnsupportedKernel | BackingOpenError::DisabledInKernel)) => {
+            Failure::from(why)
+        }
+        _ => NegotiateError::NotOffered.into(),
+    };
+    failure.cause = format!("{version}, without FUSE_PASSTHROUGH: {}", failure.cause);
+    Err(failure.into())
+}
+
+fn look_at_reply(offer: &Offer) -> Found<()> {
+    let reply = offer.negotiated?;
+    Ok((format!("max_stack_depth {}", reply.max_stack_depth()), ()))
+}
+
+fn register(scratch: &Scratch) -> Found<()> {
+    let Scratch {
+        tmpfs, connection, ..
+    } = scratch;
+    let file = tmpfs.open(OFlags::RDONLY).map_err(cannot_open_backing)?;
+    let backing = BackingFile::open(Arc::clone(&connection.device), file)?;
+    let found = format!("backing id {}", backing.id().as_raw());
+    connection.shared.swap_backing(Some(backing));
+    Ok((found, ()))
+}
+
+fn cannot_open_backing(errno: Errno) -> Failure {
+    Failure::new(
+        format!("the backing file cannot be opened: {errno}"),
+        LOOK_INTO_THE_LOG,
+    )
+}
+
+fn read_passed_through(connection: &Connection, content: &[u8]) -> Result<String, Trouble> {
+    let reads = &connection.shared.passed_through_reads;
+    match read(connection, PASSED_THROUGH, reads, content)? {
+        0 => Ok(format!("{SIZE} right bytes, 0 READ requests")),
+        reads => Err(Failure::new(
+            format!("{reads} READ requests came to the server in spite of passthrough"),
+            LOOK_INTO_THE_LOG,
+        )
+        .into()),
+    }
+}
+
+/// The control: that the requests which passthrough spares the server would come.
+fn read_served(connection: &Connection, content: &[u8]) -> Result<String, Trouble> {
+    let reads = &connection.shared.served_reads;
+    match read(connection, SERVED, reads, content)? {
+        0 => Err(Failure::new(
+            "no READ request came to the server: the other read proves nothing",
+            LOOK_INTO_THE_LOG,
+        )
+        .into()),
+        reads => Ok(format!(
+            "without passthrough, for comparison: {reads} READ requests"
+        )),
+    }
+}
+
+/// Has a client read the file, and gives the number of READ requests.
+fn read(
+    connection: &Connection,
+    name: &str,
+    reads: &AtomicU64,
+    content: &[u8],
+) -> Result<u64, Failure> {
+    let failed = |cause| Failure::new(cause, LOOK_INTO_THE_LOG);
+    let root = connection.root().map_err(|e| failed(e.to_string()))?;
+    let ran = client::run(client::READ, name, root.into());
+    ran.result?;
+    if ran.printed != client::summary(content) {
+        return Err(failed(
+            "the client read other bytes than those of the file".to_owned(),
+        ));
+    }
+    Ok(reads.load(Ordering::SeqCst))
+}
+
+fn close(connection: &Connection) -> Found<()> {
+    let shared = &connection.shared;
+    // RELEASE comes some time after close(2).
+    let is_open = || shared.passed_through_opens.load(Ordering::SeqCst) > 0;
+    within(PATIENCE, || !is_open());
+    if is_open() {
+        let cause = "the client has ended, and no RELEASE came";
+        return Err(Failure::new(cause, LOOK_INTO_THE_LOG).into());
+    }
+    if let Some(backing) = shared.swap_backing(None) {
+        backing.close().map_err(|error| error.cause())?;
+    }
+    Ok(("after the RELEASE".to_owned(), ()))
+}
+
+fn unmount(tmpfs: Tmpfs, private: rustix::io::Result<()>) -> Result<String, Trouble> {
+    if let Err(errno) = private {
+        let why = format!("/ is not a mount point that can be made private: {errno}");
+        return Err(Trouble::Untold(why));
+    }
+    tmpfs.unmount().map_err(|errno| {
+        let cause = match errno {
+            Errno::BUSY => "the closed backing file is still in use".to_owned(),
+            errno => format!("the backing filesystem cannot be unmounted: {errno}"),
+        };
+        Failure::new(cause, LOOK_INTO_THE_LOG)
+    })?;
+    Ok("nothing pins the backing filesystem".to_owned())
+}
+
+/// Linux 6.12 takes backing fds that are `O_PATH`.
+fn try_path_fd(ready: Done<&Scratch>) -> Feature {
+    let Scratch {
+        tmpfs, connection, ..
+    } = match ready {
+        Ok(scratch) => scratch,
+        Err(blocker) => return Feature::unknown(because_of(blocker)),
+    };
+    let file = match tmpfs.open(OFlags::PATH) {
+        Ok(file) => file,
+        Err(errno) => return Feature::unknown(cannot_open_backing(errno).cause),
+    };
+    match BackingFile::open(&*connection.device, file) {
+        Ok(backing) => {
+            drop(backing);
+            Feature::present("O_PATH fds can be registered (Linux 6.12)")
+        }
+        Err(error @ BackingOpenError::PathOnlyFd) => Feature::absent(error),
+        Err(error) => Feature::unknown(error),
+    }
+}
+
+/// On a device of its own: it changes what the device does.
+fn try_sync_init(device: Done<&Device>) -> Feature {
+    if let Err(blocker) = device {
+        return Feature::unknown(because_of(blocker));
+    }
+    let device = match FuseDevice::open() {
+        Ok(device) => device,
+        Err(error) => return Feature::unknown(error),
+    };
+    match device.sync_init() {
+        Ok(()) => Feature::present("mount(2) can wait for INIT (Linux 6.18)"),
+        Err(error @ SyncInitError::UnsupportedKernel) => Feature::absent(error),
+        Err(error) => Feature::unknown(error),
+    }
+}
+
+/// Connections for the files of others, by their `max_stack_depth`.
+struct Depths {
+    one: Done<Connection>,
+    /// Once a file needs it.
+    two: Option<Result<Connection, Failure>>,
+    content: Arc<[u8]>,
+}
+
+impl Depths {
+    fn examine(&mut self, path: &Path) -> PathReport {
+        let (filesystem, verdict) = probe(path, self.one.as_ref().ok());
+        let max_stack_depth = match (verdict, &self.one) {
+            (Some(Verdict::Yes), _) => Ok(1),
+            (Some(Verdict::TooDeep(_)), _) => self.try_two(path),
+            (Some(Verdict::No(failure)), _) => Err(failure),
+            (None, Err(blocker)) => {
+                let cause = format!("not tried, {}", because_of(blocker));
+                Err(Failure::new(cause, ""))
+            }
+            (None, Ok(_)) => Err(did_not_tell()),
+        };
+        PathReport {
+            path: path.to_owned(),
+            filesystem,
+            max_stack_depth,
+        }
+    }
+
+    fn try_two(&mut self, path: &Path) -> Result<u32, Failure> {
+        let two = self.two.get_or_insert_with(|| connect_two(&self.content));
+        let two = two.as_ref().map_err(Failure::clone)?;
+        match probe(path, Some(two)).1 {
+            Some(Verdict::Yes) => Ok(2),
+            Some(Verdict::TooDeep(failure) | Verdict::No(failure)) => Err(failure),
+            None => Err(did_not_tell()),
+        }
+    }
+}
+
+fn connect_two(content: &Arc<[u8]>) -> Result<Connection, Failure> {
+    let device = Arc::new(FuseDevice::open()?);
+    let connection = Connection::new(device, MaxStackDepth::Two, Arc::clone(content))?;
+    let _ = connection.offer()?.negotiated?;
+    Ok(connection)
+}
+
+/// The filesystem's name, and what came of trying a file there, if there is a connection to try it
+/// with.
+fn probe(path: &Path, connection: Option<&Connection>) -> (Option<String>, Option<Verdict>) {
+    let stdin = match connection.map(Connection::device).transpose() {
+        Ok(device) => device.map_or_else(Stdio::null, Stdio::from),
+        Err(e) => return (None, Some(Verdict::No(Failure::new(e, LOOK_INTO_THE_LOG)))),
+    };
+    let ran = client::run(client::PROBE, path, stdin);
+    let probed = Probed::parse(&ran.printed);
+    let verdict = match ran.result {
+        Ok(()) => probed.verdict,
+        Err(failure) => Some(Verdict::No(failure)),
+    };
+    (probed.filesystem, verdict)
+}
+
+fn did_not_tell() -> Failure {
+    Failure::new("the client process did not tell", LOOK_INTO_THE_LOG)
+}
+
+/// Content without a pattern that a page at the wrong place would fit into: xorshift64.
+fn content() -> Arc<[u8]> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let words = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.take(SIZE / 8).flatten().collect()
+}

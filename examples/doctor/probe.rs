@@ -1,0 +1,249 @@
+//! Whether files at a place can be backing files. In a client process, since a filesystem of which
+//! nothing is known can hang.
+
+use std::collections::VecDeque;
+use std::ffi::CStr;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use fuse_backing::{BackingFile, BackingOpenError, FuseDevice};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, fstatfs, openat,
+    openat2, statx,
+};
+
+use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+
+/// How many directory entries are looked at for a regular file, and how many levels up.
+const ENTRIES: usize = 250;
+const LEVELS: usize = 16;
+
+/// What a client found, line by line as it printed it.
+#[derive(Default)]
+pub(crate) struct Probed {
+    pub(crate) filesystem: Option<String>,
+    /// `None` if it had no device to try it with, or came to no end.
+    pub(crate) verdict: Option<Verdict>,
+}
+
+pub(crate) enum Verdict {
+    Yes,
+    /// A higher `max_stack_depth` may help.
+    TooDeep(Failure),
+    No(Failure),
+}
+
+const FILESYSTEM: &str = "filesystem";
+const YES: &str = "yes";
+const TOO_DEEP: &str = "too-deep";
+const NO: &str = "no";
+const ADVICE: &str = "advice";
+
+impl Probed {
+    pub(crate) fn parse(printed: &str) -> Self {
+        let mut probed = Self::default();
+        for line in printed.lines() {
+            let (key, value) = line.split_once(' ').unwrap_or((line, ""));
+            match (key, &mut probed.verdict) {
+                (FILESYSTEM, _) => probed.filesystem = Some(value.to_owned()),
+                (YES, _) => probed.verdict = Some(Verdict::Yes),
+                (TOO_DEEP, _) => probed.verdict = Some(Verdict::TooDeep(Failure::new(value, ""))),
+                (NO, _) => probed.verdict = Some(Verdict::No(Failure::new(value, ""))),
+                (ADVICE, Some(Verdict::TooDeep(failure) | Verdict::No(failure))) => {
+                    value.clone_into(&mut failure.advice);
+                }
+                _ => {}
+            }
+        }
+        probed
+    }
+}
+
+/// In the client, with the FUSE device as its standard input, or something else if there is none.
+pub(crate) fn probe(path: &Path) -> io::Result<()> {
+    let opened = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let place = match opened {
+        Ok(place) => place,
+        Err(errno) => {
+            let failure = Failure::new(
+                format!("it cannot be opened: {errno}"),
+                "name a place that exists and can be reached",
+            );
+            return print_failure(NO, &failure);
+        }
+    };
+    print(FILESYSTEM, filesystem(&place))?;
+    let Ok(device) = FuseDevice::new(io::stdin()) else {
+        return Ok(());
+    };
+    match file_at(place).and_then(|file| register(&device, file)) {
+        Ok(None) => print(YES, ""),
+        Ok(Some(too_deep)) => print_failure(TOO_DEEP, &too_deep),
+        Err(failure) => print_failure(NO, &failure),
+    }
+}
+
+fn print_failure(key: &str, failure: &Failure) -> io::Result<()> {
+    print(key, &failure.cause)?;
+    print(ADVICE, &failure.advice)
+}
+
+/// At once: what comes next may hang.
+fn print(key: &str, value: impl Display) -> io::Result<()> {
+    let mut stdout = io::stdout();
+    writeln!(stdout, "{key} {value}")?;
+    stdout.flush()
+}
+
+/// The name of the filesystem, or at least its number.
+fn filesystem(place: &OwnedFd) -> String {
+    if let Some(name) = filesystem_name(place) {
+        return name;
+    }
+    match fstatfs(place) {
+        Ok(statfs) => format!("{:#x}", statfs.f_type),
+        Err(errno) => errno.to_string(),
+    }
+}
+
+fn filesystem_name(place: &OwnedFd) -> Option<String> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = statx(place, "", flags, StatxFlags::MNT_ID).ok()?;
+    if statx.stx_mask & StatxFlags::MNT_ID.bits() == 0 {
+        return None;
+    }
+    let id = statx.stx_mnt_id.to_string();
+    let mountinfo = std::fs::read("/proc/thread-self/mountinfo").ok()?;
+    let mountinfo = String::from_utf8_lossy(&mountinfo);
+    let mount = mountinfo
+        .lines()
+        .find(|line| line.split(' ').next() == Some(&id))?;
+    // After the optional fields: type, source, options.
+    let (_, filesystem) = mount.split_once(" - ")?;
+    filesystem.split(' ').next().map(str::to_owned)
+}
+
+/// The file to try: the place itself unless it is a directory, else a regular file that is there,
+/// else one without a name.
+fn file_at(place: OwnedFd) -> Result<OwnedFd, Failure> {
+    if file_type(&place) != FileType::Directory {
+        return Ok(place);
+    }
+    if let Some(file) = regular_file_near(&place) {
+        return Ok(file);
+    }
+    let unnamed = if is_overlay(&place) {
+        Err("overlayfs would copy the directory up for an unnamed one".to_owned())
+    } else {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        openat(&place, ".", flags, Mode::RUSR | Mode::WUSR)
+            .map_err(|errno| format!("an unnamed one cannot be made: {errno}"))
+    };
+    unnamed.map_err(|why| {
+        Failure::new(
+            format!("no regular file was found there, and {why}"),
+            "name a regular file instead of the directory",
+        )
+    })
+}
+
+/// A regular file in the directory, or else below or above it on the same mount, opened with
+/// `O_PATH`: that asks nothing of the file.
+fn regular_file_near(directory: &OwnedFd) -> Option<OwnedFd> {
+    let mut above = open_on_mount(directory, c".", LISTED)?;
+    for _ in 0..LEVELS {
+        if let Some(file) = regular_file_below(&above) {
+            return Some(file);
+        }
+        above = open_on_mount(&above, c"..", LISTED)?;
+    }
+    None
+}
+
+fn regular_file_below(directory: &OwnedFd) -> Option<OwnedFd> {
+    let mut directories = VecDeque::from([open_on_mount(directory, c".", LISTED)?]);
+    let mut left = ENTRIES;
+    while let Some(directory) = directories.pop_front() {
+        for entry in Dir::read_from(&directory).ok()?.flatten() {
+            left = left.checked_sub(1)?;
+            let name = entry.file_name();
+            let Some(found) = open_on_mount(&directory, name, OFlags::PATH) else {
+                continue;
+            };
+            match file_type(&found) {
+                FileType::RegularFile => return Some(found),
+                FileType::Directory if name != c"." && name != c".." => {
+                    directories.extend(open_on_mount(&directory, name, LISTED));
+                }
+                _ => {}
+            }
+        }
+    }
+    None
+}
+
+const LISTED: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
+
+/// Neither what is mounted there, nor what a symbolic link leads to.
+fn open_on_mount(directory: &OwnedFd, name: &CStr, flags: OFlags) -> Option<OwnedFd> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat2(directory, name, flags, Mode::empty(), ResolveFlags::NO_XDEV).ok()
+}
+
+fn is_overlay(place: &OwnedFd) -> bool {
+    // `OVERLAYFS_SUPER_MAGIC` of `<linux/magic.h>`.
+    fstatfs(place).is_ok_and(|statfs| statfs.f_type == 0x794c_7630)
+}
+
+fn file_type(file: &OwnedFd) -> FileType {
+    fstat(file).map_or(FileType::Unknown, |stat| {
+        FileType::from_raw_mode(stat.st_mode)
+    })
+}
+
+/// Registers it for a moment. `Some` if it is stacked too deep.
+fn register(device: &FuseDevice<impl AsFd>, file: OwnedFd) -> Result<Option<Failure>, Failure> {
+    let regular = file_type(&file) == FileType::RegularFile;
+    let backing = match BackingFile::open(device, &file) {
+        // Before Linux 6.12.
+        Err(BackingOpenError::PathOnlyFd) if regular => {
+            let file = for_reading(&file)?;
+            BackingFile::open(device, file)
+        }
+        answer => answer,
+    };
+    let backing = match backing {
+        Ok(backing) => backing,
+        Err(error @ BackingOpenError::StackedTooDeep) => return Ok(Some(error.into())),
+        Err(error) => return Err(error.into()),
+    };
+    backing.close().map_err(|error| {
+        let cause = error.cause();
+        Failure::new(
+            format!("it could be registered, but not closed: {cause}"),
+            LOOK_INTO_THE_LOG,
+        )
+    })?;
+    if regular {
+        Ok(None)
+    } else {
+        // Linux 6.9 to 6.17 take anything.
+        Err(Failure::new(
+            "it is no regular file",
+            "serve such files without passthrough",
+        ))
+    }
+}
+
+fn for_reading(file: &OwnedFd) -> Result<OwnedFd, Failure> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).map_err(|errno| {
+        Failure::new(
+            format!("it cannot be opened for reading: {errno}"),
+            "name a file that can be read",
+        )
+    })
+}

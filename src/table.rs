@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
-use static_assertions::assert_eq_size;
+use static_assertions::{assert_eq_size, assert_impl_all};
 use thiserror::Error;
 
 use crate::backing::BackingId;
@@ -181,6 +181,8 @@ pub struct OpenFile<D: AsFd, K: Hash + Eq + Clone = u64> {
 }
 
 assert_eq_size!(OpenFile<&FuseDevice<std::os::fd::OwnedFd>>, [usize; 2]);
+assert_impl_all!(BackingTable<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
+assert_impl_all!(OpenFile<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
 
 /// Enough that threads seldom meet, in 4 KiB of empty maps.
 const SHARDS: usize = 64;
@@ -201,6 +203,8 @@ struct Shared<D: AsFd, K: Hash + Eq + Clone> {
     refused: Mutex<Option<BackingOpenError>>,
     over_limit: AtomicU64,
     close_failures: AtomicU64,
+    /// The table is gone, and with it whoever could retry.
+    orphaned: AtomicBool,
     start: Instant,
 }
 
@@ -227,6 +231,8 @@ struct State {
     since: u32,
     /// In the map.
     attached: bool,
+    /// In `Shared::strays`.
+    stray: bool,
     /// Its key in `Idle::inodes`, or 0.
     idle: u64,
     close_failed: Option<BackingCloseCause>,
@@ -295,6 +301,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
                 refused: Mutex::new(None),
                 over_limit: AtomicU64::new(0),
                 close_failures: AtomicU64::new(0),
+                orphaned: AtomicBool::new(false),
                 start: Instant::now(),
             }),
         }
@@ -370,6 +377,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
             let inode = self.shared.find(inode)?;
             let mut state = lock(&inode.state);
             if !state.attached {
+                inode.leave_map();
                 continue;
             }
             match &state.mode {
@@ -412,7 +420,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
             if state.attached {
                 state.attached = false;
                 if state.opens > 0 {
-                    inode.stray();
+                    inode.stray(&mut state);
                 } else {
                     inode.abandon(&mut state);
                 }
@@ -515,14 +523,15 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
     }
 }
 
-/// Idle ids are closed; open files stay as they are until they are released.
+/// Idle ids are closed; open files stay as they are until they are released. An id that cannot be
+/// closed then, or now, stays registered until the connection ends.
 impl<D: AsFd, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     fn drop(&mut self) {
+        self.shared.orphaned.store(true, Ordering::Relaxed);
         self.set_idle_limit(0);
         // Whoever wants to know calls it before: a destructor has nobody to tell.
         let _ = self.retry_closes();
-        // What still cannot be closed stays registered until the connection ends. It must not keep
-        // the device, which would keep the connection.
+        // What still cannot be closed must not keep the device, which would keep the connection.
         let strays: Vec<_> = lock(&self.shared.strays).values().cloned().collect();
         for inode in strays {
             let mut state = lock(&inode.state);
@@ -560,6 +569,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Shared<D, K> {
                         opens: 0,
                         since: self.seconds(),
                         attached: true,
+                        stray: false,
                         idle: 0,
                         close_failed: None,
                     }),
@@ -567,6 +577,8 @@ impl<D: AsFd, K: Hash + Eq + Clone> Shared<D, K> {
             }));
             let mut state = lock(&inode.state);
             if !state.attached {
+                // It was on its way out. A key's own code that panics can have left it in the map.
+                inode.leave_map();
                 continue;
             }
             decide(&inode, &mut state)?;
@@ -654,8 +666,9 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
     fn count_open(self: &Arc<Self>, state: &mut State) -> Option<BackingId> {
         state.opens += 1;
         self.unidle(state);
-        if state.close_failed.take().is_some() {
-            lock(&self.shared.strays).remove(&self.address());
+        state.close_failed = None;
+        if state.attached {
+            self.unstray(state);
         }
         match &state.mode {
             Mode::Passthrough { id, .. } => Some(id.alias()),
@@ -702,7 +715,11 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
                 // Somebody else closed it: nothing is left to be tried again.
                 if cause != BackingCloseCause::UnknownId {
                     state.close_failed = Some(cause);
-                    self.stray();
+                    if self.shared.orphaned.load(Ordering::Relaxed) {
+                        self.leave(state);
+                    } else {
+                        self.stray(state);
+                    }
                     return Err(cause);
                 }
             }
@@ -720,7 +737,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
         self.unidle(state);
         let mode = std::mem::replace(&mut state.mode, Mode::Undecided);
         let close_failed = state.close_failed.take();
-        lock(&self.shared.strays).remove(&self.address());
+        self.unstray(state);
         if let Mode::Passthrough { .. } = mode {
             let apart = Arc::new(Self {
                 shared: Arc::clone(&self.shared),
@@ -730,6 +747,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
                     opens: 0,
                     since: state.since,
                     attached: false,
+                    stray: false,
                     idle: 0,
                     close_failed,
                 }),
@@ -747,24 +765,34 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
     }
 
     /// Keeps an inode that the map does not, or that is to be retried.
-    fn stray(self: &Arc<Self>) {
+    fn stray(self: &Arc<Self>, state: &mut State) {
+        state.stray = true;
         lock(&self.shared.strays).insert(self.address(), Arc::clone(self));
+    }
+
+    fn unstray(self: &Arc<Self>, state: &mut State) {
+        if state.stray {
+            state.stray = false;
+            lock(&self.shared.strays).remove(&self.address());
+        }
     }
 
     /// Out of the map, and whatever else the table finds it by.
     fn leave(self: &Arc<Self>, state: &mut State) {
+        self.unstray(state);
         if state.attached {
             state.attached = false;
-            let mut shard = lock(self.shared.shard(&self.key));
-            // `forget` may have taken it out, and another be there by now.
-            if shard
-                .get(&self.key)
-                .is_some_and(|inode| Arc::ptr_eq(inode, self))
-            {
-                shard.remove(&self.key);
-            }
+            self.leave_map();
         }
-        lock(&self.shared.strays).remove(&self.address());
+    }
+
+    fn leave_map(self: &Arc<Self>) {
+        let mut shard = lock(self.shared.shard(&self.key));
+        // `forget` may have taken it out, and another be there by now.
+        let found = shard.get(&self.key);
+        if found.is_some_and(|inode| Arc::ptr_eq(inode, self)) {
+            shard.remove(&self.key);
+        }
     }
 
     fn address(self: &Arc<Self>) -> usize {

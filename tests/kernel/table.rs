@@ -98,6 +98,11 @@ pub const TESTS: &[Test] = &[
         Needs::Passthrough,
         dropped_without_capability,
     ),
+    (
+        "released_without_capability_and_table",
+        Needs::Passthrough,
+        released_without_capability_and_table,
+    ),
     ("listing", Needs::Passthrough, listing),
     ("panicking_keys", Needs::Passthrough, panicking_keys),
     (
@@ -705,6 +710,21 @@ fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+/// As `dropped_without_capability`, for what is released when the table is gone.
+fn released_without_capability_and_table(sandbox: &Sandbox) -> Result<(), Failed> {
+    let Setup {
+        table,
+        tmpfs,
+        connection,
+    } = Setup::new(sandbox)?;
+    let open = table.open(&1, RDWR, tmpfs.file("1", "")?, Access::ReadWrite)?;
+    drop(table);
+    without_cap_sys_admin(|| drop(open));
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    drop(connection);
+    tmpfs.unmount_when_idle()
+}
+
 fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
     use std::os::unix::fs::MetadataExt;
     let setup = Setup::new(sandbox)?;
@@ -798,6 +818,14 @@ fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
             FUSE.set(None);
             assert!(panicked.is_err(), "{calls}");
         }
+    }
+    // In a release, which leaves the inode in the map.
+    for key in 0..2_000 {
+        let opened = open(key)?;
+        FUSE.set(Some(0));
+        let panicked = catch_unwind(AssertUnwindSafe(|| drop(opened)));
+        FUSE.set(None);
+        assert!(panicked.is_err());
     }
     for key in 0..2_000 {
         assert!(open(key)?.is_passthrough());

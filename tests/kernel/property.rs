@@ -1,8 +1,273 @@
 //! Random servers and clients against the kernel's rules.
+//!
+//! Sequences of opens, reads, writes, mappings and closes of several files by several client
+//! processes. The server answers through one [`fuse_backing::BackingTable`] and does with it
+//! whatever a server may: which way an open goes, with which fd, from which thread, under which
+//! limits. After each step the table is held against a model of it, the backing files against the
+//! bytes that are to be in them, and what the client got against what the model says, in which there
+//! is no `EIO`. The control breaks one of the kernel's rules in such sequences, and there the clients
+//! do see `EIO`.
+//!
+//! `PROPTEST_CASES` and `PROPTEST_RNG_SEED` are heeded; without the seed the sequences are always
+//! the same.
 
-use crate::Test;
+mod client;
+mod model;
+mod sequence;
+mod server;
+mod world;
+
+use std::cell::{Cell, RefCell};
+use std::env;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
+
 use crate::client::Role;
+use crate::fuse::{Connection, Init};
+use crate::sandbox::Sandbox;
+use crate::{Needs, Test};
+use sequence::{Case, Outcome, case, run};
+use world::{Sabotage, Tally};
 
-pub const TESTS: &[Test] = &[];
+pub const TESTS: &[Test] = &[
+    ("no_client_sees_eio", Needs::Passthrough, no_client_sees_eio),
+    (
+        "no_client_sees_eio_at_tight_limits",
+        Needs::Passthrough,
+        no_client_sees_eio_at_tight_limits,
+    ),
+    (
+        "broken_rules_give_eio",
+        Needs::Passthrough,
+        broken_rules_give_eio,
+    ),
+];
 
-pub const ROLES: &[(&str, Role)] = &[];
+pub const ROLES: &[(&str, Role)] = client::ROLES;
+
+/// Of files.
+const NAMES: usize = 4;
+const CLIENTS: usize = 3;
+
+/// Sequences of one test.
+const CASES: u32 = 150;
+/// After this no further sequence is begun. With the time for shrinking it is less than the
+/// watchdog's patience.
+const BUDGET: Duration = Duration::from_secs(30);
+const SHRINKING: Duration = Duration::from_secs(15);
+
+/// What is not as it has to be.
+#[derive(Clone, Debug)]
+pub enum Wrong {
+    /// A client got this errno.
+    Errno {
+        text: String,
+        errno: i32,
+    },
+    Rule(String),
+}
+
+impl Wrong {
+    fn text(&self) -> &str {
+        match self {
+            Self::Errno { text, .. } | Self::Rule(text) => text,
+        }
+    }
+
+    fn at(mut self, place: impl fmt::Display) -> Self {
+        match &mut self {
+            Self::Errno { text, .. } | Self::Rule(text) => *text = format!("at {place}: {text}"),
+        }
+        self
+    }
+}
+
+impl<T: fmt::Display> From<T> for Wrong {
+    fn from(error: T) -> Self {
+        Self::Rule(error.to_string())
+    }
+}
+
+fn failed(failed: Failed) -> Wrong {
+    Wrong::Rule(failed.message().unwrap_or("failed").to_owned())
+}
+
+fn no_client_sees_eio(sandbox: &Sandbox) -> Result<(), Failed> {
+    property(sandbox, false, EXPECTED)
+}
+
+fn no_client_sees_eio_at_tight_limits(sandbox: &Sandbox) -> Result<(), Failed> {
+    property(sandbox, true, EXPECTED_WHEN_TIGHT)
+}
+
+/// What has to occur among a test's sequences for it to mean anything.
+const EXPECTED: &[&str] = &[
+    "access exceeded",
+    "appended",
+    "busy",
+    "cached",
+    "chosen",
+    "closed and opened at once",
+    "created",
+    "created what was there",
+    "different file",
+    "direct",
+    "forgotten while open",
+    "invalidated",
+    "mapped cached",
+    "mapped direct",
+    "mapped in passthrough",
+    "mapped in passthrough, direct",
+    "mapping read",
+    "mapping refused",
+    "mapping written",
+    "not permitted",
+    "number given out again",
+    "out of memory",
+    "passthrough",
+    "passthrough, direct",
+    "refused",
+    "remembered",
+    "shared",
+    "truncated",
+];
+const EXPECTED_WHEN_TIGHT: &[&str] = &[
+    "closed at last",
+    "forgotten while idle",
+    "idle id used again",
+    "limit reached",
+    "release could not close",
+];
+
+fn property(sandbox: &Sandbox, tight: bool, expected: &[&str]) -> Result<(), Failed> {
+    let offered = offered(sandbox)?;
+    let start = Instant::now();
+    let tally = RefCell::new(Tally::default());
+    let (tried, failing) = (Cell::new(0), Cell::new(false));
+    let mut runner = runner();
+    let cases = runner.config().cases;
+    let result = runner.run(&case(tight), |case| {
+        // Not while shrinking, where what is not tried would count as good.
+        if !failing.get() && start.elapsed() > BUDGET {
+            return Ok(());
+        }
+        tried.set(tried.get() + 1);
+        let tally = &mut tally.borrow_mut();
+        let result = match sequence(offered, &case, None, tally) {
+            Ok(outcome) => outcome.result,
+            Err(error) => Err(failed(error)),
+        };
+        failing.set(failing.get() || result.is_err());
+        result.map_err(|wrong| TestCaseError::fail(wrong.text().to_owned()))
+    });
+    match result {
+        Ok(()) => {}
+        Err(TestError::Abort(why)) => return Err(why.to_string().into()),
+        Err(TestError::Fail(why, case)) => {
+            return Err(format!(
+                "{why}\nin this sequence, as short as it could be made:\n{case:?}"
+            )
+            .into());
+        }
+    }
+    let (tried, tally) = (tried.get(), tally.into_inner());
+    if env::var_os("PROPTEST_VERBOSE").is_some() {
+        eprintln!("{:#?}", tally.0);
+    }
+    if tried < cases {
+        eprintln!("property: {tried} of {cases} sequences in {BUDGET:?}, the others not tried");
+    }
+    let missing: Vec<_> = expected
+        .iter()
+        .filter(|what| !tally.0.contains_key(*what))
+        .collect();
+    // Fewer sequences, or others, are somebody's choice.
+    if tried >= CASES && env::var_os(SEED).is_none() && !missing.is_empty() {
+        return Err(format!("never happened: {missing:?}").into());
+    }
+    Ok(())
+}
+
+/// The control: whatever is said above of `EIO` would be said of a kernel that accepts everything.
+fn broken_rules_give_eio(sandbox: &Sandbox) -> Result<(), Failed> {
+    const ENOUGH: usize = 5;
+    const SEQUENCES: usize = 100;
+    let offered = offered(sandbox)?;
+    let start = Instant::now();
+    for sabotage in [
+        Sabotage::CachedWhilePassthrough,
+        Sabotage::PassthroughWhileCached,
+        Sabotage::SecondId,
+        Sabotage::ClosedId,
+        Sabotage::ForgottenNumber,
+    ] {
+        let mut runner = runner();
+        let mut broken = 0;
+        for _ in 0..SEQUENCES {
+            // Once is enough where this is slow.
+            if broken == ENOUGH || broken > 0 && start.elapsed() > BUDGET {
+                break;
+            }
+            let case = case(false)
+                .new_tree(&mut runner)
+                .map_err(|why| why.to_string())?;
+            let case = case.current();
+            let outcome = sequence(offered, &case, Some(sabotage), &mut Tally::default())?;
+            broken += usize::from(outcome.sabotaged);
+            let as_expected = match &outcome.result {
+                Ok(()) => !outcome.sabotaged,
+                Err(Wrong::Errno { errno, .. }) => outcome.sabotaged && *errno == libc::EIO,
+                Err(Wrong::Rule(_)) => false,
+            };
+            if !as_expected {
+                let (result, sabotaged) = (outcome.result, outcome.sabotaged);
+                return Err(format!(
+                    "{sabotage:?}: broken {sabotaged}, and {result:?} in this sequence:\n{case:?}"
+                )
+                .into());
+            }
+        }
+        if broken == 0 {
+            return Err(format!("{sabotage:?}: in none of {SEQUENCES} sequences").into());
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's INIT flags.
+fn offered(sandbox: &Sandbox) -> Result<u64, Failed> {
+    Ok(Connection::mount(sandbox, Init::PLAIN)?.offer().flags)
+}
+
+/// In a sandbox of its own, so that what the watchdog keeps of its connection is gone with it.
+fn sequence(
+    offered: u64,
+    case: &Case,
+    sabotage: Option<Sabotage>,
+    tally: &mut Tally,
+) -> Result<Outcome, Failed> {
+    let sandbox = Sandbox::new("property, one sequence")?;
+    Ok(run(&sandbox, offered, case, sabotage, tally))
+}
+
+const SEED: &str = "PROPTEST_RNG_SEED";
+
+fn runner() -> TestRunner {
+    let mut config = Config::default();
+    if env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = CASES;
+    }
+    config.failure_persistence = None;
+    config.max_shrink_iters = u32::MAX;
+    config.max_shrink_time = SHRINKING.as_millis() as u32;
+    let seed = env::var(SEED)
+        .ok()
+        .and_then(|seed| seed.parse::<u64>().ok());
+    let seed = seed.unwrap_or(0).to_le_bytes().repeat(4);
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    TestRunner::new_with_rng(config, rng)
+}

@@ -1,0 +1,428 @@
+//! What a `BackingTable` is to do, written down a second time: for one thread, without a kernel.
+
+use std::collections::BTreeMap;
+
+use fuse_backing::{
+    Access, BackingCloseCause, BackingOpenError, Entry, NotPermitted, ServerReason, TableOpenError,
+};
+
+/// From what kind of thread the table is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thread {
+    Able,
+    /// Without `CAP_SYS_ADMIN`: it can neither register nor close.
+    Incapable,
+    /// Its registrations fail with `ENOMEM`.
+    OutOfMemory,
+}
+
+/// The file behind a fd that is handed to the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
+    /// Whether the kernel takes it as a backing file.
+    pub registrable: bool,
+}
+
+/// One registration, or one open inode in server mode. There can be several under one key, of which
+/// one is attached.
+#[derive(Clone, Copy, Debug)]
+struct Inode {
+    key: u64,
+    attached: bool,
+    mode: Mode,
+    opens: u64,
+    /// When it became idle.
+    idle: Option<u64>,
+    close_failed: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Mode {
+    Passthrough {
+        /// `None` until the table has said it.
+        id: Option<i32>,
+        granted: Access,
+        file: FileId,
+    },
+    Server(ServerReason),
+}
+
+/// Names an `Inode`.
+pub type Uid = u64;
+
+#[derive(Debug)]
+pub struct Model {
+    inodes: BTreeMap<Uid, Inode>,
+    clock: u64,
+    pub limit: usize,
+    pub idle_limit: usize,
+    pub over_limit: u64,
+    pub close_failures: u64,
+    pub refused: Option<BackingOpenError>,
+}
+
+/// What a close from an incapable thread gives.
+pub const NOT_CLOSED: BackingCloseCause =
+    BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
+const NOT_REGISTERED: BackingOpenError =
+    BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+
+impl Model {
+    pub fn new(limit: usize) -> Self {
+        Self {
+            inodes: BTreeMap::new(),
+            clock: 0,
+            limit,
+            idle_limit: 0,
+            over_limit: 0,
+            close_failures: 0,
+            refused: None,
+        }
+    }
+
+    pub fn open(
+        &mut self,
+        key: u64,
+        flags: i32,
+        file: FileId,
+        access: Access,
+        thread: Thread,
+    ) -> Result<Uid, TableOpenError> {
+        // Truncating is between the client and the server, which did it when it opened the file.
+        let wanted = Access::wanted_by(flags & !libc::O_TRUNC);
+        if !access.allows(wanted) {
+            return Err(TableOpenError::AccessExceeded {
+                granted: access,
+                wanted,
+            });
+        }
+        if let Some(uid) = self.attached(key) {
+            let inode = self.inode(uid);
+            match &mut inode.mode {
+                Mode::Server(_) => return Ok(self.count_open(uid)),
+                Mode::Passthrough {
+                    granted,
+                    file: registered,
+                    ..
+                } if *registered == file => {
+                    *granted = union(*granted, access);
+                    return Ok(self.count_open(uid));
+                }
+                Mode::Passthrough { .. } if inode.opens > 0 => {
+                    return Err(TableOpenError::DifferentFile);
+                }
+                Mode::Passthrough { .. } => self.detach(uid, thread),
+            }
+        }
+        let mode = match self.register(file, thread) {
+            Ok(()) => Mode::Passthrough {
+                id: None,
+                granted: access,
+                file,
+            },
+            Err(reason) => Mode::Server(reason),
+        };
+        let uid = self.add(key, mode);
+        Ok(self.count_open(uid))
+    }
+
+    pub fn share(&mut self, key: u64, flags: i32) -> Option<Uid> {
+        let uid = self.attached(key)?;
+        match self.inode(uid).mode {
+            Mode::Passthrough { granted, .. }
+                if flags & libc::O_TRUNC == 0 && granted.allows(Access::wanted_by(flags)) =>
+            {
+                Some(self.count_open(uid))
+            }
+            Mode::Passthrough { .. } | Mode::Server(_) => None,
+        }
+    }
+
+    pub fn serve(&mut self, key: u64, thread: Thread) -> Option<Uid> {
+        if let Some(uid) = self.attached(key) {
+            let inode = self.inode(uid);
+            match inode.mode {
+                Mode::Server(_) => return Some(self.count_open(uid)),
+                Mode::Passthrough { .. } if inode.opens > 0 => return None,
+                Mode::Passthrough { .. } => self.detach(uid, thread),
+            }
+        }
+        let uid = self.add(key, Mode::Server(ServerReason::Chosen));
+        Some(self.count_open(uid))
+    }
+
+    pub fn release(&mut self, uid: Uid, thread: Thread) {
+        let keep = self.idle_limit > 0 && self.ids() <= self.limit;
+        self.clock += 1;
+        let now = self.clock;
+        let inode = self.inode(uid);
+        inode.opens -= 1;
+        if inode.opens > 0 {
+            return;
+        }
+        match inode.mode {
+            Mode::Server(_) => {
+                self.inodes.remove(&uid);
+            }
+            Mode::Passthrough { .. } if keep && inode.attached => {
+                inode.idle = Some(now);
+                self.trim_idle(thread);
+            }
+            Mode::Passthrough { .. } => {
+                let _ = self.close(uid, thread);
+            }
+        }
+    }
+
+    pub fn forget(&mut self, key: u64, thread: Thread) {
+        if let Some(uid) = self.attached(key) {
+            if self.inode(uid).opens > 0 {
+                self.inode(uid).attached = false;
+            } else {
+                self.detach(uid, thread);
+            }
+        }
+    }
+
+    /// Or how often it is open.
+    pub fn invalidate(&mut self, key: u64, thread: Thread) -> Result<(), u64> {
+        match self.opens(key) {
+            0 => {
+                self.forget(key, thread);
+                Ok(())
+            }
+            opens => Err(opens),
+        }
+    }
+
+    pub fn set_limit(&mut self, limit: usize, thread: Thread) {
+        self.limit = limit;
+        while self.ids() > limit && self.close_oldest(thread) {}
+    }
+
+    pub fn set_idle_limit(&mut self, limit: usize, thread: Thread) {
+        self.idle_limit = limit;
+        self.trim_idle(thread);
+    }
+
+    pub fn retry_closes(&mut self, thread: Thread) -> Result<(), BackingCloseCause> {
+        let failed = self.inodes.iter().filter(|(_, inode)| inode.close_failed);
+        let failed: Vec<_> = failed.map(|(uid, _)| *uid).collect();
+        // All are tried.
+        let mut result = Ok(());
+        for uid in failed {
+            result = result.and(self.close(uid, thread));
+        }
+        result
+    }
+
+    /// Holds the id of an open against what is known of it; `None` is server mode.
+    pub fn check_id(&mut self, uid: Uid, said: Option<i32>) -> Result<(), String> {
+        let twice =
+            |inode: &Inode| matches!(inode.mode, Mode::Passthrough { id, .. } if id == said);
+        let taken = self.inodes.values().any(twice);
+        match (&mut self.inode(uid).mode, said) {
+            (
+                Mode::Passthrough {
+                    id: Some(known), ..
+                },
+                Some(said),
+            ) if *known == said => Ok(()),
+            (Mode::Passthrough { id: id @ None, .. }, Some(said)) if !taken => {
+                *id = Some(said);
+                Ok(())
+            }
+            (Mode::Server(_), None) => Ok(()),
+            (mode, said) => Err(format!("answered with id {said:?}, to be {mode:?}")),
+        }
+    }
+
+    pub fn reason(&self, uid: Uid) -> Option<ServerReason> {
+        match self.inodes[&uid].mode {
+            Mode::Passthrough { .. } => None,
+            Mode::Server(reason) => Some(reason),
+        }
+    }
+
+    /// Of the inode that has this number now.
+    pub fn opens(&self, key: u64) -> u64 {
+        self.attached(key).map_or(0, |uid| self.inodes[&uid].opens)
+    }
+
+    pub fn is_open_in_passthrough(&self, key: u64) -> bool {
+        self.attached(key).is_some_and(|uid| {
+            let inode = &self.inodes[&uid];
+            inode.opens > 0 && matches!(inode.mode, Mode::Passthrough { .. })
+        })
+    }
+
+    pub fn is_idle(&self, key: u64) -> bool {
+        self.attached(key)
+            .is_some_and(|uid| self.inodes[&uid].idle.is_some())
+    }
+
+    pub fn ids(&self) -> usize {
+        self.count(|inode| matches!(inode.mode, Mode::Passthrough { .. }))
+    }
+
+    pub fn idle(&self) -> usize {
+        self.count(|inode| inode.idle.is_some())
+    }
+
+    /// As `rows` has the table's.
+    pub fn rows(&self) -> Vec<String> {
+        let row = |inode: &Inode| {
+            let (id, granted, file, reason) = match inode.mode {
+                Mode::Passthrough { id, granted, file } => (id, Some(granted), Some(file), None),
+                Mode::Server(reason) => (None, None, None, Some(reason)),
+            };
+            row(
+                inode.key,
+                !inode.attached,
+                inode.opens,
+                id,
+                granted,
+                file.map(|file| (file.device, file.inode)),
+                reason,
+                inode.close_failed.then_some(NOT_CLOSED),
+            )
+        };
+        sorted(self.inodes.values().map(row))
+    }
+
+    fn count(&self, f: impl Fn(&Inode) -> bool) -> usize {
+        self.inodes.values().filter(|inode| f(inode)).count()
+    }
+
+    fn attached(&self, key: u64) -> Option<Uid> {
+        let mut inodes = self.inodes.iter();
+        let found = inodes.find(|(_, inode)| inode.key == key && inode.attached)?;
+        Some(*found.0)
+    }
+
+    fn inode(&mut self, uid: Uid) -> &mut Inode {
+        self.inodes.get_mut(&uid).expect("it has this inode")
+    }
+
+    fn add(&mut self, key: u64, mode: Mode) -> Uid {
+        self.clock += 1;
+        let inode = Inode {
+            key,
+            attached: true,
+            mode,
+            opens: 0,
+            idle: None,
+            close_failed: false,
+        };
+        self.inodes.insert(self.clock, inode);
+        self.clock
+    }
+
+    fn count_open(&mut self, uid: Uid) -> Uid {
+        let inode = self.inode(uid);
+        inode.opens += 1;
+        inode.idle = None;
+        inode.close_failed = false;
+        uid
+    }
+
+    fn register(&mut self, file: FileId, thread: Thread) -> Result<(), ServerReason> {
+        if let Some(error) = self.refused {
+            return Err(ServerReason::Remembered(error));
+        }
+        while self.ids() >= self.limit {
+            if !self.close_oldest(thread) {
+                self.over_limit += 1;
+                return Err(ServerReason::LimitReached);
+            }
+        }
+        match thread {
+            Thread::Incapable => {
+                self.refused = Some(NOT_REGISTERED);
+                Err(ServerReason::Refused(NOT_REGISTERED))
+            }
+            Thread::OutOfMemory => Err(ServerReason::Refused(BackingOpenError::OutOfMemory)),
+            Thread::Able if !file.registrable => {
+                Err(ServerReason::Refused(BackingOpenError::StackedTooDeep))
+            }
+            Thread::Able => Ok(()),
+        }
+    }
+
+    /// An id that cannot be closed stays where it is.
+    fn close(&mut self, uid: Uid, thread: Thread) -> Result<(), BackingCloseCause> {
+        if thread == Thread::Incapable {
+            self.close_failures += 1;
+            self.inode(uid).idle = None;
+            self.inode(uid).close_failed = true;
+            return Err(NOT_CLOSED);
+        }
+        self.inodes.remove(&uid);
+        Ok(())
+    }
+
+    /// Closes what nobody has open. If that fails, it has lost its number all the same.
+    fn detach(&mut self, uid: Uid, thread: Thread) {
+        self.inode(uid).attached = false;
+        let _ = self.close(uid, thread);
+    }
+
+    fn close_oldest(&mut self, thread: Thread) -> bool {
+        let idle = self.inodes.iter();
+        let idle = idle.filter_map(|(uid, inode)| Some((inode.idle?, *uid)));
+        let Some((_, uid)) = idle.min() else {
+            return false;
+        };
+        let _ = self.close(uid, thread);
+        true
+    }
+
+    fn trim_idle(&mut self, thread: Thread) {
+        while self.idle() > self.idle_limit && self.close_oldest(thread) {}
+    }
+}
+
+/// What the table lists, to be compared and printed.
+pub fn rows(entries: &[Entry<u64>]) -> Vec<String> {
+    sorted(entries.iter().map(|entry| {
+        row(
+            entry.inode,
+            entry.forgotten,
+            entry.opens,
+            entry.id,
+            entry.access,
+            entry.backing_device.zip(entry.backing_inode),
+            entry.server_reason,
+            entry.close_failed,
+        )
+    }))
+}
+
+#[allow(clippy::too_many_arguments)]
+fn row(
+    key: u64,
+    forgotten: bool,
+    opens: u64,
+    id: Option<i32>,
+    access: Option<Access>,
+    file: Option<(u64, u64)>,
+    reason: Option<ServerReason>,
+    close_failed: Option<BackingCloseCause>,
+) -> String {
+    format!(
+        "inode {key}, forgotten {forgotten}, {opens} opens, id {id:?}, access {access:?}, \
+         file {file:?}, reason {reason:?}, close failed {close_failed:?}"
+    )
+}
+
+fn sorted(rows: impl Iterator<Item = String>) -> Vec<String> {
+    let mut rows: Vec<_> = rows.collect();
+    rows.sort();
+    rows
+}
+
+fn union(a: Access, b: Access) -> Access {
+    if a == b { a } else { Access::ReadWrite }
+}

@@ -71,6 +71,9 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock
 /// Never answer OPEN with `ENOSYS`: the kernel then sends no OPEN any more on the whole connection,
 /// and nothing can be passed through.
 ///
+/// A mapping outlives its RELEASE: what a client has mapped in passthrough mode goes on reading and
+/// writing the backing file after it closed the file, whatever mode the inode has by then.
+///
 /// # When passthrough is not to be had
 ///
 /// [`open`](Self::open) succeeds all the same, in server mode, and

@@ -17,7 +17,13 @@
 //!
 //! - Set-user-ID programs and device nodes do not work: the mount is `nosuid` and `nodev`.
 //! - Inode numbers are the mirror's own, and listings have them only of what was looked up.
-//! - Locks taken on one side do not hold on the other. There are no ioctls, reflinks and `O_TMPFILE`.
+//! - Locks taken on one side do not hold on the other. There are no ioctls, reflinks, `O_TMPFILE`,
+//!   birth times, and no inserting or collapsing of a file's ranges.
+//! - The kernel knows files by their attributes alone: access(2) does not tell that the source is
+//!   read-only, lseek(2) not how large its files may be, `F_SETFL` not whether it has `O_DIRECT`, and
+//!   no limit of the client's on a file's size keeps it from reserving space beyond the end.
+//! - The names of `trusted` attributes, not their values, are listed for everybody.
+//! - Without passthrough `O_DIRECT` asks for no alignment.
 //! - A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag: passthrough
 //!   keeps the flags of the open.
 //! - A bind mount inside SRC of something else inside SRC is not told apart from it.

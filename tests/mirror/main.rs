@@ -1,3 +1,106 @@
-//! The mirror example against a plain directory.
+//! The mirror example as its users meet it: the program in a process of its own, its clients in
+//! others, and a plain directory to compare with.
+//!
+//! `FUSE_BACKING_TEST=off|auto|require` as for the kernel tests. On a kernel without passthrough the
+//! mirror serves plainly, and is held to the same.
 
-fn main() {}
+#![allow(clippy::panic)]
+#![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
+
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "../support/client.rs"]
+mod client;
+#[allow(
+    dead_code,
+    clippy::expect_used,
+    reason = "not all of it is of use here"
+)]
+#[path = "../support/fuse.rs"]
+mod fuse;
+#[path = "../support/mode.rs"]
+mod mode;
+#[allow(
+    dead_code,
+    clippy::expect_used,
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "not all of it is of use here"
+)]
+#[path = "../support/sandbox.rs"]
+mod sandbox;
+
+mod backing;
+mod calls;
+mod differences;
+mod differential;
+mod errnos;
+mod fsx;
+mod killed;
+mod place;
+mod program;
+mod race;
+mod server;
+mod stopped;
+mod tree;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use mode::Mode;
+
+/// A test, by its name below the file's. It is given its whole name, for its sandbox.
+pub type Test = (&'static str, fn(&str) -> Result<(), Failed>);
+
+fn main() -> ExitCode {
+    if let Some(code) = client::play(&roles()) {
+        return code;
+    }
+    let mode = Mode::from_env();
+    let ready = match mode {
+        Mode::Off => Ok(()),
+        Mode::Auto | Mode::Require => sandbox::enter(),
+    };
+    // The long ones first.
+    let mut trials = vec![fsx_trial(mode, ready.clone())];
+    for (file, tests) in [
+        ("race", race::TESTS),
+        ("differential", differential::TESTS),
+        ("differences", differences::TESTS),
+        ("errnos", errnos::TESTS),
+        ("killed", killed::TESTS),
+        ("stopped", stopped::TESTS),
+    ] {
+        for &(name, run) in tests {
+            let name = format!("{file}::{name}");
+            trials.push(mode.trial(&name.clone(), &ready, move || run(&name)));
+        }
+    }
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    sandbox::leave();
+    conclusion.exit_code()
+}
+
+fn roles() -> Vec<(&'static str, client::Role)> {
+    [
+        differences::ROLES,
+        differential::ROLES,
+        killed::ROLES,
+        race::ROLES,
+        stopped::ROLES,
+    ]
+    .concat()
+}
+
+/// Whether it can run is known only when it is run: what it needs takes a minute to build.
+fn fsx_trial(mode: Mode, ready: Result<(), String>) -> Trial {
+    Trial::ignorable_test(fsx::NAME, move || {
+        if mode == Mode::Off {
+            return Ok(Completion::ignored_with("FUSE_BACKING_TEST=off"));
+        }
+        match ready.and_then(|()| fsx::find()) {
+            Ok(program) => fsx::run(&program).map(|()| Completion::Completed),
+            Err(why) if mode == Mode::Require => Err(format!("cannot run here: {why}").into()),
+            Err(why) => Ok(Completion::ignored_with(why)),
+        }
+    })
+}

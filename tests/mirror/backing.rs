@@ -1,0 +1,77 @@
+//! Where source trees are: filesystems that cannot be unmounted while a file of theirs is open or
+//! registered.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
+use tempfile::TempDir;
+
+use crate::sandbox::Sandbox;
+
+pub struct Backing {
+    at: PathBuf,
+    /// What is mounted there, if it is not a filesystem of its own.
+    _scratch: Option<TempDir>,
+}
+
+impl Backing {
+    /// A new filesystem in memory: `tmpfs`, or `ramfs`, which has no `O_DIRECT`.
+    pub fn in_memory(sandbox: &Sandbox, kind: &str) -> Result<Self, Failed> {
+        let at = sandbox.folder(kind)?;
+        mount(kind, &at, kind, MountFlags::empty(), None)?;
+        fs::set_permissions(&at, Permissions::from_mode(0o755))?;
+        Ok(Self { at, _scratch: None })
+    }
+
+    /// A folder where this machine keeps its temporary files, as a mount of its own.
+    pub fn scratch(sandbox: &Sandbox) -> Result<Self, Failed> {
+        let scratch = tempfile::Builder::new()
+            .prefix("fuse-backing-test-")
+            .permissions(Permissions::from_mode(0o755))
+            .tempdir()?;
+        let at = sandbox.folder("scratch")?;
+        mount_bind(scratch.path(), &at)?;
+        Ok(Self {
+            at,
+            _scratch: Some(scratch),
+        })
+    }
+
+    /// A new folder in it.
+    pub fn folder(&self, name: &str) -> Result<PathBuf, Failed> {
+        let folder = self.at.join(name);
+        fs::create_dir(&folder)?;
+        fs::set_permissions(&folder, Permissions::from_mode(0o755))?;
+        Ok(folder)
+    }
+
+    pub fn unmount(&self) -> rustix::io::Result<()> {
+        unmount(&self.at, UnmountFlags::NOFOLLOW)
+    }
+
+    /// Patient as `sandbox::Tmpfs` is, and for its reasons.
+    pub fn unmount_when_idle(&self) -> Result<(), Failed> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.unmount() {
+                Ok(()) => return Ok(()),
+                Err(errno) if Instant::now() > deadline => {
+                    return Err(format!("something pins a file: umount says {errno}").into());
+                }
+                Err(_) => thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        // Fails if it was unmounted before.
+        let _ = unmount(&self.at, UnmountFlags::DETACH);
+    }
+}

@@ -1,0 +1,344 @@
+//! Where a mirror is known to answer otherwise than a plain directory does, and why. The list cannot
+//! rot: a difference that is gone fails the test as one that is new does.
+
+use std::fs::File;
+use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::path::Path;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+
+use crate::Test;
+use crate::backing::Backing;
+use crate::client::{Client, Role, wait_for_parent};
+use crate::differential::{compare, run};
+use crate::place::describe;
+use crate::sandbox::Sandbox;
+use crate::server::{Mirror, Way, within};
+
+/// Those that show in more than one call.
+pub const TESTS: &[Test] = &[
+    ("locks_hold_on_one_side", locks_hold_on_one_side),
+    ("inode_numbers_in_listings", inode_numbers_in_listings),
+    ("bind_mount_in_the_source", bind_mount_in_the_source),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("lock", lock), ("list", list)];
+
+pub struct Difference {
+    pub section: &'static str,
+    pub call: &'static str,
+    /// On which mirrors; none for both.
+    pub way: Option<Way>,
+    pub mirror: &'static str,
+    /// Where the plain directory says otherwise, its filesystem does not have what the mirror lacks.
+    pub plain: &'static str,
+    pub on: On,
+    pub why: &'static str,
+}
+
+/// On which filesystems it certainly shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum On {
+    Tmpfs,
+    /// That depends.
+    Some,
+}
+
+const NO_ALIGNMENT: &str = "the server lets go of O_DIRECT, and reads and writes at any alignment";
+const NOT_IN_FUSE: &str = "the kernel does not ask FUSE servers for it";
+
+pub const DIFFERENCES: &[Difference] = &[
+    Difference {
+        section: "clearing O_APPEND",
+        call: r#"content("file")"#,
+        way: Some(Way::Passthrough),
+        mirror: r#""0123456789a""#,
+        plain: r#""a123456789""#,
+        on: On::Tmpfs,
+        why: "the kernel's open file keeps the flags that the client opened it with",
+    },
+    Difference {
+        section: "allocation, collapsing and inserting",
+        call: "fallocate(A, F::COLLAPSE_RANGE, 0, 65536)",
+        way: None,
+        mirror: "EOPNOTSUPP",
+        plain: "ok",
+        on: On::Some,
+        why: NOT_IN_FUSE,
+    },
+    Difference {
+        section: "allocation, collapsing and inserting",
+        call: "fallocate(A, F::INSERT_RANGE, 65536, 65536)",
+        way: None,
+        mirror: "EOPNOTSUPP",
+        plain: "ok",
+        on: On::Some,
+        why: NOT_IN_FUSE,
+    },
+    Difference {
+        section: "allocation, collapsing and inserting",
+        call: "fallocate(A, F::UNSHARE_RANGE, 0, 65536)",
+        way: None,
+        mirror: "EOPNOTSUPP",
+        plain: "ok",
+        on: On::Some,
+        why: NOT_IN_FUSE,
+    },
+    Difference {
+        section: "direct I/O, unaligned",
+        call: "pwrite_aligned(A, b'y', 100, 0)",
+        way: Some(Way::Plain),
+        mirror: "100",
+        plain: "EINVAL",
+        on: On::Some,
+        why: NO_ALIGNMENT,
+    },
+    Difference {
+        section: "direct I/O, unaligned",
+        call: "pwrite_aligned(A, b'y', 4096, 100)",
+        way: Some(Way::Plain),
+        mirror: "4096",
+        plain: "EINVAL",
+        on: On::Some,
+        why: NO_ALIGNMENT,
+    },
+    Difference {
+        section: "direct I/O, unaligned",
+        call: "pread_aligned(A, 100, 0)",
+        way: Some(Way::Plain),
+        mirror: "100 bytes, crc32 27deaa1a",
+        plain: "EINVAL",
+        on: On::Some,
+        why: NO_ALIGNMENT,
+    },
+    Difference {
+        section: "direct I/O, unaligned",
+        call: "pread_aligned(A, 4096, 100)",
+        way: Some(Way::Plain),
+        mirror: "4096 bytes, crc32 c3d593f6",
+        plain: "EINVAL",
+        on: On::Some,
+        why: NO_ALIGNMENT,
+    },
+    Difference {
+        section: "limits",
+        call: "fallocate(A, F::KEEP_SIZE, 0, 100_001)",
+        way: None,
+        mirror: "ok",
+        plain: "EFBIG",
+        on: On::Tmpfs,
+        why: "the server's limits count where the kernel has checked the client's for sizes alone",
+    },
+    Difference {
+        section: "the largest position",
+        call: "seek(A, SeekFrom::Start(i64::MAX as u64))",
+        way: None,
+        mirror: "9223372036854775807",
+        plain: "EINVAL",
+        on: On::Some,
+        why: "the kernel does not know how large the source's files may be",
+    },
+    Difference {
+        section: "devices",
+        call: r#"open(A, "null", O::RDWR)"#,
+        way: None,
+        mirror: "EACCES",
+        plain: "ok",
+        on: On::Tmpfs,
+        why: "the mount is nodev",
+    },
+    Difference {
+        section: "unnamed files",
+        call: r#"open(A, ".", O::RDWR | O::TMPFILE)"#,
+        way: None,
+        mirror: "EOPNOTSUPP",
+        plain: "ok",
+        on: On::Tmpfs,
+        why: "the server does not make them",
+    },
+    Difference {
+        section: "ioctls",
+        call: "ioctl_getflags(A)",
+        way: None,
+        mirror: "ENOTTY",
+        plain: "ok",
+        on: On::Tmpfs,
+        why: "the server answers none",
+    },
+    Difference {
+        section: "birth times",
+        call: r#"statx_btime("file")"#,
+        way: None,
+        mirror: "false",
+        plain: "true",
+        on: On::Tmpfs,
+        why: "GETATTR has none, and the server does not answer STATX",
+    },
+    Difference {
+        section: "names of trusted attributes",
+        call: r#"listxattr("file", 100)"#,
+        way: None,
+        mirror: r"[trusted.a\x00]",
+        plain: "[]",
+        on: On::Tmpfs,
+        why: "the server is root, and sees them; the values stay closed to others",
+    },
+    Difference {
+        section: "reflinks",
+        call: "ioctl_ficlone(B, A)",
+        way: None,
+        mirror: "EOPNOTSUPP",
+        plain: "ok",
+        on: On::Some,
+        why: NOT_IN_FUSE,
+    },
+    Difference {
+        section: "no direct I/O",
+        call: "setfl(A, O::DIRECT)",
+        way: None,
+        mirror: "ok",
+        plain: "EINVAL",
+        on: On::Some,
+        why: "the kernel does not ask; reading and writing fails then, with passthrough",
+    },
+    Difference {
+        section: "a bind mount",
+        call: r#"rename("a/file", "b/moved")"#,
+        way: None,
+        mirror: "ok",
+        plain: "EXDEV",
+        on: On::Tmpfs,
+        why: "the server knows a folder by its inode, which is the same",
+    },
+    Difference {
+        section: "a read-only filesystem",
+        call: r#"access("file", Access::WRITE_OK)"#,
+        way: None,
+        mirror: "ok",
+        plain: "EROFS",
+        on: On::Tmpfs,
+        why: "the kernel goes by the file's mode; opening it fails",
+    },
+    Difference {
+        section: "programs that set the user",
+        // The second of the two.
+        call: r#"run("./id", "-u")"#,
+        way: None,
+        mirror: r#"Some(0), None, "0\n""#,
+        plain: r#"Some(0), None, "1000\n""#,
+        on: On::Some,
+        why: "the mount is nosuid",
+    },
+];
+
+/// Locks a file in both ways, says what came of it, and waits.
+fn lock(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let file = File::options().read(true).write(true).open(&args[0])?;
+    let tried = [
+        flock(&file, FlockOperation::NonBlockingLockExclusive),
+        fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive),
+    ];
+    let [by_flock, by_fcntl] = tried.map(|tried| describe(&tried.map(|()| String::new())));
+    println!("{by_flock} {by_fcntl}");
+    wait_for_parent()?;
+    Ok("done".into())
+}
+
+fn locks_hold_on_one_side(name: &str) -> Result<(), Failed> {
+    for way in [Way::Passthrough, Way::Plain] {
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let source = backing.folder("source")?;
+        std::fs::write(source.join("file"), "")?;
+        let mirror = Mirror::start(&sandbox, &source, way)?;
+        let holders = [
+            (mirror.path(), "ok ok"),
+            (mirror.path(), "EAGAIN EAGAIN"),
+            (&source, "ok ok"),
+            (&source, "EAGAIN EAGAIN"),
+        ]
+        .map(|(side, expected)| {
+            let mut holder = Client::start("lock", &[side.join("file").as_os_str()])?;
+            assert_eq!(holder.line()?, expected);
+            Ok(holder)
+        });
+        for holder in holders {
+            holder.and_then(Client::finish)?;
+        }
+        mirror.wait_for_releases()?;
+        mirror.stop(&backing)?;
+    }
+    Ok(())
+}
+
+/// Prints, of each file in a folder, the number in the listing and its own.
+fn list(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let mut lines = Vec::new();
+    for entry in std::fs::read_dir(&args[0])? {
+        let entry = entry?;
+        lines.push((entry.file_name(), entry.ino(), entry.path()));
+    }
+    // Only now, since the server knows what was looked up.
+    for (name, listed, path) in lines {
+        println!(
+            "{} {listed} {}",
+            name.to_string_lossy(),
+            path.metadata()?.ino()
+        );
+    }
+    Ok("done".into())
+}
+
+fn inode_numbers_in_listings(name: &str) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    std::fs::write(source.join("file"), "")?;
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    let numbers = |root: &Path| -> Result<(u64, u64), Failed> {
+        let mut lister = Client::start("list", &[root.as_os_str()])?;
+        let line = lister.line()?;
+        let mut words = line.split(' ').skip(1);
+        let mut number = || words.next().ok_or_else(|| line.clone());
+        Ok((number()?.parse()?, number()?.parse()?))
+    };
+    let (listed, own) = numbers(&source)?;
+    assert_eq!(listed, own);
+    let (listed, own) = numbers(mirror.path())?;
+    assert_eq!(listed, 0xffff_ffff, "it was not looked up before");
+    assert_ne!(listed, own);
+    let (listed, own) = numbers(mirror.path())?;
+    assert_eq!(listed, own, "it was");
+    mirror.stop(&backing)
+}
+
+fn bind_mount_in_the_source(name: &str) -> Result<(), Failed> {
+    for way in [Way::Passthrough, Way::Plain] {
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let folders = [backing.folder("source")?, backing.folder("plain")?];
+        for folder in &folders {
+            std::fs::create_dir(folder.join("a"))?;
+            std::fs::create_dir(folder.join("b"))?;
+            std::fs::write(folder.join("a/file"), "content")?;
+            mount_bind(folder.join("a"), folder.join("b"))?;
+        }
+        let [source, plain] = &folders;
+        let mirror = Mirror::start(&sandbox, source, way)?;
+        let made = run("bind mount", mirror.path(), plain)?;
+        compare(&made, way.is_passthrough()?, true)?;
+        mirror.wait_for_releases()?;
+        mirror.stop_with(|| {
+            for folder in &folders {
+                within(Duration::from_secs(10), "the bind mount is idle", || {
+                    Ok(unmount(folder.join("b"), UnmountFlags::NOFOLLOW).is_ok())
+                })?;
+            }
+            backing.unmount_when_idle()
+        })?;
+    }
+    Ok(())
+}

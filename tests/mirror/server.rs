@@ -1,0 +1,292 @@
+//! A mirror in a process of its own, from its start to the proof that nothing is left of it.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fuse_backing::uapi;
+use libtest_mimic::Failed;
+use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
+};
+
+use crate::backing::Backing;
+use crate::fuse::{Connection, Init, connection_number};
+use crate::program;
+use crate::sandbox::Sandbox;
+
+/// For what takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Passthrough,
+    /// `--no-passthrough`
+    Plain,
+}
+
+impl Way {
+    /// What comes of it on this kernel.
+    pub fn is_passthrough(self) -> Result<bool, Failed> {
+        Ok(self == Self::Passthrough && kernel_has_passthrough()?)
+    }
+}
+
+/// Killed when dropped, if it was not stopped before.
+pub struct Mirror {
+    child: Child,
+    mountpoint: PathBuf,
+    source: PathBuf,
+    way: Way,
+    /// What it says on stderr.
+    log: PathBuf,
+    /// fusectl's `abort` of its connection.
+    abort: Arc<File>,
+}
+
+impl Mirror {
+    pub fn start(sandbox: &Sandbox, source: &Path, way: Way) -> Result<Self, Failed> {
+        let mountpoint = sandbox.folder("mnt")?;
+        let log = sandbox.folder("log")?.join("stderr");
+        let mut command = Command::new(program::mirror()?);
+        if way == Way::Plain {
+            command.arg("--no-passthrough");
+        }
+        let mut child = command
+            .args([source, &mountpoint])
+            .stdin(Stdio::null())
+            .stderr(File::create(&log)?)
+            .spawn()?;
+        match wait_until_mounted(sandbox, &mut child, &mountpoint) {
+            Ok(abort) => {
+                sandbox.watch(Arc::clone(&abort));
+                Ok(Self {
+                    child,
+                    mountpoint,
+                    source: source.to_owned(),
+                    way,
+                    log,
+                    abort,
+                })
+            }
+            Err(why) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                let _ = unmount(&mountpoint, UnmountFlags::DETACH);
+                let said = fs::read_to_string(&log).unwrap_or_default();
+                let why = why.message().unwrap_or_default();
+                Err(format!("{why}; the mirror says: {said}").into())
+            }
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// What becomes of the connection if a test with a sandbox of its own hangs.
+    pub fn watched_by(&self, sandbox: &Sandbox) {
+        sandbox.watch(Arc::clone(&self.abort));
+    }
+
+    pub fn signal(&self, signal: Signal) -> Result<(), Failed> {
+        Ok(kill_process(self.pid()?, signal)?)
+    }
+
+    /// Stops it, and returns when none of its threads runs any more.
+    pub fn freeze(&self) -> Result<(), Failed> {
+        self.signal(Signal::STOP)?;
+        let tasks = format!("/proc/{}/task", self.child.id());
+        within(PATIENCE, "all threads have stopped", || {
+            for task in fs::read_dir(&tasks)? {
+                let stat = fs::read_to_string(task?.path().join("stat"))?;
+                // The state follows the name, which is in parentheses.
+                let state = stat.rsplit(") ").next().unwrap_or_default();
+                if !state.starts_with('T') {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    /// An fd of its device, which keeps the connection and all that is registered there, when the
+    /// mirror itself is gone.
+    pub fn device(&self) -> Result<OwnedFd, Failed> {
+        for fd in fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
+            let fd = fd?;
+            let number = fd.file_name().to_str().ok_or("not a number")?.parse()?;
+            if fs::read_link(fd.path()).is_ok_and(|path| path == Path::new("/dev/fuse")) {
+                let process = pidfd_open(self.pid()?, PidfdFlags::empty())?;
+                return Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?);
+            }
+        }
+        Err("the mirror has no device".into())
+    }
+
+    /// Files of the source that it has open for clients. `O_PATH` fds, which it has of every file
+    /// that the kernel knows, do not count.
+    pub fn open_files(&self) -> Result<usize, Failed> {
+        let process = format!("/proc/{}", self.child.id());
+        let mut count = 0;
+        for fd in fs::read_dir(format!("{process}/fd"))? {
+            let fd = fd?;
+            // It may be closed by now.
+            let Ok(file) = fs::read_link(fd.path()) else {
+                continue;
+            };
+            let info = Path::new(&process).join("fdinfo").join(fd.file_name());
+            let Ok(info) = fs::read_to_string(info) else {
+                continue;
+            };
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+            let flags = i32::from_str_radix(flags.ok_or("no flags")?.trim(), 8)?;
+            if file.starts_with(&self.source) && flags & libc::O_PATH == 0 {
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
+    /// RELEASE is sent after close(2) has returned.
+    pub fn wait_for_releases(&self) -> Result<(), Failed> {
+        within(PATIENCE, "every file has been released", || {
+            Ok(self.open_files()? == 0)
+        })
+    }
+
+    /// Bytes that it has read and written so far, requests and replies among them.
+    pub fn moved(&self) -> Result<u64, Failed> {
+        let io = fs::read_to_string(format!("/proc/{}/io", self.child.id()))?;
+        let mut sum = 0;
+        for name in ["rchar: ", "wchar: "] {
+            let count = io.lines().find_map(|line| line.strip_prefix(name));
+            sum += count.ok_or("no such count")?.parse::<u64>()?;
+        }
+        Ok(sum)
+    }
+
+    /// Asks it to end, and sees that it ends well, unmounts, and leaves no backing file registered.
+    pub fn stop(self, backing: &Backing) -> Result<(), Failed> {
+        self.stop_with(|| backing.unmount_when_idle())
+    }
+
+    /// `unmounted` is to succeed only if nothing pins the source.
+    pub fn stop_with(
+        mut self,
+        unmounted: impl FnOnce() -> Result<(), Failed>,
+    ) -> Result<(), Failed> {
+        let device = self.device()?;
+        self.signal(Signal::TERM)?;
+        let status = self.wait()?;
+        let said = fs::read_to_string(&self.log)?;
+        assert!(status.success(), "the mirror ended with {status}: {said}");
+        if self.way == Way::Passthrough && !kernel_has_passthrough()? {
+            assert!(said.contains("serving without passthrough"), "{said}");
+        } else {
+            assert_eq!(said, "", "the mirror had something to say");
+        }
+        assert!(
+            connection_number(&self.mountpoint).is_err(),
+            "the mirror did not unmount"
+        );
+        // The connection is still there, by its device. So this succeeds only if the mirror has
+        // closed every backing id itself.
+        unmounted()?;
+        drop(device);
+        Ok(())
+    }
+
+    /// SIGKILL, and its end.
+    pub fn kill(&mut self) -> Result<(), Failed> {
+        self.child.kill()?;
+        self.wait().map(drop)
+    }
+
+    pub fn abort(&self) -> Result<(), Failed> {
+        Ok(self.abort.as_ref().write_all(b"1")?)
+    }
+
+    /// Takes away the mount of a mirror that was killed.
+    pub fn unmount(&self) -> Result<(), Failed> {
+        Ok(unmount(&self.mountpoint, UnmountFlags::DETACH)?)
+    }
+
+    fn pid(&self) -> Result<Pid, Failed> {
+        Ok(Pid::from_raw(self.child.id().try_into()?).ok_or("0 is no process")?)
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus, Failed> {
+        let mut status = None;
+        within(PATIENCE, "the mirror has ended", || {
+            status = self.child.try_wait()?;
+            Ok(status.is_some())
+        })?;
+        Ok(status.ok_or("it has not")?)
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            // Abort first: after it, nothing that is done on the mount can hang.
+            let _ = self.abort();
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        // Fails if it is unmounted already.
+        let _ = unmount(&self.mountpoint, UnmountFlags::DETACH);
+    }
+}
+
+/// Returns fusectl's `abort` of the connection.
+fn wait_until_mounted(
+    sandbox: &Sandbox,
+    child: &mut Child,
+    mountpoint: &Path,
+) -> Result<Arc<File>, Failed> {
+    let mut number = None;
+    within(PATIENCE, "the mirror is mounted", || {
+        if let Some(status) = child.try_wait()? {
+            return Err(format!("the mirror ended with {status}").into());
+        }
+        number = connection_number(mountpoint).ok();
+        Ok(number.is_some())
+    })?;
+    let number = number.ok_or("it is not")?.to_string();
+    let path = sandbox.fusectl().join(number).join("abort");
+    Ok(Arc::new(File::options().write(true).open(path)?))
+}
+
+/// Waits until `done` says so, but not forever.
+pub fn within(
+    patience: Duration,
+    what: &str,
+    mut done: impl FnMut() -> Result<bool, Failed>,
+) -> Result<(), Failed> {
+    let deadline = Instant::now() + patience;
+    while !done()? {
+        if Instant::now() > deadline {
+            return Err(format!("not within {patience:?}: {what}").into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
+fn kernel_has_passthrough() -> Result<bool, Failed> {
+    static OFFERED: OnceLock<bool> = OnceLock::new();
+    if let Some(offered) = OFFERED.get() {
+        return Ok(*offered);
+    }
+    let sandbox = Sandbox::new("INIT")?;
+    let offer = Connection::mount(&sandbox, Init::PLAIN)?.offer();
+    let offered = offer.flags & uapi::FUSE_PASSTHROUGH != 0;
+    Ok(*OFFERED.get_or_init(|| offered))
+}

@@ -1,0 +1,72 @@
+//! That passthrough is in use, shown by a server that cannot answer: whoever reads an open file then
+//! was not read to by the server.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::thread::sleep;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+use rustix::process::Signal;
+
+use crate::Test;
+use crate::backing::Backing;
+use crate::client::{Client, Role, wait_for_parent};
+use crate::sandbox::Sandbox;
+use crate::server::{Mirror, Way, within};
+
+pub const TESTS: &[Test] = &[
+    ("server_is_not_asked", |name| read(name, Way::Passthrough)),
+    ("server_is_asked_without", |name| read(name, Way::Plain)),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("read-later", read_later)];
+
+const CONTENT: &str = "what the backing file says";
+
+/// Opens, says so, waits, and says what it reads.
+fn read_later(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let file = File::open(&args[0])?;
+    println!("open");
+    wait_for_parent()?;
+    // No more than is there: the server would be asked for the size.
+    let mut content = [0; CONTENT.len()];
+    file.read_exact_at(&mut content, 0)?;
+    println!("{}", content.escape_ascii());
+    // The server is asked to close.
+    wait_for_parent()?;
+    Ok("closed".into())
+}
+
+fn read(name: &str, way: Way) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    fs::write(source.join("file"), CONTENT)?;
+    let mirror = Mirror::start(&sandbox, &source, way)?;
+    let path = mirror.path().join("file");
+    let mut reader = Client::start("read-later", &[path.as_os_str()])?;
+    assert_eq!(reader.line()?, "open");
+
+    mirror.freeze()?;
+    reader.proceed()?;
+    if way.is_passthrough()? {
+        // A client that waits for the server would wait for the watchdog, and get an error.
+        assert_eq!(reader.line()?, CONTENT);
+        mirror.signal(Signal::CONT)?;
+    } else {
+        let call = format!("/proc/{}/syscall", reader.id());
+        let number = format!("{} ", libc::SYS_pread64);
+        let reads =
+            || -> Result<bool, Failed> { Ok(fs::read_to_string(&call)?.starts_with(&number)) };
+        within(Duration::from_secs(10), "the client reads", reads)?;
+        sleep(Duration::from_millis(300));
+        assert!(reads()?, "it was read to by somebody");
+        mirror.signal(Signal::CONT)?;
+        assert_eq!(reader.line()?, CONTENT);
+    }
+    assert_eq!(reader.finish()?, "closed");
+    mirror.wait_for_releases()?;
+    mirror.stop(&backing)
+}

@@ -5,11 +5,10 @@ use std::os::fd::AsFd;
 
 use fuse_backing::{BackingFile, FuseDevice, uapi};
 use libtest_mimic::Failed;
-use rustix::process::getppid;
 
 use crate::alloc;
-use crate::client::{Client, Role, wait_for_parent};
-use crate::fuse::{Connection, Init, attach, handshake};
+use crate::client::Role;
+use crate::fuse::{Connection, Init, mounted};
 use crate::sandbox::Sandbox;
 use crate::trace;
 use crate::{Needs, Test};
@@ -37,36 +36,16 @@ fn rounds(device: &FuseDevice<impl AsFd>, file: &std::fs::File) {
     }
 }
 
-/// Mounts, negotiates, waits to be traced, and makes its rounds between two calls of getppid(2).
 fn open_and_close(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let device = FuseDevice::open()?.into_inner();
-    let failed = |e: Failed| format!("{e:?}");
-    attach(&device, args[0].as_ref()).map_err(failed)?;
-    handshake(&device, Init::passthrough(1)).map_err(failed)?;
-    let device = FuseDevice::new(device)?;
+    let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let file = tempfile::tempfile()?;
-    println!("ready");
-    wait_for_parent()?;
-    let _ = getppid();
-    rounds(&device, &file);
-    let _ = getppid();
+    trace::traced(|| rounds(&device, &file))?;
     Ok("done".into())
 }
 
 fn one_system_call_each(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
-    let mut child = Client::start("open-and-close", &[mountpoint.as_os_str()])?;
-    assert_eq!(child.line()?, "ready");
-    let calls = trace::calls(&mut child)?;
-    assert_eq!(child.finish()?, "done");
-
-    let marks: Vec<_> = (0..calls.len())
-        .filter(|&i| calls[i].number == libc::SYS_getppid)
-        .collect();
-    let [start, end] = marks[..] else {
-        return Err(format!("{} marks", marks.len()).into());
-    };
-    let made = &calls[start + 1..end];
+    let made = trace::calls_of("open-and-close", &[mountpoint.as_os_str()])?;
     let ioctls = [
         u64::from(uapi::FUSE_DEV_IOC_BACKING_OPEN),
         u64::from(uapi::FUSE_DEV_IOC_BACKING_CLOSE),

@@ -20,11 +20,11 @@ use fuse_backing::{
 };
 use libtest_mimic::Failed;
 use rustix::fs::OFlags;
-use rustix::process::{Resource, getppid, getrlimit};
+use rustix::process::{Resource, getrlimit};
 
 use crate::alloc;
-use crate::client::{self, Client, Role, wait_for_parent};
-use crate::fuse::{Connection, Init, Node, attach, handshake};
+use crate::client::{self, Role};
+use crate::fuse::{Connection, Init, Node, mounted};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::thread::without_cap_sys_admin;
 use crate::trace;
@@ -838,37 +838,21 @@ const SHARES: usize = 100;
 
 /// In a process of one thread, traced.
 fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let device = FuseDevice::open()?.into_inner();
-    let failed = |e: Failed| format!("{e:?}");
-    attach(&device, args[0].as_ref()).map_err(failed)?;
-    handshake(&device, Init::passthrough(1)).map_err(failed)?;
-    let device = FuseDevice::new(device)?;
+    let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table: BackingTable<_> = BackingTable::new(&device);
-    let open = table.open(&1, RDWR, tempfile::tempfile()?, Access::ReadWrite)?;
-    println!("ready");
-    wait_for_parent()?;
-    let _ = getppid();
-    for _ in 0..SHARES {
-        drop(black_box(table.share(&1, RDWR)).ok_or("registered")?);
-    }
-    let _ = getppid();
-    drop(open);
+    let _open = table.open(&1, RDWR, tempfile::tempfile()?, Access::ReadWrite)?;
+    trace::traced(|| {
+        for _ in 0..SHARES {
+            assert!(black_box(table.share(&1, RDWR)).is_some());
+        }
+    })?;
     Ok("done".into())
 }
 
 fn share_costs_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
-    let mut child = Client::start("share-and-release", &[mountpoint.as_os_str()])?;
-    assert_eq!(child.line()?, "ready");
-    let calls = trace::calls(&mut child)?;
-    assert_eq!(child.finish()?, "done");
-    let marks: Vec<_> = (0..calls.len())
-        .filter(|&i| calls[i].number == libc::SYS_getppid)
-        .collect();
-    let [start, end] = marks[..] else {
-        return Err(format!("{} marks", marks.len()).into());
-    };
-    assert_eq!(calls[start + 1..end], []);
+    let made = trace::calls_of("share-and-release", &[mountpoint.as_os_str()])?;
+    assert_eq!(made, []);
 
     let setup = Setup::new(sandbox)?;
     let _open = setup.open(1);

@@ -240,6 +240,14 @@ pub fn attach(device: &OwnedFd, mountpoint: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
+/// A connection in a process of one thread: mounted, and INIT answered.
+pub fn mounted(mountpoint: &Path, init: Init) -> Result<FuseDevice<OwnedFd>, Failed> {
+    let device = FuseDevice::open()?.into_inner();
+    attach(&device, mountpoint)?;
+    handshake(&device, init)?;
+    Ok(FuseDevice::new(device)?)
+}
+
 /// Answers INIT, and leaves whatever comes next unread.
 pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
     let mut buffer = vec![0; BUFFER];

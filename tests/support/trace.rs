@@ -2,12 +2,14 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::OsStr;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 
 use libtest_mimic::Failed;
+use rustix::process::getppid;
 
-use crate::client::Client;
+use crate::client::{Client, wait_for_parent};
 
 /// A call's number, and its first two arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +18,33 @@ pub struct Call {
     pub args: [u64; 2],
 }
 
+/// In the child: waits for its tracer, and runs `f` between two marks.
+pub fn traced<T>(f: impl FnOnce() -> T) -> io::Result<T> {
+    println!("ready");
+    wait_for_parent()?;
+    let _ = getppid();
+    let result = f();
+    let _ = getppid();
+    Ok(result)
+}
+
+/// In the parent: what a child of this role calls between its marks, until which it must come.
+pub fn calls_of(role: &str, args: &[&OsStr]) -> Result<Vec<Call>, Failed> {
+    let mut child = Client::start(role, args)?;
+    assert_eq!(child.line()?, "ready");
+    let calls = calls(&mut child)?;
+    assert_eq!(child.finish()?, "done");
+    let marks: Vec<_> = (0..calls.len())
+        .filter(|&i| calls[i].number == libc::SYS_getppid)
+        .collect();
+    match marks[..] {
+        [start, end] => Ok(calls[start + 1..end].to_vec()),
+        _ => Err(format!("{} marks", marks.len()).into()),
+    }
+}
+
 /// Lets a child go on that waits for its parent, and records what it calls until it ends.
-pub fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
+fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
     let pid = child.id() as libc::pid_t;
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXIT;
     ptrace(libc::PTRACE_SEIZE, pid, 0, options as usize)?;

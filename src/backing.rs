@@ -17,7 +17,7 @@ use crate::ioctl;
 ///
 /// # What the type does not rule out
 ///
-/// [`BackingFile`] does.
+/// [`BackingFile`] rules out the first two.
 ///
 /// - **Dropping it leaks the registration**: the file, and the mount it is on, stay pinned until the
 ///   FUSE mount and every fd of its connection are gone.
@@ -146,7 +146,7 @@ impl BackingId {
 /// ```
 #[derive(Debug)]
 #[must_use = "dropping a BackingFile closes it"]
-pub struct BackingFile<D: AsFd> {
+pub struct BackingFile<D: Deref<Target: AsFd>> {
     device: D,
     id: BackingId,
     registered: bool,
@@ -157,7 +157,7 @@ assert_eq_size!(
     (usize, i32, bool)
 );
 
-impl<D: AsFd> BackingFile<D> {
+impl<D: Deref<Target: AsFd>> BackingFile<D> {
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file as
     /// [`FuseDevice::backing_open`] does, which has the requirements and the security note.
     ///
@@ -227,7 +227,7 @@ impl<D: AsFd> BackingFile<D> {
     /// is dropped, which tries once more.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
-        match device::backing_close(self.device.as_fd(), &self.id) {
+        match device::backing_close((*self.device).as_fd(), &self.id) {
             Ok(()) => {
                 self.registered = false;
                 Ok(())
@@ -237,12 +237,12 @@ impl<D: AsFd> BackingFile<D> {
     }
 }
 
-impl<D: AsFd> Drop for BackingFile<D> {
+impl<D: Deref<Target: AsFd>> Drop for BackingFile<D> {
     #[inline]
     fn drop(&mut self) {
         if self.registered {
             // Whoever wants to know calls `close`: a destructor has nobody to tell.
-            let _ = ioctl::backing_close(self.device.as_fd(), self.id.as_raw());
+            let _ = ioctl::backing_close((*self.device).as_fd(), self.id.as_raw());
         }
     }
 }

@@ -272,7 +272,7 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     ///
     /// Without it mount(2) returns at once, and a registration made before the INIT reply was
     /// written fails with `EPERM`. With it the server must answer INIT from another thread than the
-    /// one that mounts, and **every other call on the device blocks until it is mounted**:
+    /// one that mounts, and **reads of the device and its other ioctls block until it is mounted**:
     /// [`backing_open`](Self::backing_open) does, interruptibly.
     ///
     /// # Requirements
@@ -366,6 +366,12 @@ impl<Fd> NotFuseDevice<Fd> {
         self.reason
     }
 
+    /// That of the [reason](NotFuseDeviceReason::errno).
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        self.reason.errno()
+    }
+
     /// Gives the fd back, as it was.
     #[must_use]
     pub fn into_fd(self) -> Fd {
@@ -408,4 +414,17 @@ pub enum NotFuseDeviceReason {
     /// `fstat` or `fcntl` failed.
     #[error("it cannot be looked at: {0}")]
     Unreadable(Errno),
+}
+
+impl NotFuseDeviceReason {
+    /// What an ioctl on the fd would have given: `EBADF` for an `O_PATH` fd, else `ENOTTY`; or what
+    /// the kernel gave when the fd was looked at.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::NotCharacterDevice { .. } | Self::OtherDevice { .. } => Errno::NOTTY,
+            Self::PathOnly => Errno::BADF,
+            Self::Unreadable(errno) => errno,
+        }
+    }
 }

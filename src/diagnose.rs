@@ -6,7 +6,7 @@
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, statfs};
-use rustix::io::{Errno, read};
+use rustix::io::{Errno, write};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::error::{BackingCloseCause, BackingOpenError, CloneConnectionError, NotPermitted};
@@ -22,14 +22,17 @@ pub(crate) fn open(
         Errno::NOTTY => BackingOpenError::UnsupportedKernel,
         Errno::NOSYS => BackingOpenError::Unimplemented,
         Errno::OPNOTSUPP => match passthrough_is_compiled_in(device) {
-            Some(true) => BackingOpenError::FileNotSupported,
+            Some(true) => match file_type(backing) {
+                FileType::RegularFile => BackingOpenError::FileNotSupported,
+                file_type => BackingOpenError::NotRegularFile { file_type, errno },
+            },
             Some(false) => BackingOpenError::DisabledInKernel,
             None => BackingOpenError::Other(errno),
         },
         Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
             BackingOpenError::NotAttached { errno }
         }
-        Errno::PERM => BackingOpenError::NotPermitted(not_permitted()),
+        Errno::PERM => BackingOpenError::NotPermitted(not_permitted(device)),
         Errno::ISDIR => BackingOpenError::NotRegularFile {
             file_type: file_type(backing),
             errno,
@@ -39,6 +42,8 @@ pub(crate) fn open(
             file_type => BackingOpenError::NotRegularFile { file_type, errno },
         },
         Errno::LOOP => BackingOpenError::StackedTooDeep,
+        // Of the device, if that was closed behind its owner's back.
+        Errno::BADF if fcntl_getfl(device).is_err() => BackingOpenError::Other(errno),
         Errno::BADF => match fcntl_getfl(backing) {
             Ok(flags) if flags.contains(OFlags::PATH) => BackingOpenError::PathOnlyFd,
             Ok(_) => BackingOpenError::Other(errno),
@@ -61,7 +66,7 @@ pub(crate) fn close(device: BorrowedFd<'_>, errno: Errno) -> BackingCloseCause {
         Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
             BackingCloseCause::NotAttached { errno }
         }
-        Errno::PERM => BackingCloseCause::NotPermitted(not_permitted()),
+        Errno::PERM => BackingCloseCause::NotPermitted(not_permitted(device)),
         Errno::INTR => BackingCloseCause::Interrupted,
         errno => BackingCloseCause::Other(errno),
     }
@@ -81,14 +86,11 @@ pub(crate) fn clone(source: BorrowedFd<'_>, errno: Errno) -> CloneConnectionErro
     }
 }
 
-/// A read with a buffer too small for any request is refused before anything is dequeued: `EINVAL`
-/// on a device that is, or was, attached and `EPERM` on one that never was (`fuse_dev_do_read` in
-/// fs/fuse/dev.c).
-///
-/// A device that waits for a synchronous INIT would block here, but would have blocked in the ioctl
-/// before, whose failure brought us here.
+/// A write that is too short for any reply is refused before it is looked at: `EINVAL` on a device
+/// that is, or was, attached and `EPERM` on one that never was (`fuse_dev_write` in fs/fuse/dev.c).
+/// A read would tell the same, but waits on a device that is in synchronous INIT.
 fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
-    match read(device, &mut [0_u8; 1]) {
+    match write(device, &[0_u8; 1]) {
         Err(Errno::INVAL) => Some(true),
         Err(Errno::PERM) => Some(false),
         _ => None,
@@ -105,23 +107,32 @@ fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
     }
 }
 
-fn not_permitted() -> NotPermitted {
-    registering_permitted()
-        .err()
-        .unwrap_or(NotPermitted::NotNegotiatedOrDenied)
+fn not_permitted(device: BorrowedFd<'_>) -> NotPermitted {
+    match registering_permitted() {
+        Err(why) => why,
+        Ok(Certain(true)) if is_attached(device) == Some(true) => {
+            NotPermitted::NotNegotiatedOrDenied
+        }
+        Ok(_) => NotPermitted::Undetermined,
+    }
 }
+
+/// Whether everything could be looked at.
+pub(crate) struct Certain(bool);
 
 /// Whether the calling thread lacks what the kernel asks of whoever registers, as far as that can be
 /// told; where it cannot, the kernel's own answer will come.
-pub(crate) fn registering_permitted() -> Result<(), NotPermitted> {
-    if in_initial_user_namespace() == Some(false) {
+pub(crate) fn registering_permitted() -> Result<Certain, NotPermitted> {
+    let initial = in_initial_user_namespace();
+    if initial == Some(false) {
         return Err(NotPermitted::NotInInitialUserNamespace);
     }
     match capabilities(None) {
         Ok(sets) if !sets.effective.contains(CapabilitySet::SYS_ADMIN) => {
             Err(NotPermitted::MissingCapability)
         }
-        _ => Ok(()),
+        Ok(_) => Ok(Certain(initial.is_some())),
+        Err(_) => Ok(Certain(false)),
     }
 }
 

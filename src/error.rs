@@ -9,7 +9,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::device::NotFuseDeviceReason;
+use crate::device::{NotFuseDevice, NotFuseDeviceReason};
 
 /// What an error means for the next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,10 @@ pub enum NotPermitted {
          max_stack_depth 1 or 2, and no WRITEBACK_CACHE), or a security policy denies it"
     )]
     NotNegotiatedOrDenied,
+    /// Not known: the thread's namespace or capabilities, or the state of the device, cannot be looked
+    /// at, for want of `/proc` or because a policy denies it.
+    #[error("the cause cannot be told here, where /proc or something else is out of sight")]
+    Undetermined,
 }
 
 /// [`FuseDevice::backing_open`](crate::FuseDevice::backing_open) failed.
@@ -339,17 +343,14 @@ impl DeviceOpenError {
         }
     }
 
-    /// The errno that the kernel gave; for [`NotFuse`](Self::NotFuse), where opening succeeded,
-    /// `ENOTTY`, which is what an ioctl would have given, unless looking at the fd failed.
+    /// The errno that the kernel gave; for [`NotFuse`](Self::NotFuse), where opening succeeded, that of
+    /// the reason.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
             Self::Missing => Errno::NOENT,
-            Self::NotFuse(NotFuseDeviceReason::Unreadable(errno))
-            | Self::NoDriver { errno }
-            | Self::Denied { errno }
-            | Self::Other(errno) => errno,
-            Self::NotFuse(_) => Errno::NOTTY,
+            Self::NotFuse(ref reason) => reason.errno(),
+            Self::NoDriver { errno } | Self::Denied { errno } | Self::Other(errno) => errno,
         }
     }
 
@@ -469,7 +470,8 @@ impl SyncInitError {
 }
 
 /// The error becomes the payload of an [`io::Error`] of the errno's kind: its message is kept, and
-/// it can be had back with [`io::Error::get_ref`] and `downcast_ref`.
+/// it can be had back with [`io::Error::get_ref`] and `downcast_ref`. A raw errno beside it is not
+/// possible in an `io::Error`.
 macro_rules! into_io_error {
     ($([$($generics:tt)*] $error:ty,)*) => { $(
         impl $($generics)* From<$error> for io::Error {
@@ -483,6 +485,9 @@ macro_rules! into_io_error {
 into_io_error! {
     [] BackingOpenError,
     [<T: Send + Sync + 'static>] BackingCloseError<T>,
+    [] BackingCloseCause,
+    [<Fd: Send + Sync + 'static>] NotFuseDevice<Fd>,
+    [] NotFuseDeviceReason,
     [] DeviceOpenError,
     [] CloneConnectionError,
     [] SyncInitError,

@@ -172,7 +172,7 @@ pub fn negotiate(
     if wanted.contains(InitFlags::WRITEBACK_CACHE) {
         return Err(NegotiateError::WritebackCacheWanted);
     }
-    diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
+    let _certain = diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
     Ok(Negotiated {
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
         max_stack_depth,

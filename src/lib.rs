@@ -54,8 +54,8 @@
 //!   for writing writes to a backing file that was registered read-only. With an [`Access`] the table
 //!   and [`OpenReply`] hold the client's flags against what the server grants.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
-//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`. The
-//!   table keeps to it.
+//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`, at once
+//!   or later. The table keeps to it.
 //! - **It needs the id after the reply was written.** An id that is closed right after the reply
 //!   races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
@@ -66,9 +66,11 @@
 //! # Errors
 //!
 //! Every operation has an error of its own, with a variant for each cause: `EPERM` alone has five.
-//! `errno()` is what the kernel said, and `scope()`, a [`Scope`], what it means for the next
-//! attempt. What the crate is not certain of it calls unknown. All of them become a
-//! [`std::io::Error`] that keeps the message.
+//! `errno()` is what the kernel said, or what to answer the client. Those of ioctls have a `scope()`, a
+//! [`Scope`]: what it means for the next attempt. What the crate is not certain of it calls unknown.
+//!
+//! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
+//! `None`: for a reply to a client take `errno()`.
 //!
 //! # ABI
 //!

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Deref;
 use std::os::fd::AsFd;
 
 use bitflags::bitflags;
@@ -178,13 +179,20 @@ pub enum AccessError {
     Unreadable(Errno),
 }
 
+impl AccessError {
+    /// `EBADF` for an fd that grants nothing, as for a read of it; else what the kernel gave.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::PathOnly | Self::Neither => Errno::BADF,
+            Self::Unreadable(errno) => errno,
+        }
+    }
+}
+
 impl From<AccessError> for io::Error {
     fn from(error: AccessError) -> Self {
-        let kind = match error {
-            AccessError::PathOnly | AccessError::Neither => io::ErrorKind::PermissionDenied,
-            AccessError::Unreadable(errno) => io::Error::from(errno).kind(),
-        };
-        Self::new(kind, error)
+        Self::new(Self::from(error.errno()).kind(), error)
     }
 }
 
@@ -250,7 +258,7 @@ impl<'id> OpenReply<'id> {
     ///   `EACCES` or `EROFS`.
     /// - [`OpenReplyError::FlagsNotAllowed`]: the kernel accepts only `DIRECT_IO`, `NOFLUSH` and
     ///   `PARALLEL_DIRECT_WRITES` beside `PASSTHROUGH`.
-    pub fn passthrough<D: AsFd>(
+    pub fn passthrough<D: Deref<Target: AsFd>>(
         backing: &'id BackingFile<D>,
         granted: Access,
         client_flags: i32,
@@ -374,12 +382,19 @@ pub enum OpenReplyError {
     },
 }
 
+impl OpenReplyError {
+    /// The errno to answer the client with.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::AccessExceeded { .. } => Errno::ACCESS,
+            Self::FlagsNotAllowed { .. } => Errno::INVAL,
+        }
+    }
+}
+
 impl From<OpenReplyError> for io::Error {
     fn from(error: OpenReplyError) -> Self {
-        let kind = match error {
-            OpenReplyError::AccessExceeded { .. } => io::ErrorKind::PermissionDenied,
-            OpenReplyError::FlagsNotAllowed { .. } => io::ErrorKind::InvalidInput,
-        };
-        Self::new(kind, error)
+        Self::new(Self::from(error.errno()).kind(), error)
     }
 }

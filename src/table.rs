@@ -42,8 +42,8 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock
 /// How each OPEN is answered: one backing id for each open inode, and one mode.
 ///
 /// The kernel accepts one of two modes for an inode at a time, *passthrough*, with the same id for
-/// every open, or *server*; any mixture gives the client a bare `EIO`, of which the server hears
-/// nothing. The table keeps to it: the first open of an inode decides, all others follow until the
+/// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, of
+/// which the server hears nothing. The table keeps to it: the first open of an inode decides, all others follow until the
 /// last one is released.
 ///
 /// `D` is how the table holds the device, a reference or an [`Arc`]. `K` is what the
@@ -152,7 +152,7 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock
 /// A server that writes the bytes itself:
 ///
 /// ```no_run
-/// # use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags, TableOpenError};
+/// # use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags};
 /// # use std::fs::File;
 /// # fn send(_: &[u8]) {}
 /// # fn f(table: BackingTable<&FuseDevice<File>>, nodeid: u64, flags: u32, fh: u64) -> std::io::Result<()> {
@@ -163,12 +163,14 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock
 ///         // ... keep `open` and `file` under `fh`, then:
 ///         send(&out.to_bytes());
 ///     }
-///     Err(TableOpenError::AccessExceeded { .. }) => send(b"... EACCES"),
-///     Err(why) => eprintln!("{why}"), // and answer EIO
+///     Err(why) => {
+///         let errno = why.errno(); // to be answered
+///         eprintln!("{why}");
+///     }
 /// }
 /// # Ok(()) }
 /// ```
-pub struct BackingTable<D: AsFd, K: Hash + Eq + Clone = u64> {
+pub struct BackingTable<D: Deref<Target: AsFd>, K: Hash + Eq + Clone = u64> {
     shared: Arc<Shared<D, K>>,
 }
 
@@ -177,7 +179,7 @@ pub struct BackingTable<D: AsFd, K: Hash + Eq + Clone = u64> {
 /// Dropping it is the release; the last one of an inode closes its id. It owns what it needs, and may
 /// outlive the table.
 #[must_use = "dropping an OpenFile releases it: keep it under its file handle until RELEASE"]
-pub struct OpenFile<D: AsFd, K: Hash + Eq + Clone = u64> {
+pub struct OpenFile<D: Deref<Target: AsFd>, K: Hash + Eq + Clone = u64> {
     inode: Arc<Inode<D, K>>,
     /// An alias of the inode's, which stays as it is while there are opens.
     id: Option<BackingId>,
@@ -190,7 +192,7 @@ assert_impl_all!(OpenFile<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Sen
 /// Enough that threads seldom meet, in 4 KiB of empty maps.
 const SHARDS: usize = 64;
 
-struct Shared<D: AsFd, K: Hash + Eq + Clone> {
+struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     device: D,
     hasher: RandomState,
     shards: Box<[Shard<D, K>]>,
@@ -213,15 +215,15 @@ struct Shared<D: AsFd, K: Hash + Eq + Clone> {
 
 /// On a cache line of its own.
 #[repr(align(64))]
-struct Shard<D: AsFd, K: Hash + Eq + Clone>(Mutex<HashMap<K, Arc<Inode<D, K>>>>);
+struct Shard<D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(Mutex<HashMap<K, Arc<Inode<D, K>>>>);
 
 /// Registered inodes without opens, by when they became idle.
-struct Idle<D: AsFd, K: Hash + Eq + Clone> {
+struct Idle<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     inodes: BTreeMap<u64, Arc<Inode<D, K>>>,
     last: u64,
 }
 
-struct Inode<D: AsFd, K: Hash + Eq + Clone> {
+struct Inode<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     shared: Arc<Shared<D, K>>,
     key: K,
     state: Mutex<State>,
@@ -269,7 +271,7 @@ impl FileId {
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// An empty table for the connection of `device`.
     ///
     /// Its limit is the soft `RLIMIT_NOFILE`; it keeps no idle ids.
@@ -528,7 +530,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> BackingTable<D, K> {
 
 /// Idle ids are closed; open files stay as they are until they are released. An id that cannot be
 /// closed then, or now, stays registered until the connection ends.
-impl<D: AsFd, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     fn drop(&mut self) {
         self.shared.orphaned.store(true, Ordering::Relaxed);
         self.set_idle_limit(0);
@@ -545,7 +547,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> Shared<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
     #[allow(clippy::cast_possible_truncation, reason = "the remainder fits")]
     fn shard(&self, key: &K) -> &Mutex<HashMap<K, Arc<Inode<D, K>>>> {
         let index = self.hasher.hash_one(key) % SHARDS as u64;
@@ -599,7 +601,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Shared<D, K> {
             self.over_limit.fetch_add(1, Ordering::Relaxed);
             return Mode::Server(ServerReason::LimitReached);
         }
-        match kernel::backing_open(self.device.as_fd(), fd) {
+        match kernel::backing_open((*self.device).as_fd(), fd) {
             Ok(id) => Mode::Passthrough { id, granted, file },
             Err(error) => {
                 self.ids.fetch_sub(1, Ordering::Relaxed);
@@ -664,7 +666,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Shared<D, K> {
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
     /// One more open; the id to answer it with.
     fn count_open(self: &Arc<Self>, state: &mut State) -> Option<BackingId> {
         state.opens += 1;
@@ -712,7 +714,7 @@ impl<D: AsFd, K: Hash + Eq + Clone> Inode<D, K> {
     /// stays, to be opened again or retried.
     fn close(self: &Arc<Self>, state: &mut State) -> Result<(), BackingCloseCause> {
         if let Mode::Passthrough { id, .. } = &state.mode {
-            let closed = kernel::backing_close(self.shared.device.as_fd(), id);
+            let closed = kernel::backing_close((*self.shared.device).as_fd(), id);
             if let Err(cause) = closed {
                 self.shared.close_failures.fetch_add(1, Ordering::Relaxed);
                 // Somebody else closed it: nothing is left to be tried again.
@@ -828,7 +830,7 @@ impl State {
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> OpenFile<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> OpenFile<D, K> {
     /// Whether the kernel reads and writes the backing file; else the server does.
     #[must_use]
     pub fn is_passthrough(&self) -> bool {
@@ -858,19 +860,19 @@ impl<D: AsFd, K: Hash + Eq + Clone> OpenFile<D, K> {
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> Drop for OpenFile<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for OpenFile<D, K> {
     fn drop(&mut self) {
         self.inode.release();
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> fmt::Debug for BackingTable<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> fmt::Debug for BackingTable<D, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("BackingTable").field(&self.stats()).finish()
     }
 }
 
-impl<D: AsFd, K: Hash + Eq + Clone> fmt::Debug for OpenFile<D, K> {
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> fmt::Debug for OpenFile<D, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OpenFile")
             .field("id", &self.id)
@@ -920,14 +922,21 @@ pub enum TableOpenError {
     Unreadable(Errno),
 }
 
+impl TableOpenError {
+    /// The errno to answer the client with.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::AccessExceeded { .. } => Errno::ACCESS,
+            Self::DifferentFile => Errno::IO,
+            Self::Unreadable(errno) => errno,
+        }
+    }
+}
+
 impl From<TableOpenError> for io::Error {
     fn from(error: TableOpenError) -> Self {
-        let kind = match error {
-            TableOpenError::AccessExceeded { .. } => io::ErrorKind::PermissionDenied,
-            TableOpenError::DifferentFile => io::ErrorKind::Other,
-            TableOpenError::Unreadable(errno) => io::Error::from(errno).kind(),
-        };
-        Self::new(kind, error)
+        Self::new(Self::from(error.errno()).kind(), error)
     }
 }
 

@@ -249,7 +249,19 @@ const_assert_eq!(FUSE_DEV_IOC_BACKING_OPEN, TARGET_NUMBERS[1]);
 const_assert_eq!(FUSE_DEV_IOC_BACKING_CLOSE, TARGET_NUMBERS[2]);
 const_assert_eq!(FUSE_DEV_IOC_SYNC_INIT, TARGET_NUMBERS[3]);
 
-const_assert_eq!(FUSE_PASSTHROUGH >> 32, 1 << 5);
+const_assert_eq!(FUSE_WRITEBACK_CACHE, 0x0001_0000);
+const_assert_eq!(FUSE_INIT_EXT, 0x4000_0000);
+const_assert_eq!(FUSE_DIRECT_IO_ALLOW_MMAP, 0x0010_0000_0000);
+const_assert_eq!(FUSE_PASSTHROUGH, 0x0020_0000_0000);
+const_assert_eq!(FUSE_OVER_IO_URING, 0x0200_0000_0000);
+const_assert_eq!(FOPEN_DIRECT_IO, 0x01);
+const_assert_eq!(FOPEN_KEEP_CACHE, 0x02);
+const_assert_eq!(FOPEN_NONSEEKABLE, 0x04);
+const_assert_eq!(FOPEN_CACHE_DIR, 0x08);
+const_assert_eq!(FOPEN_STREAM, 0x10);
+const_assert_eq!(FOPEN_NOFLUSH, 0x20);
+const_assert_eq!(FOPEN_PARALLEL_DIRECT_WRITES, 0x40);
+const_assert_eq!(FOPEN_PASSTHROUGH, 0x80);
 
 /// The comparison with the machine's header, written by the build script.
 #[cfg(fuse_backing_uapi_header)]

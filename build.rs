@@ -7,8 +7,8 @@
 //!   cargo warning says why not.
 //! - `require`: an unchecked build fails.
 //!
-//! `FUSE_BACKING_UAPI_INCLUDE=DIR` takes `DIR/linux/fuse.h` for the header, which otherwise is the
-//! compiler's own `<linux/fuse.h>`. The compiler is `CC_<target>`, `CC`, or `cc` when host and
+//! `FUSE_BACKING_UAPI_INCLUDE=DIR` takes `DIR/linux/fuse.h` for the header (a relative one is looked
+//! for from the package's own folder), which otherwise is the compiler's own `<linux/fuse.h>`. The compiler is `CC_<target>`, `CC`, or `cc` when host and
 //! target are the same.
 //!
 //! The compiler only ever translates, for the target, and nothing it makes is run: it leaves the
@@ -17,7 +17,6 @@
 //! the number.
 
 use std::env;
-use std::ffi::OsStr;
 use std::fmt::{self, Write as _};
 use std::fs;
 use std::io;
@@ -125,7 +124,7 @@ impl fmt::Display for Unchecked {
 }
 
 fn run() -> Result<(), Failure> {
-    let require = match variable("FUSE_BACKING_UAPI_CHECK").as_deref() {
+    let require = match variable("FUSE_BACKING_UAPI_CHECK")?.as_deref() {
         None | Some("" | "off") => return Ok(()),
         Some("auto") => false,
         Some("require") => true,
@@ -190,7 +189,7 @@ impl Header {
 
 impl Probe {
     fn new() -> Result<Self, Failure> {
-        let header = match variable("FUSE_BACKING_UAPI_INCLUDE").as_deref() {
+        let header = match variable("FUSE_BACKING_UAPI_INCLUDE")?.as_deref() {
             None | Some("") => Header::Compilers,
             Some(dir) => {
                 let path = std::path::absolute(Path::new(dir).join("linux/fuse.h"))?;
@@ -213,18 +212,15 @@ impl Probe {
         if let Err(unchecked) = self.preprocess(&compiler)? {
             return Ok(Err(unchecked));
         }
-        let (source, assembly, dependencies) = (
-            self.out_dir.join("uapi_values.c"),
-            self.out_dir.join("uapi_values.s"),
-            self.out_dir.join("uapi_values.d"),
-        );
+        let source = self.out_dir.join("uapi_values.c");
+        let assembly = self.out_dir.join("uapi_values.s");
+        // Of an earlier run.
+        let _ = fs::remove_file(&assembly);
         fs::write(&source, self.values_source())?;
         let output = compiler
             .command(&source)
             // Whole-program modes would leave bytecode instead of text.
-            .args(["-S", "-O0", "-fno-lto", "-MD", "-MF"])
-            .arg(&dependencies)
-            .arg("-o")
+            .args(["-S", "-O0", "-fno-lto", "-o"])
             .arg(&assembly)
             .output()?;
         if !output.status.success() {
@@ -238,8 +234,11 @@ impl Probe {
                 first_errors(&syntax)
             )));
         }
-        rerun_if_headers_change(&dependencies)?;
-        let values = parse(&fs::read_to_string(&assembly)?);
+        let Ok(text) = fs::read_to_string(&assembly) else {
+            let why = format!("'{compiler}' wrote no assembly");
+            return Ok(Err(Unchecked::Untranslatable(why)));
+        };
+        let values = parse(&text);
         self.assertions(&values).map(Ok)
     }
 
@@ -265,12 +264,19 @@ impl Probe {
         );
         let path = self.out_dir.join("uapi_header.c");
         fs::write(&path, source)?;
-        let output = match compiler.command(&path).arg("-E").output() {
+        let dependencies = self.out_dir.join("uapi_header.d");
+        let output = match compiler
+            .command(&path)
+            .args(["-E", "-MD", "-MF"])
+            .arg(&dependencies)
+            .output()
+        {
             Ok(output) => output,
             Err(error) => {
                 return Ok(Err(Unchecked::NoCompiler(format!("{compiler}: {error}"))));
             }
         };
+        rerun_if_headers_change(&dependencies);
         let text = String::from_utf8_lossy(&output.stdout);
         let has = |word: &str| text.contains(&format!("\"fuse_backing_{word}\""));
 
@@ -428,7 +434,7 @@ impl Compiler {
             format!("CC_{}", target.replace('-', "_")),
             "CC".to_owned(),
         ] {
-            let words: Vec<_> = variable(&name)
+            let words: Vec<_> = variable(&name)?
                 .unwrap_or_default()
                 .split_whitespace()
                 .map(str::to_owned)
@@ -447,13 +453,14 @@ impl Compiler {
         })
     }
 
-    /// Without `CFLAGS`: they are for code that is run.
+    /// Without `CFLAGS`: they are for code that is run. Warnings are the compiler's opinion of the probe.
     fn command(&self, source: &Path) -> Command {
         let mut words = self.0.iter();
         let mut command = Command::new(words.next().map_or("cc", String::as_str));
         command
             .args(words)
-            .args([OsStr::new("-x"), OsStr::new("c"), source.as_os_str()]);
+            .args(["-w", "-std=gnu11", "-x", "c"])
+            .arg(source);
         command
     }
 }
@@ -477,19 +484,19 @@ fn parse(assembly: &str) -> Vec<(String, u64)> {
         .collect()
 }
 
-/// The dependency file is a make rule: `target: header header \<newline> header`.
-fn rerun_if_headers_change(dependencies: &Path) -> Result<(), Failure> {
+/// The dependency file is a make rule: `target: header header \<newline> header`. A compiler that
+/// writes none leaves cargo without something to watch.
+fn rerun_if_headers_change(dependencies: &Path) {
     const SPACE_IN_NAME: &str = "\u{0}";
-    let rule = fs::read_to_string(dependencies)?;
+    let Ok(rule) = fs::read_to_string(dependencies) else {
+        return;
+    };
     let rule = rule.replace("\\\n", " ").replace("\\ ", SPACE_IN_NAME);
     // The first word is the rule's target, the second the probe itself.
     for header in rule.split_whitespace().skip(2) {
-        println!(
-            "cargo::rerun-if-changed={}",
-            header.replace(SPACE_IN_NAME, " ")
-        );
+        let header = header.replace(SPACE_IN_NAME, " ");
+        println!("cargo::rerun-if-changed={header}");
     }
-    Ok(())
 }
 
 fn first_errors(output: &Output) -> String {
@@ -506,9 +513,13 @@ fn first_errors(output: &Output) -> String {
     }
 }
 
-fn variable(name: &str) -> Option<String> {
+fn variable(name: &str) -> Result<Option<String>, Failure> {
     println!("cargo::rerun-if-env-changed={name}");
-    env::var(name).ok()
+    match env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(env::VarError::NotPresent) => Ok(None),
+        Err(env::VarError::NotUnicode(_)) => Err(Failure(format!("{name} is not UTF-8"))),
+    }
 }
 
 /// A variable that cargo sets.

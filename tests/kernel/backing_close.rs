@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use fuse_backing::{
-    BackingCloseCause, BackingFile, BackingId, Errno, FuseDevice, NotPermitted, Scope, uapi,
+    BackingCloseCause, BackingCloseError, BackingFile, BackingId, Errno, FuseDevice, NotPermitted,
+    Scope, uapi,
 };
 use libtest_mimic::Failed;
 
@@ -69,6 +70,16 @@ pub const TESTS: &[Test] = &[
         "guard_to_id_and_back",
         Needs::Passthrough,
         guard_to_id_and_back,
+    ),
+    (
+        "guard_keeps_to_its_device",
+        Needs::Passthrough,
+        guard_keeps_to_its_device,
+    ),
+    (
+        "errors_become_io_errors",
+        Needs::Passthrough,
+        errors_become_io_errors,
     ),
 ];
 
@@ -359,6 +370,58 @@ fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> 
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     device.backing_close(id(raw))?;
     tmpfs.unmount_when_idle()
+}
+
+/// A holder whose own `AsFd` names another device than it derefs to.
+struct TwoFaced<'a>(
+    &'a FuseDevice<Arc<std::os::fd::OwnedFd>>,
+    &'a FuseDevice<Arc<std::os::fd::OwnedFd>>,
+);
+
+impl std::ops::Deref for TwoFaced<'_> {
+    type Target = FuseDevice<Arc<std::os::fd::OwnedFd>>;
+    fn deref(&self) -> &Self::Target {
+        self.0
+    }
+}
+
+impl AsFd for TwoFaced<'_> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.1.as_fd()
+    }
+}
+
+/// It closes where it opened.
+fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (mine, tmpfs) = setup(sandbox)?;
+    let (other, others_tmpfs) = setup(sandbox)?;
+    let (device, others) = (mine.device(), other.device());
+    let kept = others.backing_open(others_tmpfs.file("file", "")?)?;
+    BackingFile::open(TwoFaced(&device, &others), tmpfs.file("file", "")?)?.close()?;
+    tmpfs.unmount_when_idle()?;
+    others.backing_close(kept)?;
+    Ok(())
+}
+
+/// As an `io::Error`, for a log: the message, the kind, and the error itself.
+fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (connection, _) = setup(sandbox)?;
+    let failed = connection.device().backing_close(id(5)).unwrap_err();
+    let (message, cause) = (failed.to_string(), failed.cause());
+    let error = std::io::Error::from(failed);
+    assert_eq!(
+        (error.kind(), error.to_string()),
+        (std::io::ErrorKind::NotFound, message)
+    );
+    let inner = error
+        .get_ref()
+        .and_then(|e| e.downcast_ref::<BackingCloseError<BackingId>>());
+    assert_eq!(inner.map(BackingCloseError::cause), Some(cause));
+    assert_eq!(
+        std::io::Error::from(cause).kind(),
+        std::io::ErrorKind::NotFound
+    );
+    Ok(())
 }
 
 fn guard_to_id_and_back(sandbox: &Sandbox) -> Result<(), Failed> {

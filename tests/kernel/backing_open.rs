@@ -74,6 +74,12 @@ pub const TESTS: &[Test] = &[
         failures_register_nothing,
     ),
     ("closed_fd", Needs::Passthrough, closed_fd),
+    ("without_proc", Needs::Passthrough, without_proc),
+    (
+        "denied_in_synchronous_init",
+        Needs::SyncInit,
+        denied_in_synchronous_init,
+    ),
     ("forged_errors", Needs::Passthrough, forged_errors),
     (
         "forged_success_without_id",
@@ -82,7 +88,10 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("register-in-user-namespace", register_in_user_namespace)];
+pub const ROLES: &[(&str, Role)] = &[
+    ("register-in-user-namespace", register_in_user_namespace),
+    ("register-without-proc", register_without_proc),
+];
 
 /// The error of registering `fd`; nothing is left registered if there is none.
 fn error(device: &FuseDevice<impl AsFd>, fd: impl AsFd) -> Option<BackingOpenError> {
@@ -169,14 +178,15 @@ fn negotiations_accepted(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 fn regular_files(sandbox: &Sandbox) -> Result<(), Failed> {
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    // 2, because the machine's scratch filesystem may be an overlay.
+    let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();
     let accepted = |what: &str, fd: OwnedFd| {
         assert_eq!(error(&device, fd), None, "{what}");
     };
 
     let tmpfs = sandbox.tmpfs()?;
-    let scratch = tempfile::NamedTempFile::new()?;
+    let scratch = tempfile::NamedTempFile::new_in(std::env::temp_dir())?;
     for path in [scratch.path(), &tmpfs.path().join("file")] {
         fs::write(path, "content")?;
         for (what, flags) in [
@@ -514,6 +524,43 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Where the user namespace cannot be told, nothing is ruled out.
+fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::PLAIN)?;
+    let device = connection.device().as_fd().try_clone_to_owned()?;
+    let child = Client::start_with_fd("register-without-proc", &[], device)?;
+    assert_eq!(child.finish()?, "Some(NotPermitted(Undetermined))");
+    Ok(())
+}
+
+#[allow(unsafe_code)]
+fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let device = FuseDevice::new(std::io::stdin())?;
+    let file = tempfile::tempfile()?;
+    // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+    mount("tmpfs", "/proc", "tmpfs", MountFlags::empty(), None)?;
+    Ok(format!("{:?}", error(&device, file)))
+}
+
+/// A policy that denies the ioctl before the driver sees it, on a device whose reads block: finding
+/// out why does not.
+fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
+    let device = FuseDevice::open()?;
+    device.sync_init()?;
+    let file = tempfile::tempfile()?;
+    let refused = apart(|| {
+        let denied = Forged::Error(Errno::PERM);
+        forge(&[(uapi::FUSE_DEV_IOC_BACKING_OPEN, denied)]).expect("seccomp");
+        error(&device, &file)
+    });
+    assert!(
+        matches!(refused, Some(BackingOpenError::NotAttached { .. })),
+        "{refused:?}"
+    );
+    Ok(())
+}
+
 /// Causes that this kernel does not have, or not on request.
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     const OPEN: u32 = uapi::FUSE_DEV_IOC_BACKING_OPEN;
@@ -572,6 +619,12 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         "DisabledInKernel",
         unsupported,
         Scope::Connection,
+    );
+    assert_error(
+        forged(&File::open("/")?, &[(OPEN, unsupported)]),
+        "NotRegularFile { file_type: Directory, errno: Os { code: 95, kind: Unsupported, message: \"Operation not supported\" } }",
+        unsupported,
+        Scope::File,
     );
     assert_error(
         forged(&path_only, &[(OPEN, Errno::BADF)]),

@@ -105,6 +105,7 @@ fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
             .ino();
         let refused = FuseDevice::new(fd).unwrap_err();
         let reason = refused.reason();
+        assert_eq!(refused.errno(), Errno::NOTTY);
         let message = format!("{refused} {refused:?}");
         assert!(message.starts_with("not a FUSE device: "), "{message}");
         let returned = File::from(refused.into_fd()).metadata().unwrap();
@@ -134,6 +135,9 @@ fn refuses_o_path(_: &Sandbox) -> Result<(), Failed> {
     let fd = open("/dev/fuse", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let refused = FuseDevice::new(fd).unwrap_err();
     assert_eq!(refused.reason(), NotFuseDeviceReason::PathOnly);
+    assert_eq!(refused.errno(), Errno::BADF);
+    let io_error = std::io::Error::from(refused);
+    assert!(io_error.to_string().contains("O_PATH"), "{io_error}");
     Ok(())
 }
 

@@ -58,6 +58,7 @@ impl Client {
         let mut child = Command::new(env::current_exe()?)
             .args([MARK, role])
             .args(args)
+            .env("TMPDIR", tempfile::env::temp_dir())
             .stdin(input)
             .stdout(Stdio::piped())
             .spawn()?;

@@ -488,6 +488,7 @@ fn off_needs_no_compiler(workshop: &Workshop) -> Result<(), Failed> {
             .current_dir(dependent.path());
     })?;
     build.assert_passed();
+    assert!(!build.output.contains("warning"), "{}", build.output);
     // The control: here a compiler that is asked for is not found.
     let asked = workshop.cargo(|cargo| {
         cargo

@@ -131,6 +131,19 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
         "{failed:?}"
     );
     assert_eq!(failed.scope(), Scope::Connection);
+
+    // As the first releases with passthrough.
+    let device = FuseDevice::open()?;
+    let forged = apart(|| {
+        let invalid = Forged::Error(Errno::INVAL);
+        forge(&[(uapi::FUSE_DEV_IOC_BACKING_CLOSE, invalid)]).expect("seccomp");
+        device.backing_close(id(1)).unwrap_err()
+    });
+    assert_eq!(forged.errno(), Errno::INVAL);
+    assert!(
+        matches!(forged.cause(), BackingCloseCause::NotAttached { .. }),
+        "{forged:?}"
+    );
     Ok(())
 }
 

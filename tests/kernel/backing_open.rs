@@ -133,8 +133,20 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
         matches!(refused.errno(), Errno::PERM | Errno::INVAL),
         "{refused:?}"
     );
-    let debug = format!("NotAttached {{ errno: {:?} }}", refused.errno());
-    assert_error(Some(refused), &debug, refused.errno(), Scope::Connection);
+    let not_attached = |refused, errno: Errno| {
+        let debug = format!("NotAttached {{ errno: {errno:?} }}");
+        assert_error(Some(refused), &debug, errno, Scope::Connection);
+    };
+    not_attached(refused, refused.errno());
+
+    // As the first releases with passthrough.
+    let file = tempfile::tempfile()?;
+    let forged = apart(|| {
+        let invalid = Forged::Error(Errno::INVAL);
+        forge(&[(uapi::FUSE_DEV_IOC_BACKING_OPEN, invalid)]).expect("seccomp");
+        error(&device, &file).expect("refused")
+    });
+    not_attached(forged, Errno::INVAL);
     Ok(())
 }
 

@@ -32,6 +32,19 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
         "{failed:?}"
     );
     assert_eq!(failed.scope(), Scope::Connection);
+
+    // As older releases.
+    let device = FuseDevice::open()?;
+    let forged = apart(|| {
+        let invalid = Forged::Error(Errno::INVAL);
+        forge(&[(uapi::FUSE_DEV_IOC_CLONE, invalid)]).expect("seccomp");
+        device.clone_connection().unwrap_err()
+    });
+    assert_eq!(forged.errno(), Errno::INVAL);
+    assert!(
+        matches!(forged, CloneConnectionError::NotAttached { .. }),
+        "{forged:?}"
+    );
     Ok(())
 }
 

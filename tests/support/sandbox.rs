@@ -45,8 +45,11 @@ pub fn enter() -> Result<(), String> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     mount_change("/", private).map_err(|e| failed("mount --make-rprivate /", e))?;
 
-    let root = std::env::temp_dir().join(format!("fuse-backing-test-{}", process::id()));
-    fs::create_dir(&root).map_err(|e| format!("{}: {e}", root.display()))?;
+    let root = tempfile::Builder::new()
+        .prefix("fuse-backing-test-")
+        .tempdir()
+        .map_err(|e| format!("a scratch folder: {e}"))?
+        .keep();
     mount("tmpfs", &root, "tmpfs", MountFlags::empty(), None).map_err(|e| failed("tmpfs", e))?;
     let fusectl = root.join("fusectl");
     fs::create_dir(&fusectl).map_err(|e| e.to_string())?;

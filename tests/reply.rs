@@ -8,7 +8,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
 use fuse_backing::{
-    Access, AccessError, BackingId, OpenFlags, OpenReply, OpenReplyError, uapi::fuse_open_out,
+    Access, AccessError, BackingId, Errno, OpenFlags, OpenReply, OpenReplyError,
+    uapi::fuse_open_out,
 };
 use rustix::fs::OFlags;
 
@@ -36,10 +37,11 @@ fn access_of_an_fd() {
     assert_eq!(Access::of(open(OFlags::PATH)), Err(AccessError::PathOnly));
     let mode_3 = rustix::fs::open("/dev/null", OFlags::ACCMODE, rustix::fs::Mode::empty());
     assert_eq!(Access::of(mode_3.unwrap()), Err(AccessError::Neither));
-    assert_eq!(
-        io::Error::from(AccessError::PathOnly).kind(),
-        io::ErrorKind::PermissionDenied
-    );
+    // What a read of them gives.
+    assert_eq!(AccessError::PathOnly.errno(), Errno::BADF);
+    assert_eq!(AccessError::Neither.errno(), Errno::BADF);
+    let error = io::Error::from(AccessError::Unreadable(Errno::PERM));
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
 }
 
 #[test]
@@ -103,6 +105,7 @@ fn access_exceeded() {
                 assert_eq!(error, OpenReplyError::AccessExceeded { granted, wanted });
                 let message = format!("the client asks for {wanted} access, {granted} is granted");
                 assert_eq!(error.to_string(), message);
+                assert_eq!(error.errno(), Errno::ACCESS);
                 assert_eq!(
                     io::Error::from(error).kind(),
                     io::ErrorKind::PermissionDenied

@@ -534,16 +534,9 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     fn drop(&mut self) {
         self.shared.orphaned.store(true, Ordering::Relaxed);
         self.set_idle_limit(0);
-        // Whoever wants to know calls it before: a destructor has nobody to tell.
+        // Whoever wants to know calls it before: a destructor has nobody to tell. What still cannot be
+        // closed is let go of, being `orphaned`: it would keep the device, and so the connection.
         let _ = self.retry_closes();
-        // What still cannot be closed must not keep the device, which would keep the connection.
-        let strays: Vec<_> = lock(&self.shared.strays).values().cloned().collect();
-        for inode in strays {
-            let mut state = lock(&inode.state);
-            if state.opens == 0 {
-                inode.leave(&mut state);
-            }
-        }
     }
 }
 

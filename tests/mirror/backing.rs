@@ -4,14 +4,12 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use tempfile::TempDir;
 
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, unmount_when_idle};
 
 pub struct Backing {
     at: PathBuf,
@@ -54,18 +52,8 @@ impl Backing {
         unmount(&self.at, UnmountFlags::NOFOLLOW)
     }
 
-    /// Patient as `sandbox::Tmpfs` is, and for its reasons.
     pub fn unmount_when_idle(&self) -> Result<(), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            match self.unmount() {
-                Ok(()) => return Ok(()),
-                Err(errno) if Instant::now() > deadline => {
-                    return Err(format!("something pins a file: umount says {errno}").into());
-                }
-                Err(_) => thread::sleep(Duration::from_millis(5)),
-            }
-        }
+        unmount_when_idle(&self.at)
     }
 }
 

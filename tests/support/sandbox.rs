@@ -184,18 +184,22 @@ impl Tmpfs {
         unmount(&self.0, UnmountFlags::NOFOLLOW)
     }
 
-    /// Patient, because a child of another test has, between its fork and its exec, all fds of this
-    /// process; and because the kernel puts a file's last reference a moment after close(2).
     pub fn unmount_when_idle(&self) -> Result<(), Failed> {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        loop {
-            match self.unmount() {
-                Ok(()) => return Ok(()),
-                Err(errno) if Instant::now() > deadline => {
-                    return Err(format!("something pins a file: umount says {errno}").into());
-                }
-                Err(_) => thread::sleep(Duration::from_millis(5)),
+        unmount_when_idle(&self.0)
+    }
+}
+
+/// Patient, because a child of another test has, between its fork and its exec, all fds of this
+/// process; and because the kernel puts a file's last reference a moment after close(2).
+pub fn unmount_when_idle(path: &Path) -> Result<(), Failed> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match unmount(path, UnmountFlags::NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            Err(errno) if Instant::now() > deadline => {
+                return Err(format!("something pins a file: umount says {errno}").into());
             }
+            Err(_) => thread::sleep(Duration::from_millis(5)),
         }
     }
 }

@@ -396,6 +396,29 @@ fn forgetting_meets_releasing_and_opening() {
     });
 }
 
+/// What was forgotten or invalidated is not found again, and be it released at that very moment.
+#[test]
+fn nothing_comes_back_idle() {
+    for failing in [false, true] {
+        explore(move || {
+            let world = World::new();
+            world.table.set_idle_limit(1);
+            let held = [world.open(0), world.open(1)];
+            world.kernel(|kernel| kernel.may_close = !failing);
+            let releasing = thread::spawn(move || drop(held));
+            world.table.forget(&0);
+            let busy = world.table.invalidate(&1);
+            releasing.join().unwrap();
+            assert!(world.table.share(&0, 0).is_none());
+            assert_eq!(world.table.share(&1, 0).is_none(), busy.is_ok());
+            world.kernel(|kernel| kernel.may_close = true);
+            world.table.set_idle_limit(0);
+            world.table.retry_closes().unwrap();
+            world.assert_empty();
+        });
+    }
+}
+
 #[test]
 fn table_is_dropped_before_its_files() {
     explore(|| {

@@ -118,7 +118,10 @@ impl Access {
     pub fn wanted_by(client_flags: i32) -> Self {
         let by_mode = Self::wanted_by_mode(client_flags);
         if Self::truncates(client_flags) {
-            by_mode.union(Self::WriteOnly)
+            match by_mode {
+                Self::WriteOnly => Self::WriteOnly,
+                Self::ReadOnly | Self::ReadWrite => Self::ReadWrite,
+            }
         } else {
             by_mode
         }
@@ -137,9 +140,22 @@ impl Access {
         client_oflags(client_flags).contains(OFlags::TRUNC)
     }
 
-    /// Both together.
-    pub(crate) fn union(self, other: Self) -> Self {
-        if self == other { self } else { Self::ReadWrite }
+    /// Grants as bits that add up, for [`from_bits`](Self::from_bits).
+    pub(crate) const fn bits(self) -> u8 {
+        match self {
+            Self::ReadOnly => 1,
+            Self::WriteOnly => 2,
+            Self::ReadWrite => 1 | 2,
+        }
+    }
+
+    pub(crate) const fn from_bits(bits: u8) -> Option<Self> {
+        match bits {
+            1 => Some(Self::ReadOnly),
+            2 => Some(Self::WriteOnly),
+            3 => Some(Self::ReadWrite),
+            _ => None,
+        }
     }
 
     /// Whether granting this is granting all that is `wanted`.

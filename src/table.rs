@@ -1,26 +1,30 @@
 //! [`BackingTable`]: one backing id for each open inode, and the only mode that the kernel accepts.
 //!
-//! # Locks
+//! # How it stays right
 //!
-//! The map is split into shards, each behind a lock of its own; an inode's state is behind another
-//! one. Ioctls are made with the lock of one inode held and no shard's, so that whoever opens the
-//! same inode waits, and nobody else. What keeps it free of deadlock:
+//! An open is a reference to its inode: [`OpenFile`] is an `Arc`, the map has a `Weak`, and the drop of
+//! the last reference is the last release, which closes the id. What is kept without opens, idle or
+//! not closed because closing failed, is a reference in `Parked`. So nothing that is open can be
+//! closed, whatever the order in which threads get there.
 //!
-//! - Whoever holds the lock of a shard, of `idle`, of `strays` or of `refused` waits for no other.
-//! - Whoever holds an inode's lock waits for another inode's in `make_room` alone. That one was taken
-//!   out of `idle` a moment ago, and the own one had left `idle` before: so of several threads that
-//!   wait like this, each took its inode out later than the one it waits for did, which is no circle.
+//! The map is split into shards, each behind a lock of its own. Whoever opens an inode gets its
+//! reference under the lock of its shard, and says there that it is parked no more; whoever wants an
+//! inode that is *not* open, to forget it or to put another in its place, looks there for the opposite.
 //!
-//! An inode leaves the map while its own lock is held, and is then not `attached`: who waited for the
-//! lock looks it up again.
+//! No lock is held over an ioctl but `Inode::deciding`, which those wait for who open the same inode
+//! while it is being registered, and nobody else. Locks are taken in the order `deciding`, shard, then
+//! one of `parked`, `strays` and `refused`; the ioctl of a close is made under none, or `deciding` of
+//! another inode. A last reference is never dropped under the lock of a shard.
 
-use std::collections::hash_map::RandomState;
+mod hash;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::hash::{BuildHasher, Hash};
+use std::hash::Hash;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::fs::fstat;
@@ -37,7 +41,11 @@ use crate::error::{BackingCloseCause, BackingOpenError, Scope};
 #[cfg(test)]
 use crate::model as kernel;
 use crate::open::{Access, OpenFlags, OpenReply, OpenReplyError};
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Mutex, Ordering, lock};
+use crate::sync::{
+    Arc, AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering, RwLock, Weak, lock, read,
+    write,
+};
+use hash::Seeds;
 
 /// How each OPEN is answered: one backing id for each open inode, and one mode.
 ///
@@ -181,11 +189,9 @@ pub struct BackingTable<D: Deref<Target: AsFd>, K: Hash + Eq + Clone = u64> {
 #[must_use = "dropping an OpenFile releases it: keep it under its file handle until RELEASE"]
 pub struct OpenFile<D: Deref<Target: AsFd>, K: Hash + Eq + Clone = u64> {
     inode: Arc<Inode<D, K>>,
-    /// An alias of the inode's, which stays as it is while there are opens.
-    id: Option<BackingId>,
 }
 
-assert_eq_size!(OpenFile<&FuseDevice<std::os::fd::OwnedFd>>, [usize; 2]);
+assert_eq_size!(OpenFile<&FuseDevice<std::os::fd::OwnedFd>>, usize);
 assert_impl_all!(BackingTable<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
 assert_impl_all!(OpenFile<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
 
@@ -194,12 +200,14 @@ const SHARDS: usize = 64;
 
 struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     device: D,
-    hasher: RandomState,
+    seeds: Seeds,
     shards: Box<[Shard<D, K>]>,
-    /// By address: open and not in the map any more, or not closed because closing failed.
-    strays: Mutex<BTreeMap<usize, Arc<Inode<D, K>>>>,
-    idle: Mutex<Idle<D, K>>,
-    /// Ids that are registered, idle ones and those that failed to close among them.
+    /// Open, and not in the map any more.
+    strays: Mutex<BTreeMap<u64, Weak<Inode<D, K>>>>,
+    parked: Mutex<Parked<D, K>>,
+    /// The last of the numbers by which `strays` and `parked` know an inode.
+    numbers: AtomicU64,
+    /// Ids that are registered, parked ones among them.
     ids: AtomicUsize,
     limit: AtomicUsize,
     idle_limit: AtomicUsize,
@@ -208,53 +216,55 @@ struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     refused: Mutex<Option<BackingOpenError>>,
     over_limit: AtomicU64,
     close_failures: AtomicU64,
-    /// The table is gone, and with it whoever could retry.
-    orphaned: AtomicBool,
     start: Instant,
 }
 
+type Inodes<D, K> = HashMap<K, Weak<Inode<D, K>>, Seeds>;
+
 /// On a cache line of its own.
 #[repr(align(64))]
-struct Shard<D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(Mutex<HashMap<K, Arc<Inode<D, K>>>>);
+struct Shard<D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(RwLock<Inodes<D, K>>);
 
-/// Registered inodes without opens, by when they became idle.
-struct Idle<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    inodes: BTreeMap<u64, Arc<Inode<D, K>>>,
-    last: u64,
+/// Registered inodes without opens, by when they came here.
+struct Parked<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
+    idle: BTreeMap<u64, Arc<Inode<D, K>>>,
+    /// Closing them failed, for this cause.
+    unclosed: BTreeMap<u64, (Arc<Inode<D, K>>, BackingCloseCause)>,
+    /// The table is gone, and with it whoever could open them or retry.
+    orphaned: bool,
 }
 
+// In this order what an open looks at is on one or two cache lines, with the reference count.
+#[repr(C)]
 struct Inode<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    shared: Arc<Shared<D, K>>,
-    key: K,
-    state: Mutex<State>,
-}
-
-struct State {
-    mode: Mode,
-    opens: u64,
+    /// Set once, with `deciding` locked.
+    mode: OnceLock<Mode>,
+    /// Grows only, and is not empty in passthrough mode.
+    granted: AtomicU8,
+    /// Whether the last drop may leave it idle.
+    may_idle: bool,
     /// Seconds after the table's start.
     since: u32,
-    /// In the map.
-    attached: bool,
-    /// In `Shared::strays`.
-    stray: bool,
-    /// Its key in `Idle::inodes`, or 0.
-    idle: u64,
-    close_failed: Option<BackingCloseCause>,
+    /// Its number in `Parked`; 0 if somebody opened it since, or nobody parked it.
+    parked: AtomicU64,
+    /// 0 if the map has it; else its number in `Shared::strays`, or `NOWHERE`.
+    stray: AtomicU64,
+    deciding: Mutex<()>,
+    key: K,
+    shared: Arc<Shared<D, K>>,
+    /// To tell its own entry in the map from a later one, also when it was moved out of its `Arc`.
+    me: Weak<Self>,
 }
 
+const NOWHERE: u64 = u64::MAX;
+
+#[derive(Debug)]
 enum Mode {
-    /// Not decided: without opens, and without an id.
-    Undecided,
-    Passthrough {
-        id: BackingId,
-        granted: Access,
-        file: FileId,
-    },
+    Passthrough { id: BackingId, file: FileId },
     Server(ServerReason),
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FileId {
     device: u64,
     inode: u64,
@@ -269,6 +279,14 @@ impl FileId {
             inode: stat.st_ino as u64,
         })
     }
+}
+
+/// What is to be done about an inode that is found in the map.
+enum Verdict {
+    Join,
+    /// It is parked, and stands in the way.
+    Replace,
+    Refuse,
 }
 
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
@@ -287,18 +305,20 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
             .current
             .and_then(|limit| usize::try_from(limit).ok())
             .unwrap_or(usize::MAX);
+        let seeds = Seeds::random();
+        let shard = || Shard(RwLock::new(HashMap::with_hasher(seeds)));
         Self {
             shared: Arc::new(Shared {
                 device,
-                hasher: RandomState::new(),
-                shards: (0..SHARDS)
-                    .map(|_| Shard(Mutex::new(HashMap::new())))
-                    .collect(),
+                seeds,
+                shards: (0..SHARDS).map(|_| shard()).collect(),
                 strays: Mutex::new(BTreeMap::new()),
-                idle: Mutex::new(Idle {
-                    inodes: BTreeMap::new(),
-                    last: 0,
+                parked: Mutex::new(Parked {
+                    idle: BTreeMap::new(),
+                    unclosed: BTreeMap::new(),
+                    orphaned: false,
                 }),
+                numbers: AtomicU64::new(0),
                 ids: AtomicUsize::new(0),
                 limit: AtomicUsize::new(limit),
                 idle_limit: AtomicUsize::new(0),
@@ -306,7 +326,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
                 refused: Mutex::new(None),
                 over_limit: AtomicU64::new(0),
                 close_failures: AtomicU64::new(0),
-                orphaned: AtomicBool::new(false),
                 start: Instant::now(),
             }),
         }
@@ -342,27 +361,33 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
         }
         let fd = fd.as_fd();
         let file = FileId::of(fd).map_err(TableOpenError::Unreadable)?;
-        self.shared.open(inode, |inode, state| {
-            if let Mode::Passthrough {
-                file: registered,
-                granted,
-                ..
-            } = &mut state.mode
-            {
-                if *registered == file {
-                    *granted = granted.union(access);
-                } else if state.opens > 0 {
-                    return Err(TableOpenError::DifferentFile);
+        let judge = |inode: &Inode<D, K>| match inode.mode.get() {
+            Some(Mode::Passthrough {
+                file: registered, ..
+            }) if *registered != file => {
+                // Parked, its number names another file by now.
+                if inode.is_parked() {
+                    Verdict::Replace
                 } else {
-                    // Idle, under a number that names another file by now.
-                    inode.abandon(state);
+                    Verdict::Refuse
                 }
             }
-            if let Mode::Undecided = state.mode {
-                state.mode = inode.shared.register(fd, file, access);
+            _ => Verdict::Join,
+        };
+        let found = self.shared.find_or_insert(inode, judge);
+        let inode = found.ok_or(TableOpenError::DifferentFile)?;
+        let mode = inode.decide(|| inode.shared.register(fd, file));
+        if let Mode::Passthrough {
+            file: registered, ..
+        } = mode
+        {
+            // Somebody who was here at the same time may have decided.
+            if *registered != file {
+                return Err(TableOpenError::DifferentFile);
             }
-            Ok(())
-        })
+            inode.grant(access);
+        }
+        Ok(OpenFile { inode })
     }
 
     /// Opens an inode that is registered already, without a fd and without a system call.
@@ -378,20 +403,13 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
             return None;
         }
         let wanted = Access::wanted_by_mode(client_flags);
-        loop {
-            let inode = self.shared.find(inode)?;
-            let mut state = lock(&inode.state);
-            if !state.attached {
-                inode.leave_map();
-                continue;
-            }
-            match &state.mode {
-                Mode::Passthrough { granted, .. } if granted.allows(wanted) => {}
-                _ => return None,
-            }
-            let id = inode.count_open(&mut state);
-            drop(state);
-            return Some(OpenFile { inode, id });
+        let judge = |inode: &Inode<D, K>| match inode.mode.get() {
+            Some(Mode::Passthrough { .. }) if inode.grants(wanted) => Verdict::Join,
+            _ => Verdict::Refuse,
+        };
+        match self.shared.find(inode, judge) {
+            Found::Joined(inode) => Some(OpenFile { inode }),
+            Found::Refused | Found::Nothing => None,
         }
     }
 
@@ -400,18 +418,16 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// `None` while the inode is open in passthrough mode: then [`open`](Self::open) it, or
     /// [`share`](Self::share). An idle registration is closed.
     pub fn serve(&self, inode: &K) -> Option<OpenFile<D, K>> {
-        let decide = |inode: &Arc<Inode<D, K>>, state: &mut State| {
-            match state.mode {
-                Mode::Passthrough { .. } if state.opens > 0 => return Err(()),
-                Mode::Passthrough { .. } => inode.abandon(state),
-                Mode::Undecided | Mode::Server(_) => {}
-            }
-            if let Mode::Undecided = state.mode {
-                state.mode = Mode::Server(ServerReason::Chosen);
-            }
-            Ok(())
+        let judge = |inode: &Inode<D, K>| match inode.mode.get() {
+            Some(Mode::Passthrough { .. }) if inode.is_parked() => Verdict::Replace,
+            Some(Mode::Passthrough { .. }) => Verdict::Refuse,
+            Some(Mode::Server(_)) | None => Verdict::Join,
         };
-        self.shared.open(inode, decide).ok()
+        let inode = self.shared.find_or_insert(inode, judge)?;
+        match inode.decide(|| Mode::Server(ServerReason::Chosen)) {
+            Mode::Server(_) => Some(OpenFile { inode }),
+            Mode::Passthrough { .. } => None,
+        }
     }
 
     /// Detaches an inode from its number, which the server is about to give to another one: after
@@ -419,16 +435,18 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     ///
     /// The next open under this number starts fresh. Those that are open keep their registration.
     pub fn forget(&self, inode: &K) {
-        let found = lock(self.shared.shard(inode)).remove(inode);
+        let shared = &self.shared;
+        let mut map = write(shared.shard(inode));
+        let found = map.remove(inode).and_then(|inode| inode.upgrade());
+        drop(map);
         if let Some(inode) = found {
-            let mut state = lock(&inode.state);
-            if state.attached {
-                state.attached = false;
-                if state.opens > 0 {
-                    inode.stray(&mut state);
-                } else {
-                    inode.abandon(&mut state);
-                }
+            // Nobody finds it any more, so that what it is it stays.
+            if inode.is_parked() {
+                shared.evict(inode);
+            } else {
+                let number = shared.number();
+                inode.stray.store(number, Ordering::Relaxed);
+                lock(&shared.strays).insert(number, Arc::downgrade(&inode));
             }
         }
     }
@@ -440,18 +458,30 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// [`Busy`] while the inode is open: all of its opens have one mode and one id. See
     /// [`forget`](Self::forget) for an inode that is not the same any more.
     pub fn invalidate(&self, inode: &K) -> Result<(), Busy> {
-        let Some(inode) = self.shared.find(inode) else {
+        let shared = &self.shared;
+        let mut map = write(shared.shard(inode));
+        let Some(found) = map.get(inode).and_then(Weak::upgrade) else {
+            // If it is just being released, it is not to become idle.
+            map.remove(inode);
             return Ok(());
         };
-        let mut state = lock(&inode.state);
-        if state.attached {
-            if state.opens > 0 {
-                return Err(Busy { opens: state.opens });
-            }
-            inode.abandon(&mut state);
-            inode.leave(&mut state);
+        if found.is_parked() {
+            map.remove(inode);
+            drop(map);
+            shared.evict(found);
+            return Ok(());
         }
-        Ok(())
+        let opens = found.opens();
+        match Arc::into_inner(found) {
+            None => Err(Busy { opens }),
+            // Released a moment ago.
+            Some(last) => {
+                map.remove(inode);
+                drop(map);
+                last.close_for_good();
+                Ok(())
+            }
+        }
     }
 
     /// Forgets what was remembered of the connection, so that the next open tries to register again:
@@ -482,12 +512,12 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     ///
     /// The cause of the first that failed again; all are tried.
     pub fn retry_closes(&self) -> Result<(), BackingCloseCause> {
-        let strays: Vec<_> = lock(&self.shared.strays).values().cloned().collect();
+        let unclosed = std::mem::take(&mut lock(&self.shared.parked).unclosed);
         let mut result = Ok(());
-        for inode in strays {
-            let mut state = lock(&inode.state);
-            if state.opens == 0 {
-                result = result.and(inode.close(&mut state));
+        for (inode, _) in unclosed.into_values() {
+            // Unless it was opened in between.
+            if let Some(mut inode) = Arc::into_inner(inode) {
+                result = result.and(inode.close());
             }
         }
         result
@@ -500,31 +530,50 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
         TableStats {
             ids: shared.ids.load(Ordering::Relaxed),
             limit: shared.limit.load(Ordering::Relaxed),
-            idle: lock(&shared.idle).inodes.len(),
+            idle: lock(&shared.parked).idle.len(),
             over_limit: shared.over_limit.load(Ordering::Relaxed),
             close_failures: shared.close_failures.load(Ordering::Relaxed),
             refused: shared.refused(),
         }
     }
 
-    /// All inodes that are open or registered, in no particular order; waits for registrations that
-    /// are being made. [`Listing`] is also a table to print.
+    /// All inodes that are open or registered, in no particular order, without those that are just
+    /// being registered or closed. [`Listing`] is also a table to print.
+    ///
+    /// A release that it meets can become its own to complete: call it from a thread that may close.
     #[must_use]
     pub fn list(&self) -> Listing<K> {
-        let mut inodes: Vec<_> = Vec::new();
-        for shard in &self.shared.shards {
-            inodes.extend(lock(&shard.0).values().cloned());
-        }
-        let strays: Vec<_> = lock(&self.shared.strays).values().cloned().collect();
-        let now = self.shared.seconds();
-        let row = |inode: &Arc<Inode<D, K>>, attached: bool| {
-            let state = lock(&inode.state);
-            // A stray that is attached was found in the map.
-            (state.attached == attached).then(|| state.row(&inode.key, now))?
+        let shared = &self.shared;
+        let now = shared.seconds();
+        let mut causes = HashMap::new();
+        let (mut rows, mut last) = (Vec::new(), Vec::new());
+        // Not kept longer than it takes: a reference of ours looks like an open.
+        let mut add = |inode: Arc<Inode<D, K>>| {
+            rows.extend(inode.row(now));
+            last.extend(Arc::into_inner(inode));
         };
-        let mut rows: Vec<_> = inodes.iter().filter_map(|inode| row(inode, true)).collect();
-        rows.extend(strays.iter().filter_map(|inode| row(inode, false)));
-        Listing(rows)
+        for shard in &shared.shards {
+            read(&shard.0)
+                .values()
+                .filter_map(Weak::upgrade)
+                .for_each(&mut add);
+        }
+        lock(&shared.strays)
+            .values()
+            .filter_map(Weak::upgrade)
+            .for_each(&mut add);
+        for (number, (inode, cause)) in &lock(&shared.parked).unclosed {
+            causes.insert(*number, *cause);
+            if inode.is_stray() {
+                add(Arc::clone(inode));
+            }
+        }
+        drop(last);
+        let entry = |(number, mut entry): (u64, Entry<K>)| {
+            entry.close_failed = causes.get(&number).copied();
+            entry
+        };
+        Listing(rows.into_iter().map(entry).collect())
     }
 }
 
@@ -532,61 +581,110 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
 /// closed then, or now, stays registered until the connection ends.
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     fn drop(&mut self) {
-        self.shared.orphaned.store(true, Ordering::Relaxed);
+        // From here on nothing is parked: it would keep the device, and so the connection.
+        lock(&self.shared.parked).orphaned = true;
         self.set_idle_limit(0);
-        // Whoever wants to know calls it before: a destructor has nobody to tell. What still cannot be
-        // closed is let go of, being `orphaned`: it would keep the device, and so the connection.
+        // Whoever wants to know calls it before: a destructor has nobody to tell.
         let _ = self.retry_closes();
     }
 }
 
+enum Found<T> {
+    /// One open more.
+    Joined(T),
+    Refused,
+    Nothing,
+}
+
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
-    #[allow(clippy::cast_possible_truncation, reason = "the remainder fits")]
-    fn shard(&self, key: &K) -> &Mutex<HashMap<K, Arc<Inode<D, K>>>> {
-        let index = self.hasher.hash_one(key) % SHARDS as u64;
-        &self.shards[index as usize].0
+    #[inline]
+    fn shard(&self, key: &K) -> &RwLock<Inodes<D, K>> {
+        let index = self.seeds.part(key, SHARDS);
+        &self.shards[index].0
     }
 
-    fn find(&self, key: &K) -> Option<Arc<Inode<D, K>>> {
-        lock(self.shard(key)).get(key).cloned()
-    }
-
-    /// Counts an open of the inode, if `decide` agrees; it is to leave the mode decided.
-    fn open<E>(
-        self: &Arc<Self>,
+    /// The inode under this number, if there is one that `judge` lets in.
+    #[inline]
+    fn find(
+        &self,
         key: &K,
-        mut decide: impl FnMut(&Arc<Inode<D, K>>, &mut State) -> Result<(), E>,
-    ) -> Result<OpenFile<D, K>, E> {
-        loop {
-            let inode = Arc::clone(lock(self.shard(key)).entry(key.clone()).or_insert_with(|| {
-                Arc::new(Inode {
-                    shared: Arc::clone(self),
-                    key: key.clone(),
-                    state: Mutex::new(State {
-                        mode: Mode::Undecided,
-                        opens: 0,
-                        since: self.seconds(),
-                        attached: true,
-                        stray: false,
-                        idle: 0,
-                        close_failed: None,
-                    }),
-                })
-            }));
-            let mut state = lock(&inode.state);
-            if !state.attached {
-                // It was on its way out. A key's own code that panics can have left it in the map.
-                inode.leave_map();
-                continue;
+        judge: impl FnOnce(&Inode<D, K>) -> Verdict,
+    ) -> Found<Arc<Inode<D, K>>> {
+        let map = read(self.shard(key));
+        let Some(inode) = map.get(key).and_then(Weak::upgrade) else {
+            return Found::Nothing;
+        };
+        match judge(&inode) {
+            Verdict::Join => {
+                let parked = inode.unpark();
+                drop(map);
+                self.take_parked(parked);
+                Found::Joined(inode)
             }
-            decide(&inode, &mut state)?;
-            let id = inode.count_open(&mut state);
-            drop(state);
-            return Ok(OpenFile { inode, id });
+            verdict => {
+                let last = Arc::into_inner(inode);
+                drop(map);
+                drop(last);
+                match verdict {
+                    Verdict::Refuse => Found::Refused,
+                    Verdict::Join | Verdict::Replace => Found::Nothing,
+                }
+            }
         }
     }
 
-    fn register(&self, fd: BorrowedFd<'_>, file: FileId, granted: Access) -> Mode {
+    /// The same, or a new one, whose mode is still to be decided; `None` if it is refused.
+    fn find_or_insert(
+        self: &Arc<Self>,
+        key: &K,
+        judge: impl Fn(&Inode<D, K>) -> Verdict,
+    ) -> Option<Arc<Inode<D, K>>> {
+        match self.find(key, &judge) {
+            Found::Joined(inode) => return Some(inode),
+            Found::Refused => return None,
+            Found::Nothing => {}
+        }
+        let fresh = Arc::new_cyclic(|me| Inode {
+            mode: OnceLock::new(),
+            granted: AtomicU8::new(0),
+            may_idle: true,
+            since: self.seconds(),
+            parked: AtomicU64::new(0),
+            stray: AtomicU64::new(NOWHERE),
+            deciding: Mutex::new(()),
+            key: key.clone(),
+            shared: Arc::clone(self),
+            me: Weak::clone(me),
+        });
+        let mut map = write(self.shard(key));
+        let Some(found) = map.get(key).and_then(Weak::upgrade) else {
+            fresh.enter(&mut map);
+            return Some(fresh);
+        };
+        // It came, or was parked, in between.
+        match judge(&found) {
+            Verdict::Join => {
+                let parked = found.unpark();
+                drop(map);
+                self.take_parked(parked);
+                Some(found)
+            }
+            Verdict::Replace => {
+                fresh.enter(&mut map);
+                drop(map);
+                self.evict(found);
+                Some(fresh)
+            }
+            Verdict::Refuse => {
+                let last = Arc::into_inner(found);
+                drop(map);
+                drop(last);
+                None
+            }
+        }
+    }
+
+    fn register(&self, fd: BorrowedFd<'_>, file: FileId) -> Mode {
         if let Some(error) = self.refused() {
             return Mode::Server(ServerReason::Remembered(error));
         }
@@ -595,7 +693,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
             return Mode::Server(ServerReason::LimitReached);
         }
         match kernel::backing_open((*self.device).as_fd(), fd) {
-            Ok(id) => Mode::Passthrough { id, granted, file },
+            Ok(id) => Mode::Passthrough { id, file },
             Err(error) => {
                 self.ids.fetch_sub(1, Ordering::Relaxed);
                 if error.scope() == Scope::Connection {
@@ -635,23 +733,45 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
 
     /// Closes the inode that has been idle for longest; false if none is.
     fn close_oldest(&self) -> bool {
-        let oldest = lock(&self.idle).inodes.pop_first();
-        let Some((place, inode)) = oldest else {
+        let oldest = lock(&self.parked).idle.pop_first();
+        let Some((_, inode)) = oldest else {
             return false;
         };
-        let mut state = lock(&inode.state);
         // Unless it was opened in between.
-        if state.idle == place {
-            state.idle = 0;
-            // A failure is counted, and kept in `strays`.
-            let _ = inode.close(&mut state);
+        if let Some(inode) = Arc::into_inner(inode) {
+            inode.close_for_good();
         }
         true
     }
 
     fn trim_idle(&self) {
         let limit = || self.idle_limit.load(Ordering::Relaxed);
-        while lock(&self.idle).inodes.len() > limit() && self.close_oldest() {}
+        while lock(&self.parked).idle.len() > limit() && self.close_oldest() {}
+    }
+
+    /// Closes an inode that is parked, and that nobody finds any more.
+    fn evict(&self, inode: Arc<Inode<D, K>>) {
+        self.take_parked(inode.unpark());
+        // Unless another thread has taken it from there, which then does.
+        if let Some(inode) = Arc::into_inner(inode) {
+            inode.close_for_good();
+        }
+    }
+
+    /// Lets go of what is parked under this number, of which the caller has another reference.
+    #[inline]
+    fn take_parked(&self, number: u64) {
+        if number != 0 {
+            let mut parked = lock(&self.parked);
+            let idle = parked.idle.remove(&number);
+            let unclosed = parked.unclosed.remove(&number);
+            drop(parked);
+            drop((idle, unclosed));
+        }
+    }
+
+    fn number(&self) -> u64 {
+        1 + self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
     fn seconds(&self) -> u32 {
@@ -660,166 +780,190 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
 }
 
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
-    /// One more open; the id to answer it with.
-    fn count_open(self: &Arc<Self>, state: &mut State) -> Option<BackingId> {
-        state.opens += 1;
-        self.unidle(state);
-        state.close_failed = None;
-        if state.attached {
-            self.unstray(state);
-        }
-        match &state.mode {
-            Mode::Passthrough { id, .. } => Some(id.alias()),
-            Mode::Undecided | Mode::Server(_) => None,
+    /// The mode, decided now if it is not yet; waits for whoever is deciding.
+    fn decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
+        self.mode.get().unwrap_or_else(|| {
+            let _deciding = lock(&self.deciding);
+            self.mode.get_or_init(mode)
+        })
+    }
+
+    fn grants(&self, wanted: Access) -> bool {
+        self.granted().is_some_and(|granted| granted.allows(wanted))
+    }
+
+    fn granted(&self) -> Option<Access> {
+        Access::from_bits(self.granted.load(Ordering::Relaxed))
+    }
+
+    fn grant(&self, access: Access) {
+        if !self.grants(access) {
+            self.granted.fetch_or(access.bits(), Ordering::Relaxed);
         }
     }
 
-    /// One open less.
-    fn release(self: &Arc<Self>) {
-        let mut state = lock(&self.state);
-        state.opens -= 1;
-        if state.opens > 0 {
-            return;
-        }
-        match state.mode {
-            Mode::Passthrough { .. } => {
-                let shared = &self.shared;
-                let keep = shared.idle_limit.load(Ordering::Relaxed) > 0
-                    && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
-                if keep && state.attached {
-                    let mut idle = lock(&self.shared.idle);
-                    idle.last += 1;
-                    state.idle = idle.last;
-                    idle.inodes.insert(state.idle, Arc::clone(self));
-                    drop(idle);
-                    drop(state);
-                    self.shared.trim_idle();
-                } else {
-                    // A failure is counted, and kept in `strays`.
-                    let _ = self.close(&mut state);
-                }
-            }
-            Mode::Undecided | Mode::Server(_) => self.leave(&mut state),
+    /// For whoever has the lock of the shard: whether nobody has opened it since it was parked.
+    fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::Relaxed) != 0
+    }
+
+    /// For whoever has the lock of the shard: it is open from now on. Its number in `Parked`, or 0.
+    fn unpark(&self) -> u64 {
+        // Seldom other than 0, and a swap costs.
+        if self.is_parked() {
+            self.parked.swap(0, Ordering::Relaxed)
+        } else {
+            0
         }
     }
 
-    /// Closes the id of an inode without opens, and lets go of the inode. One that cannot be closed
-    /// stays, to be opened again or retried.
-    fn close(self: &Arc<Self>, state: &mut State) -> Result<(), BackingCloseCause> {
-        if let Mode::Passthrough { id, .. } = &state.mode {
-            let closed = kernel::backing_close((*self.shared.device).as_fd(), id);
-            if let Err(cause) = closed {
-                self.shared.close_failures.fetch_add(1, Ordering::Relaxed);
-                // Somebody else closed it: nothing is left to be tried again.
-                if cause != BackingCloseCause::UnknownId {
-                    state.close_failed = Some(cause);
-                    if self.shared.orphaned.load(Ordering::Relaxed) {
-                        self.leave(state);
-                    } else {
-                        self.stray(state);
-                    }
-                    return Err(cause);
-                }
-            }
-            self.shared.ids.fetch_sub(1, Ordering::Relaxed);
+    fn is_stray(&self) -> bool {
+        self.stray.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many there are, for whoever has one reference that is none.
+    fn opens(self: &Arc<Self>) -> u64 {
+        if self.is_parked() {
+            0
+        } else {
+            Arc::strong_count(self).saturating_sub(1) as u64
         }
-        state.close_failed = None;
-        state.mode = Mode::Undecided;
-        self.leave(state);
+    }
+
+    /// Of the last reference: closes it, also if it could be kept idle.
+    fn close_for_good(mut self) {
+        self.may_idle = false;
+    }
+
+    /// Of the last reference: closes the id. One that cannot be closed is parked, to be opened again
+    /// or retried.
+    fn close(&mut self) -> Result<(), BackingCloseCause> {
+        let Some(Mode::Passthrough { id, .. }) = self.mode.get() else {
+            return Ok(());
+        };
+        let shared = &self.shared;
+        if let Err(cause) = kernel::backing_close((*shared.device).as_fd(), id) {
+            shared.close_failures.fetch_add(1, Ordering::Relaxed);
+            // Somebody else closed it: nothing is left to be tried again.
+            if cause != BackingCloseCause::UnknownId {
+                self.park(Some(cause));
+                self.mode.take();
+                return Err(cause);
+            }
+        }
+        shared.ids.fetch_sub(1, Ordering::Relaxed);
+        self.mode.take();
         Ok(())
     }
 
-    /// Frees the inode of its id, which nobody has open, while the inode stays where it is. An id
-    /// that cannot be closed moves to an inode of its own.
-    fn abandon(self: &Arc<Self>, state: &mut State) {
-        self.unidle(state);
-        let mode = std::mem::replace(&mut state.mode, Mode::Undecided);
-        let close_failed = state.close_failed.take();
-        self.unstray(state);
-        if let Mode::Passthrough { .. } = mode {
-            let apart = Arc::new(Self {
-                shared: Arc::clone(&self.shared),
-                key: self.key.clone(),
-                state: Mutex::new(State {
-                    mode,
-                    opens: 0,
-                    since: state.since,
-                    attached: false,
-                    stray: false,
-                    idle: 0,
-                    close_failed,
-                }),
-            });
-            let mut apart_state = lock(&apart.state);
-            let _ = apart.close(&mut apart_state);
+    /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
+    fn idle(&mut self) {
+        let shared = Arc::clone(&self.shared);
+        let wanted = self.may_idle
+            && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
+            && shared.idle_limit.load(Ordering::Relaxed) > 0
+            && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
+        if wanted && self.park(None) {
+            shared.trim_idle();
         }
     }
 
-    fn unidle(&self, state: &mut State) {
-        if state.idle != 0 {
-            lock(&self.shared.idle).inodes.remove(&state.idle);
-            state.idle = 0;
+    /// Of the last reference: moves what is registered to an inode in `Parked`, and back into the map
+    /// with it. Where the number was forgotten, or names another inode by now, it is kept only if
+    /// closing failed. False if it is not kept.
+    fn park(&mut self, failed: Option<BackingCloseCause>) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let key = self.key.clone();
+        let mut map = write(shared.shard(&key));
+        let entry = map.get_mut(&key);
+        let entry = entry.filter(|inode| Weak::ptr_eq(inode, &self.me));
+        let mut parked = lock(&shared.parked);
+        if parked.orphaned || (entry.is_none() && failed.is_none()) {
+            return false;
         }
-    }
-
-    /// Keeps an inode that the map does not, or that is to be retried.
-    fn stray(self: &Arc<Self>, state: &mut State) {
-        state.stray = true;
-        lock(&self.shared.strays).insert(self.address(), Arc::clone(self));
-    }
-
-    fn unstray(self: &Arc<Self>, state: &mut State) {
-        if state.stray {
-            state.stray = false;
-            lock(&self.shared.strays).remove(&self.address());
+        // From here on no code of the key's is run, which could panic.
+        let number = shared.number();
+        let inode = Arc::new_cyclic(|me| Self {
+            mode: self.mode.take().map_or_else(OnceLock::new, OnceLock::from),
+            granted: AtomicU8::new(self.granted.load(Ordering::Relaxed)),
+            may_idle: true,
+            since: self.since,
+            parked: AtomicU64::new(number),
+            stray: AtomicU64::new(if entry.is_some() { 0 } else { NOWHERE }),
+            deciding: Mutex::new(()),
+            key,
+            shared: Arc::clone(&shared),
+            me: Weak::clone(me),
+        });
+        if let Some(entry) = entry {
+            *entry = Arc::downgrade(&inode);
         }
-    }
-
-    /// Out of the map, and whatever else the table finds it by.
-    fn leave(self: &Arc<Self>, state: &mut State) {
-        self.unstray(state);
-        if state.attached {
-            state.attached = false;
-            self.leave_map();
+        match failed {
+            None => drop(parked.idle.insert(number, inode)),
+            Some(cause) => drop(parked.unclosed.insert(number, (inode, cause))),
         }
+        true
     }
 
-    fn leave_map(self: &Arc<Self>) {
-        let mut shard = lock(self.shared.shard(&self.key));
-        // `forget` may have taken it out, and another be there by now.
-        let found = shard.get(&self.key);
-        if found.is_some_and(|inode| Arc::ptr_eq(inode, self)) {
-            shard.remove(&self.key);
-        }
+    /// Into the map, in the place of whatever was there.
+    fn enter(self: &Arc<Self>, map: &mut Inodes<D, K>) {
+        map.insert(self.key.clone(), Arc::downgrade(self));
+        self.stray.store(0, Ordering::Relaxed);
     }
 
-    fn address(self: &Arc<Self>) -> usize {
-        Arc::as_ptr(self).addr()
-    }
-}
-
-impl State {
-    /// None for one that nobody has opened yet.
-    fn row<K: Clone>(&self, key: &K, now: u32) -> Option<Entry<K>> {
-        let (id, access, file, reason) = match &self.mode {
-            Mode::Undecided => return None,
-            Mode::Passthrough { id, granted, file } => {
-                (Some(id.as_raw()), Some(*granted), Some(*file), None)
+    /// Out of the map, or wherever else the table finds it.
+    fn leave(&mut self) {
+        let stray = *self.stray.get_mut();
+        if stray == 0 {
+            let mut map = write(self.shared.shard(&self.key));
+            let found = map.get(&self.key);
+            if found.is_some_and(|inode| Weak::ptr_eq(inode, &self.me)) {
+                map.remove(&self.key);
             }
-            Mode::Server(reason) => (None, None, None, Some(*reason)),
+        } else {
+            lock(&self.shared.strays).remove(&stray);
+        }
+    }
+
+    /// With its number in `Parked`, or 0. None for one whose mode is not decided.
+    fn row(self: &Arc<Self>, now: u32) -> Option<(u64, Entry<K>)> {
+        let (id, file, reason) = match self.mode.get()? {
+            Mode::Passthrough { id, file } => (Some(id.as_raw()), Some(*file), None),
+            Mode::Server(reason) => (None, None, Some(*reason)),
         };
-        Some(Entry {
-            inode: key.clone(),
+        let entry = Entry {
+            inode: self.key.clone(),
             id,
             backing_device: file.map(|file| file.device),
             backing_inode: file.map(|file| file.inode),
-            access,
-            opens: self.opens,
-            forgotten: !self.attached,
+            access: self.granted(),
+            opens: self.opens(),
+            forgotten: self.is_stray(),
             server_reason: reason,
-            close_failed: self.close_failed,
+            close_failed: None,
             age: Duration::from_secs(u64::from(now.saturating_sub(self.since))),
-        })
+        };
+        Some((self.parked.load(Ordering::Relaxed), entry))
+    }
+}
+
+/// Closes an inode, also when a key's own code panics in between.
+struct Closing<'a, D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(&'a mut Inode<D, K>);
+
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Closing<'_, D, K> {
+    fn drop(&mut self) {
+        // A failure is counted, and kept in `Parked`.
+        let _ = self.0.close();
+    }
+}
+
+/// The last release, or that of what was parked.
+impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Inode<D, K> {
+    fn drop(&mut self) {
+        let closing = Closing(self);
+        closing.0.idle();
+        drop(closing);
+        self.leave();
     }
 }
 
@@ -827,15 +971,15 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> OpenFile<D, K> {
     /// Whether the kernel reads and writes the backing file; else the server does.
     #[must_use]
     pub fn is_passthrough(&self) -> bool {
-        self.id.is_some()
+        matches!(self.inode.mode.get(), Some(Mode::Passthrough { .. }))
     }
 
     /// Why the inode is in server mode; `None` in passthrough mode.
     #[must_use]
     pub fn server_reason(&self) -> Option<ServerReason> {
-        match lock(&self.inode.state).mode {
-            Mode::Server(reason) => Some(reason),
-            Mode::Undecided | Mode::Passthrough { .. } => None,
+        match self.inode.mode.get() {
+            Some(Mode::Server(reason)) => Some(*reason),
+            Some(Mode::Passthrough { .. }) | None => None,
         }
     }
 
@@ -846,16 +990,10 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> OpenFile<D, K> {
     /// [`OpenReplyError::FlagsNotAllowed`]: in passthrough mode all but `DIRECT_IO`, `NOFLUSH` and
     /// `PARALLEL_DIRECT_WRITES` are refused, in server mode `PASSTHROUGH` is.
     pub fn reply(&self, flags: OpenFlags) -> Result<OpenReply<'_>, OpenReplyError> {
-        match &self.id {
-            Some(id) => OpenReply::with_id(id, flags),
-            None => OpenReply::server(flags),
+        match self.inode.mode.get() {
+            Some(Mode::Passthrough { id, .. }) => OpenReply::with_id(id, flags),
+            Some(Mode::Server(_)) | None => OpenReply::server(flags),
         }
-    }
-}
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for OpenFile<D, K> {
-    fn drop(&mut self) {
-        self.inode.release();
     }
 }
 
@@ -868,7 +1006,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> fmt::Debug for BackingTable<D
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> fmt::Debug for OpenFile<D, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("OpenFile")
-            .field("id", &self.id)
+            .field("mode", &self.inode.mode.get())
             .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,145 @@
+//! How the table finds an inode: a keyed hash that costs a multiplication.
+//!
+//! Keyed anew for each table, so that nobody can prepare colliding inode numbers; it is not
+//! cryptographic. What an attacker who finds collisions all the same gets is slow opens.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hash, Hasher};
+
+#[derive(Clone, Copy)]
+pub(super) struct Seeds {
+    start: u64,
+    multiplier: u64,
+}
+
+impl Seeds {
+    pub(super) fn random() -> Self {
+        let random = RandomState::new();
+        Self {
+            start: random.hash_one(0),
+            multiplier: random.hash_one(1) | 1,
+        }
+    }
+
+    /// Which of `parts` a key belongs to, a power of two and at most 512: by bits of the hash that
+    /// std's map does not use for maps of fewer than 2^48 entries.
+    #[inline]
+    #[allow(clippy::cast_possible_truncation, reason = "the remainder fits")]
+    pub(super) fn part(&self, key: &impl Hash, parts: usize) -> usize {
+        (self.hash_one(key) >> 48) as usize % parts
+    }
+}
+
+impl BuildHasher for Seeds {
+    type Hasher = Folding;
+
+    #[inline]
+    fn build_hasher(&self) -> Folding {
+        Folding {
+            state: self.start,
+            multiplier: self.multiplier,
+        }
+    }
+}
+
+pub(super) struct Folding {
+    state: u64,
+    multiplier: u64,
+}
+
+impl Hasher for Folding {
+    /// Both halves of the product, so that each bit of the input reaches all of the output.
+    #[inline]
+    #[allow(clippy::cast_possible_truncation, reason = "the halves of a product")]
+    fn write_u64(&mut self, word: u64) {
+        let product = u128::from(self.state ^ word) * u128::from(self.multiplier);
+        self.state = product as u64 ^ (product >> 64) as u64;
+    }
+
+    #[inline]
+    fn write(&mut self, bytes: &[u8]) {
+        for chunk in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.write_u64(u64::from_ne_bytes(word));
+        }
+        // The last chunk was filled up.
+        self.write_u64(bytes.len() as u64);
+    }
+
+    #[inline]
+    fn write_u8(&mut self, n: u8) {
+        self.write_u64(n.into());
+    }
+
+    #[inline]
+    fn write_u16(&mut self, n: u16) {
+        self.write_u64(n.into());
+    }
+
+    #[inline]
+    fn write_u32(&mut self, n: u32) {
+        self.write_u64(n.into());
+    }
+
+    #[inline]
+    fn write_usize(&mut self, n: usize) {
+        self.write_u64(n as u64);
+    }
+
+    #[inline]
+    fn finish(&self) -> u64 {
+        self.state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Inode numbers as servers have them: counted, aligned addresses, with a generation above.
+    #[test]
+    #[allow(clippy::cast_possible_truncation)]
+    fn spreads_inode_numbers() {
+        const PARTS: usize = 64;
+        const EACH: usize = 256;
+        let sequences: [fn(u64) -> u64; 4] = [
+            |n| n,
+            |n| n << 6,
+            |n| 0x7f00_0000_0000 + n * 4096,
+            |n| n << 48,
+        ];
+        for sequence in sequences {
+            let seeds = Seeds::random();
+            let mut parts = [0; PARTS];
+            let mut low = [0; PARTS];
+            for n in 0..(PARTS * EACH) as u64 {
+                let hash = seeds.hash_one(sequence(n));
+                parts[seeds.part(&sequence(n), PARTS)] += 1;
+                low[hash as usize % PARTS] += 1;
+            }
+            // Random ones would be off by more than 6 standard deviations once in 10^9.
+            for count in parts.into_iter().chain(low) {
+                assert!(
+                    (EACH - 96..=EACH + 96).contains(&count),
+                    "{parts:?} {low:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn tells_keys_apart() {
+        let seeds = Seeds::random();
+        let distinct = |hashes: &[u64]| {
+            let set: std::collections::HashSet<_> = hashes.iter().collect();
+            assert_eq!(set.len(), hashes.len(), "{hashes:?}");
+        };
+        distinct(
+            &["", "\0", "a", "a\0", "a\0\0", "aaaaaaaa", "aaaaaaaaa"].map(|s| seeds.hash_one(s)),
+        );
+        distinct(&[(0_u8, 1_u32), (1, 0), (0, 0), (1, 1)].map(|pair| seeds.hash_one(pair)));
+        let other = Seeds::random();
+        assert_ne!(seeds.hash_one(1_u64), other.hash_one(1_u64));
+    }
+}

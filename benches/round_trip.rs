@@ -1,154 +1,225 @@
-//! What the crate adds to an ioctl: the same calls through it and through libc's `ioctl`, in small
-//! interleaved batches of one process. The figures are ratios, round by round, because absolute
-//! times on a shared machine say little.
+//! What the crate adds to an ioctl: BACKING_OPEN and BACKING_CLOSE through it, as libc, nix and fuser
+//! make them, and as the bare `syscall` instruction, on one mount and in one process.
 //!
-//! `cargo bench --bench round_trip`. Without root the successful calls are left out, and said to be.
+//! `cargo bench --bench round_trip [-- --quick] [-- PART]`. Without root it measures the call that the
+//! kernel refuses, which takes nothing but an open of `/dev/fuse`.
 
 #![allow(
     clippy::cast_precision_loss,
     clippy::expect_used,
+    clippy::multiple_unsafe_ops_per_block,
     clippy::panic,
     clippy::unwrap_used
 )]
-#![allow(
-    missing_debug_implementations,
-    missing_docs,
-    unreachable_pub,
-    dead_code
-)]
+#![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
 
+#[path = "round_trip/bare.rs"]
+mod bare;
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "../tests/support/client.rs"]
+mod client;
+#[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/fuse.rs"]
 mod fuse;
+#[path = "round_trip/live.rs"]
+mod live;
+#[path = "round_trip/peers.rs"]
+mod peers;
+#[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/sandbox.rs"]
 mod sandbox;
+#[allow(dead_code, unused_imports, reason = "not all of it is of use here")]
+#[path = "support/mod.rs"]
+mod support;
 
 use std::fs::File;
 use std::hint::black_box;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::{Duration, Instant};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
 
-use fuse_backing::{BackingFile, FuseDevice, uapi};
+use fuse_backing::{BackingFile, FuseDevice};
+use libtest_mimic::Failed;
 
-use fuse::{Connection, Init};
+use peers::{FuserSession, libc_ioctl, nix_macros};
 use sandbox::Sandbox;
+use support::{Comparison, Contest, Report, cpu, per_op};
 
-const ROUNDS: usize = 2_000;
-const BATCH: u32 = 50;
+/// Calls in a row. Ids come out of the kernel's tree in nodes of 64.
+const BATCH: usize = 64;
+const ROUNDS: usize = 20_000;
 
-fn main() {
-    // `cargo test --benches` runs it too, to see that it works.
-    let rounds = if std::env::args().any(|arg| arg == "--bench") {
-        ROUNDS
-    } else {
-        10
-    };
-    println!(
-        "ratios to libc's ioctl, median of {rounds} rounds of {BATCH} calls (5 % and 95 % quantile)"
-    );
-    rejected(rounds);
-    match sandbox::enter() {
-        Ok(()) => {
-            accepted(rounds);
-            sandbox::leave();
-        }
-        Err(why) => println!("open and close: not measured, {why}"),
+const BARE: &str = "syscall";
+const LIBC: &str = "libc";
+const NIX: &str = "nix";
+const FUSER: &str = "fuser";
+const OURS: &str = "fuse-backing";
+const GUARD: &str = "BackingFile";
+
+fn main() -> ExitCode {
+    if let Some(code) = client::play(&[("open-and-wait", peers::open_and_wait)]) {
+        return code;
     }
+    let mut report = Report::new("round_trip");
+    let entered = sandbox::enter();
+    let pinned = cpu::pin();
+    if let Some(pinned) = &pinned {
+        report.note(&format!("Pinned to CPU {}.", pinned.cpu));
+    }
+    if report.wants("rejected") {
+        rejected(&mut report);
+    }
+    for (id, what, run) in [
+        (
+            "accepted",
+            "registering and closing",
+            accepted as fn(&mut Report) -> Result<(), Failed>,
+        ),
+        ("live", "many live ids", live::run),
+    ] {
+        if !report.wants(id) {
+            continue;
+        }
+        let ran = entered.clone().map_err(Failed::from);
+        if let Err(why) = ran.and_then(|()| run(&mut report)) {
+            report.not_run(what, why.message().unwrap_or_default());
+        }
+    }
+    sandbox::leave();
+    report.finish()
 }
 
-/// The kernel's first check fails: needs nothing but permission to open /dev/fuse.
-fn rejected(rounds: usize) {
+/// The kernel's first check fails: the device is not attached. The crate goes on to find out why.
+fn rejected(report: &mut Report) {
     let device = match FuseDevice::open() {
         Ok(device) => device,
-        Err(why) => return println!("rejected open: not measured, {why}"),
+        Err(why) => return report.not_run("the rejected call", &why.to_string()),
     };
     let file = File::open("/dev/null").expect("/dev/null");
-    compare(
-        "rejected open (the crate also finds out why)",
-        rounds,
-        || {
-            assert_eq!(bare_open(device.as_fd(), file.as_fd()), -1);
-        },
-        || {
-            let _ = black_box(device.backing_open(&file).is_err());
-        },
+    let (fd, backing) = (device.as_fd(), file.as_fd());
+    let [rejected] = Contest::new(["rejected"])
+        .way(BARE, || [repeat(|| bare::open(fd, backing) < 0)])
+        .way(LIBC, || [repeat(|| libc_ioctl::open(fd, backing) < 0)])
+        .way(NIX, || [repeat(|| nix_macros::open(fd, backing).is_err())])
+        .way(FUSER, || {
+            [repeat(|| FuserSession::create_raw(fd, backing).is_err())]
+        })
+        .way(OURS, || [repeat(|| device.backing_open(&file).is_err())])
+        .run(report.args().rounds(ROUNDS / 4));
+    report.comparison(
+        "rejected",
+        "A rejected BACKING_OPEN (fuse-backing also finds out why)",
+        &rejected,
     );
 }
 
-fn accepted(rounds: usize) {
-    let sandbox = Sandbox::new("round_trip").expect("a sandbox");
-    let connection = Connection::mount(&sandbox, Init::passthrough(1)).expect("a mount");
-    let device = connection.device();
-    let file = tempfile::tempfile().expect("a file");
-
-    let bare = || {
-        let id = bare_open(device.as_fd(), file.as_fd());
-        assert!(id > 0, "{id}");
-        assert_eq!(bare_close(device.as_fd(), id), 0);
-    };
-    compare("backing_open and backing_close", rounds, bare, || {
-        let id = device.backing_open(&file).expect("registered");
-        device.backing_close(id).expect("closed");
-    });
-    compare("BackingFile::open and drop", rounds, bare, || {
-        drop(BackingFile::open(&device, &file).expect("registered"));
-    });
-}
-
-fn compare(what: &str, rounds: usize, bare: impl Fn(), ours: impl Fn()) {
-    let time = |call: &dyn Fn()| {
-        let start = Instant::now();
+fn repeat(call: impl Fn() -> bool) -> f64 {
+    per_op(BATCH, || {
         for _ in 0..BATCH {
-            call();
+            assert!(black_box(call()));
         }
-        start.elapsed() / BATCH
+    })
+}
+
+fn accepted(report: &mut Report) -> Result<(), Failed> {
+    let sandbox = Sandbox::new("accepted")?;
+    let session = FuserSession::start(&sandbox)?;
+    let file = tempfile::tempfile()?;
+    let rounds = report.args().rounds(ROUNDS);
+    let (device, fd, backing) = (&session.device, session.device.as_fd(), file.as_fd());
+
+    let bare_open = || {
+        let id = bare::open(fd, backing);
+        assert!(id > 0, "{id}");
+        id as i32
     };
-    let (mut ratios, mut times) = (Vec::new(), Vec::new());
-    for round in 0..rounds {
-        // Whichever comes first has the colder caches.
-        let (ours, bare) = if round % 2 == 0 {
-            let ours = time(&ours);
-            (ours, time(&bare))
-        } else {
-            let bare = time(&bare);
-            (time(&ours), bare)
-        };
-        ratios.push(ours.as_secs_f64() / bare.as_secs_f64());
-        times.push(bare);
-    }
-    ratios.sort_by(f64::total_cmp);
-    times.sort();
-    let quantile = |q: f64| ratios[(q * (ratios.len() - 1) as f64) as usize];
-    let bare: Duration = times[times.len() / 2];
-    println!(
-        "{what:<45} {:.3} ({:.3} to {:.3}); libc: {bare:?}",
-        quantile(0.5),
-        quantile(0.05),
-        quantile(0.95),
+    let bare_close = |id| assert_eq!(bare::close(fd, id), 0);
+    let libc_open = || {
+        let id = libc_ioctl::open(fd, backing);
+        assert!(id > 0, "{id}");
+        id
+    };
+    let libc_close = |id| assert_eq!(libc_ioctl::close(fd, id), 0);
+    let nix_open = || nix_macros::open(fd, backing).expect("registered") as u32;
+    let nix_close = |id| {
+        nix_macros::close(fd, id).expect("closed");
+    };
+    let fuser_open = || session.open(backing);
+    let our_open = || device.backing_open(backing).expect("registered");
+    let our_close = |id| device.backing_close(id).expect("closed");
+    let guard_open = || BackingFile::open(device, backing).expect("registered");
+
+    let apart = Contest::new(["BACKING_OPEN", "BACKING_CLOSE"])
+        .way(BARE, apart(bare_open, bare_close))
+        .way(LIBC, apart(libc_open, libc_close))
+        .way(NIX, apart(nix_open, nix_close))
+        .way(FUSER, apart(fuser_open, drop))
+        .way(OURS, apart(our_open, our_close))
+        .way(GUARD, apart(guard_open, drop))
+        .run(rounds);
+    let [pair] = Contest::new(["pair"])
+        .way(BARE, pair(bare_open, bare_close))
+        .way(LIBC, pair(libc_open, libc_close))
+        .way(NIX, pair(nix_open, nix_close))
+        .way(FUSER, pair(fuser_open, drop))
+        .way(OURS, pair(our_open, our_close))
+        .way(GUARD, pair(guard_open, drop))
+        .run(rounds);
+
+    let [open, close] = &apart;
+    let title = format!("BACKING_OPEN, {BATCH} in a row");
+    report.comparison_of("open", &title, open, "ns", Some(OURS));
+    let title = format!("BACKING_CLOSE, {BATCH} in a row");
+    report.comparison_of("close", &title, close, "ns", Some(OURS));
+    let title = "BACKING_OPEN and BACKING_CLOSE, in turns";
+    report.comparison_of("pair", title, &pair, "ns", Some(OURS));
+
+    report.at_most(
+        "backing_open, of the bare syscall",
+        open.ratio(OURS, BARE),
+        1.01,
     );
+    report.at_most(
+        "backing_close, of the bare syscall",
+        close.ratio(OURS, BARE),
+        1.005,
+    );
+    for (what, comparison) in [
+        ("backing_open", open),
+        ("backing_close", close),
+        ("open and close", &pair),
+    ] {
+        against_all(report, what, comparison);
+    }
+    Ok(())
 }
 
-#[repr(C)]
-struct Map {
-    fd: i32,
-    flags: u32,
-    padding: u64,
+fn against_all(report: &mut Report, what: &str, comparison: &Comparison) {
+    for other in [BARE, LIBC, NIX, FUSER] {
+        let ratio = comparison.ratio(OURS, other);
+        report.surely_at_most(&format!("{what}, of {other}"), ratio, 1.02);
+    }
 }
 
-#[allow(unsafe_code)]
-fn bare_open(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> i32 {
-    let map = Map {
-        fd: file.as_raw_fd(),
-        flags: 0,
-        padding: 0,
-    };
-    let request = uapi::FUSE_DEV_IOC_BACKING_OPEN;
-    // SAFETY: the kernel reads `map`, of the size that the request encodes.
-    unsafe { libc::ioctl(device.as_raw_fd(), request as _, &raw const map) }
+/// A batch of opens, then as many closes.
+fn apart<T>(open: impl Fn() -> T, close: impl Fn(T)) -> impl FnMut() -> [f64; 2] {
+    let mut ids = Vec::with_capacity(BATCH);
+    move || {
+        let opened = per_op(BATCH, || {
+            for _ in 0..BATCH {
+                ids.push(open());
+            }
+        });
+        let closed = per_op(BATCH, || ids.drain(..).for_each(&close));
+        [opened, closed]
+    }
 }
 
-#[allow(unsafe_code)]
-fn bare_close(device: BorrowedFd<'_>, id: i32) -> i32 {
-    let request = uapi::FUSE_DEV_IOC_BACKING_CLOSE;
-    // SAFETY: the kernel reads `id`, of the size that the request encodes.
-    unsafe { libc::ioctl(device.as_raw_fd(), request as _, &raw const id) }
+fn pair<T>(open: impl Fn() -> T, close: impl Fn(T)) -> impl FnMut() -> [f64; 1] {
+    move || {
+        [per_op(BATCH, || {
+            for _ in 0..BATCH {
+                close(open());
+            }
+        })]
+    }
 }

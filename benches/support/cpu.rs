@@ -1,0 +1,27 @@
+//! Which CPU the bench runs on.
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// Keeps this thread, and the threads and processes that it starts, on one CPU until dropped.
+#[derive(Debug)]
+#[must_use = "dropping it lifts the restriction"]
+pub struct Pinned {
+    before: CpuSet,
+    pub cpu: usize,
+}
+
+/// On the last CPU that the process may use: the first often has the interrupts.
+pub fn pin() -> Option<Pinned> {
+    let before = sched_getaffinity(None).ok()?;
+    let cpu = (0..CpuSet::MAX_CPU).rev().find(|&cpu| before.is_set(cpu))?;
+    let mut one = CpuSet::new();
+    one.set(cpu);
+    sched_setaffinity(None, &one).ok()?;
+    Some(Pinned { before, cpu })
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(None, &self.before);
+    }
+}

@@ -1,0 +1,30 @@
+//! The same batch on several threads at once.
+
+use std::sync::Barrier;
+use std::thread;
+use std::time::Instant;
+
+/// Nanoseconds from the moment when the first thread starts its batch until the last one has ended it,
+/// for one of `ops`, the operations of all threads together. Threads start at the same time, and
+/// starting them is not counted.
+pub fn per_op(threads: usize, ops: usize, batch: impl Fn(usize) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let times: Vec<(Instant, Instant)> = thread::scope(|scope| {
+        let running: Vec<_> = (0..threads)
+            .map(|index| {
+                let (barrier, batch) = (&barrier, &batch);
+                scope.spawn(move || {
+                    barrier.wait();
+                    let start = Instant::now();
+                    batch(index);
+                    (start, Instant::now())
+                })
+            })
+            .collect();
+        let ended = running.into_iter().map(thread::ScopedJoinHandle::join);
+        ended.map(|times| times.expect("no panic")).collect()
+    });
+    let start = times.iter().map(|time| time.0).min().expect("a thread");
+    let end = times.iter().map(|time| time.1).max().expect("a thread");
+    (end - start).as_nanos() as f64 / ops as f64
+}

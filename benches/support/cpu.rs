@@ -12,8 +12,18 @@ pub struct Pinned {
 
 /// On the last CPU that the process may use: the first often has the interrupts.
 pub fn pin() -> Option<Pinned> {
+    pin_nth(0)
+}
+
+/// On the `n`th CPU from the last, or from there on again: each of several threads on one of its own,
+/// where the scheduler might take longer to spread them than they run.
+pub fn pin_nth(n: usize) -> Option<Pinned> {
     let before = sched_getaffinity(None).ok()?;
-    let cpu = (0..CpuSet::MAX_CPU).rev().find(|&cpu| before.is_set(cpu))?;
+    let cpus: Vec<_> = (0..CpuSet::MAX_CPU)
+        .rev()
+        .filter(|&cpu| before.is_set(cpu))
+        .collect();
+    let cpu = *cpus.get(n % cpus.len().max(1))?;
     let mut one = CpuSet::new();
     one.set(cpu);
     sched_setaffinity(None, &one).ok()?;

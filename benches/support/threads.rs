@@ -4,9 +4,11 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
+use super::cpu;
+
 /// Nanoseconds from the moment when the first thread starts its batch until the last one has ended it,
 /// for one of `ops`, the operations of all threads together. Threads start at the same time, and
-/// starting them is not counted.
+/// starting them is not counted. They are spread over the CPUs.
 pub fn per_op(threads: usize, ops: usize, batch: impl Fn(usize) + Sync) -> f64 {
     let barrier = Barrier::new(threads);
     let times: Vec<(Instant, Instant)> = thread::scope(|scope| {
@@ -14,6 +16,7 @@ pub fn per_op(threads: usize, ops: usize, batch: impl Fn(usize) + Sync) -> f64 {
             .map(|index| {
                 let (barrier, batch) = (&barrier, &batch);
                 scope.spawn(move || {
+                    let _pinned = cpu::pin_nth(index);
                     barrier.wait();
                     let start = Instant::now();
                     batch(index);

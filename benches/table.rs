@@ -1,0 +1,303 @@
+//! What the table costs, beside the cache that servers write by hand: `Mutex<HashMap<u64, Weak<_>>>`.
+//!
+//! `cargo bench --bench table [-- --quick] [-- PART]`. Needs root: inodes are registered on a mount.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used
+)]
+#![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
+
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "../tests/support/fuse.rs"]
+mod fuse;
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "../tests/support/sandbox.rs"]
+mod sandbox;
+#[allow(dead_code, unused_imports, reason = "not all of it is of use here")]
+#[path = "support/mod.rs"]
+mod support;
+#[path = "table/usual.rs"]
+mod usual;
+
+use std::fs::File;
+use std::hint::black_box;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile};
+use libtest_mimic::Failed;
+
+use fuse::{Connection, Init};
+use sandbox::Sandbox;
+use support::contest::Random;
+use support::{Axis, Comparison, Contest, Lines, Report, Series, cpu, per_op, threads};
+use usual::Usual;
+
+type Device = FuseDevice<Arc<OwnedFd>>;
+
+const USUAL: &str = "the usual cache";
+const SHARE: &str = "share";
+const OPEN: &str = "open, with the server's fd";
+const PAIR: &str = "BACKING_OPEN and BACKING_CLOSE";
+
+const RDONLY: i32 = 0;
+/// In a batch.
+const OPS: usize = 1_000;
+const ROUNDS: usize = 4_000;
+
+fn main() -> ExitCode {
+    let mut report = Report::new("table");
+    if let Err(why) = sandbox::enter() {
+        report.not_run("all of it", &why);
+        return report.finish();
+    }
+    type Part = fn(&mut Report, &Device) -> Result<(), Failed>;
+    let parts: [(&str, Part); 4] = [
+        ("hot", hot),
+        ("cold", cold),
+        ("threads", many_threads),
+        ("size", sizes),
+    ];
+    for (id, run) in parts {
+        if !report.wants(id) {
+            continue;
+        }
+        let measured = Sandbox::new(id).and_then(|sandbox| {
+            let connection = Connection::mount(&sandbox, Init::passthrough(1))?;
+            run(&mut report, &connection.device())
+        });
+        if let Err(why) = measured {
+            report.not_run(id, why.message().unwrap_or_default());
+        }
+    }
+    sandbox::leave();
+    report.finish()
+}
+
+/// The same inodes open in both, each kept open once.
+struct Open<'d> {
+    usual: Usual<'d>,
+    table: BackingTable<&'d Device>,
+    file: File,
+    kept: Vec<(usual::Backing<'d>, OpenFile<&'d Device>)>,
+}
+
+impl<'d> Open<'d> {
+    fn new(device: &'d Device, inodes: u64) -> Result<Self, Failed> {
+        let mut open = Self {
+            usual: Usual::new(device),
+            table: BackingTable::new(device),
+            file: tempfile::tempfile()?,
+            kept: Vec::new(),
+        };
+        open.table.set_limit(usize::MAX);
+        open.grow(inodes)?;
+        Ok(open)
+    }
+
+    fn grow(&mut self, inodes: u64) -> Result<(), Failed> {
+        for inode in self.kept.len() as u64..inodes {
+            let usual = self.usual.open(inode, &self.file)?;
+            let ours = self
+                .table
+                .open(&inode, RDONLY, &self.file, Access::ReadOnly)?;
+            assert!(ours.is_passthrough());
+            self.kept.push((usual, ours));
+        }
+        Ok(())
+    }
+
+    fn usual(&self, inode: u64) {
+        black_box(self.usual.open(inode, &self.file).expect("registered"));
+    }
+
+    fn share(&self, inode: u64) {
+        let _ = black_box(self.table.share(&inode, RDONLY).expect("registered"));
+    }
+
+    fn open(&self, inode: u64) {
+        let open = self
+            .table
+            .open(&inode, RDONLY, &self.file, Access::ReadOnly);
+        let _ = black_box(open.expect("registered"));
+    }
+}
+
+/// Inodes in an order without a pattern.
+fn random(seed: u64, from: u64, inodes: u64) -> Vec<u64> {
+    let mut random = Random(seed);
+    (0..OPS).map(|_| from + random.next() % inodes).collect()
+}
+
+fn each(inodes: &[u64], mut op: impl FnMut(u64)) -> [f64; 1] {
+    [per_op(inodes.len(), || {
+        inodes.iter().for_each(|&inode| op(inode))
+    })]
+}
+
+/// Opens of inodes that are open, and their releases.
+fn hot(report: &mut Report, device: &Device) -> Result<(), Failed> {
+    const INODES: u64 = 1_000;
+    let _pinned = cpu::pin();
+    let open = Open::new(device, INODES)?;
+    let inodes = random(1, 0, INODES);
+    let [hot] = Contest::new(["open and release"])
+        .way(USUAL, || each(&inodes, |inode| open.usual(inode)))
+        .way(SHARE, || each(&inodes, |inode| open.share(inode)))
+        .way(OPEN, || each(&inodes, |inode| open.open(inode)))
+        .way(PAIR, || each(&inodes[..100], |_| pair(device, &open.file)))
+        .run(report.args().rounds(ROUNDS));
+    report.comparison("hot", "Open and release of an open inode, of 1 000", &hot);
+    report.at_most(
+        "a hot share and release, times an ioctl pair",
+        hot.ratio(SHARE, PAIR),
+        0.1,
+    );
+    report.surely_at_most(
+        "the same, times the usual cache",
+        hot.ratio(SHARE, USUAL),
+        1.0,
+    );
+    Ok(())
+}
+
+fn pair(device: &Device, file: &File) {
+    let id = device.backing_open(file).expect("registered");
+    device.backing_close(id).expect("closed");
+}
+
+/// The first open of an inode and its last release.
+fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
+    let _pinned = cpu::pin();
+    let mut open = Open::new(device, 0)?;
+    for (id, among) in [
+        ("cold-few", 1_000),
+        ("cold-many", report.args().size(1_000_000) as u64),
+    ] {
+        open.grow(among)?;
+        // Not those that are open, and each only once before all have had their turn.
+        let fresh: Vec<_> = (among..among + 100).collect();
+        let idle = BackingTable::new(device);
+        idle.set_limit(usize::MAX);
+        idle.set_idle_limit(fresh.len());
+        let [cold] = Contest::new(["open and release"])
+            .way(PAIR, || each(&fresh, |_| pair(device, &open.file)))
+            .way(USUAL, || each(&fresh, |inode| open.usual(inode)))
+            .way("open", || each(&fresh, |inode| open.open(inode)))
+            .way("open, where idle ids are kept", || {
+                each(&fresh, |inode| {
+                    let opened = idle.open(&inode, RDONLY, &open.file, Access::ReadOnly);
+                    let _ = black_box(opened.expect("registered"));
+                })
+            })
+            .run(report.args().rounds(ROUNDS));
+        report.comparison(
+            id,
+            &format!("Open and release of an inode that is not open, among {among} that are"),
+            &cold,
+        );
+    }
+    Ok(())
+}
+
+/// Opens of open inodes by several threads: of one inode, and each of its own.
+fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
+    const INODES: u64 = 1_000;
+    // Long enough that starting a thread late does not matter.
+    const REPEAT: usize = 20;
+    let open = Open::new(device, INODES)?;
+    for count in 1..=4 {
+        let each_own: Vec<_> = (0..count as u64)
+            .map(|n| random(n + 1, n * INODES / 4, INODES / 4))
+            .collect();
+        let one = vec![vec![0; OPS]; count];
+        for (id, what, inodes) in [
+            ("distinct", "inodes of their own", &each_own),
+            ("one", "one inode", &one),
+        ] {
+            let run = |op: &(dyn Fn(u64) + Sync)| {
+                let batch = |thread: usize| {
+                    for _ in 0..REPEAT {
+                        inodes[thread].iter().for_each(|&inode| op(inode));
+                    }
+                };
+                [threads::per_op(count, count * REPEAT * OPS, batch)]
+            };
+            let [comparison] = Contest::new(["open and release"])
+                .way(USUAL, || run(&|inode| open.usual(inode)))
+                .way(SHARE, || run(&|inode| open.share(inode)))
+                .run(report.args().rounds(ROUNDS / 10));
+            report.comparison(
+                &format!("threads-{count}-{id}"),
+                &format!("{count} threads, {what}"),
+                &comparison,
+            );
+            if id == "distinct" {
+                report.surely_at_most(
+                    &format!("{count} threads, {what}, times the usual cache"),
+                    comparison.ratio(SHARE, USUAL),
+                    1.0,
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Opens of open inodes at random, among more and more of them.
+fn sizes(report: &mut Report, device: &Device) -> Result<(), Failed> {
+    let _pinned = cpu::pin();
+    let mut open = Open::new(device, 0)?;
+    let mut found: Vec<(f64, Comparison)> = Vec::new();
+    for size in [1_000, 10_000, 100_000, 1_000_000] {
+        let size = report.args().size(size) as u64;
+        open.grow(size)?;
+        // New ones each time: the last ones would still be in the CPU's caches.
+        let mut seed = 0;
+        let mut inodes = || {
+            seed += 1;
+            random(seed, 0, size)
+        };
+        let next = std::cell::RefCell::new(&mut inodes);
+        let batch = |op: &dyn Fn(u64)| {
+            let inodes = next.borrow_mut()();
+            each(&inodes, op)
+        };
+        let [comparison] = Contest::new(["open and release"])
+            .way(USUAL, || batch(&|inode| open.usual(inode)))
+            .way(SHARE, || batch(&|inode| open.share(inode)))
+            .run(report.args().rounds(ROUNDS / 4));
+        let id = format!("size-{size}");
+        let heading = format!("Open and release at random among {size} open inodes");
+        report.comparison(&id, &heading, &comparison);
+        report.at_most(
+            &format!("at random among {size}, times the usual cache"),
+            comparison.ratio(SHARE, USUAL),
+            1.0,
+        );
+        found.push((size as f64, comparison));
+    }
+    let series = |name: &str| Series {
+        name: name.to_owned(),
+        points: found
+            .iter()
+            .map(|(size, comparison)| (*size, comparison.get(name).absolute().median))
+            .collect(),
+    };
+    report.plot(
+        "sizes",
+        &Lines {
+            title: "Open and release at random among open inodes".to_owned(),
+            x: Axis::log("open inodes"),
+            y: Axis::linear("ns"),
+            series: vec![series(USUAL), series(SHARE)],
+            levels: Vec::new(),
+        },
+    );
+    Ok(())
+}

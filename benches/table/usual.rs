@@ -1,0 +1,39 @@
+//! The cache of a server without this crate's table: one map of weak references behind one lock.
+//!
+//! It knows less: an open is answered whatever its flags ask for, the lock is held over the ioctl, and
+//! entries stay behind.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use fuse_backing::{BackingFile, BackingOpenError};
+
+use crate::Device;
+
+pub type Backing<'d> = Arc<BackingFile<&'d Device>>;
+
+pub struct Usual<'d> {
+    device: &'d Device,
+    by_inode: Mutex<HashMap<u64, Weak<BackingFile<&'d Device>>>>,
+}
+
+impl<'d> Usual<'d> {
+    pub fn new(device: &'d Device) -> Self {
+        Self {
+            device,
+            by_inode: Mutex::default(),
+        }
+    }
+
+    /// Dropping what it returns is the release.
+    pub fn open(&self, inode: u64, file: &File) -> Result<Backing<'d>, BackingOpenError> {
+        let mut by_inode = self.by_inode.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(backing) = by_inode.get(&inode).and_then(Weak::upgrade) {
+            return Ok(backing);
+        }
+        let backing = Arc::new(BackingFile::open(self.device, file)?);
+        by_inode.insert(inode, Arc::downgrade(&backing));
+        Ok(backing)
+    }
+}

@@ -17,35 +17,35 @@
 //! another inode. A last reference is never dropped under the lock of a shard.
 
 mod hash;
+mod inode;
+mod listing;
+mod shared;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::Hash;
 use std::io;
 use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::os::fd::AsFd;
+use std::time::Instant;
 
-use rustix::fs::fstat;
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use static_assertions::{assert_eq_size, assert_impl_all};
 use thiserror::Error;
 
-use crate::backing::BackingId;
 #[cfg(not(test))]
 use crate::device as kernel;
 use crate::device::FuseDevice;
-use crate::error::{BackingCloseCause, BackingOpenError, Scope};
+use crate::error::{BackingCloseCause, BackingOpenError};
 #[cfg(test)]
 use crate::model as kernel;
 use crate::open::{Access, OpenFlags, OpenReply, OpenReplyError};
-use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Mutex, Ordering, RwLock, Weak, lock, read,
-    write,
-};
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Mutex, Ordering, RwLock, Weak, lock, read, write};
 use hash::Seeds;
+use inode::{FileId, Inode, Mode};
+pub use listing::{Entry, Listing, TableStats};
+use shared::{Found, Parked, SHARDS, Shard, Shared, Verdict};
 
 /// How each OPEN is answered: one backing id for each open inode, and one mode.
 ///
@@ -195,100 +195,6 @@ assert_eq_size!(OpenFile<&FuseDevice<std::os::fd::OwnedFd>>, usize);
 assert_impl_all!(BackingTable<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
 assert_impl_all!(OpenFile<std::sync::Arc<FuseDevice<std::os::fd::OwnedFd>>>: Send, Sync);
 
-/// Enough that threads seldom meet, in 4 KiB of empty maps.
-const SHARDS: usize = 64;
-
-struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    device: D,
-    seeds: Seeds,
-    shards: Box<[Shard<D, K>]>,
-    /// Open, and not in the map any more.
-    strays: Mutex<BTreeMap<u64, Weak<Inode<D, K>>>>,
-    parked: Mutex<Parked<D, K>>,
-    /// The last of the numbers by which `strays` and `parked` know an inode.
-    numbers: AtomicU64,
-    /// Ids that are registered, parked ones among them.
-    ids: AtomicUsize,
-    limit: AtomicUsize,
-    idle_limit: AtomicUsize,
-    /// Whether `refused` is worth a look.
-    is_refused: AtomicBool,
-    refused: Mutex<Option<BackingOpenError>>,
-    over_limit: AtomicU64,
-    close_failures: AtomicU64,
-    start: Instant,
-}
-
-type Inodes<D, K> = HashMap<K, Weak<Inode<D, K>>, Seeds>;
-
-/// On a cache line of its own.
-#[repr(align(64))]
-struct Shard<D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(RwLock<Inodes<D, K>>);
-
-/// Registered inodes without opens, by when they came here.
-struct Parked<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    idle: BTreeMap<u64, Arc<Inode<D, K>>>,
-    /// Closing them failed, for this cause.
-    unclosed: BTreeMap<u64, (Arc<Inode<D, K>>, BackingCloseCause)>,
-    /// The table is gone, and with it whoever could open them or retry.
-    orphaned: bool,
-}
-
-// In this order what an open looks at is on one or two cache lines, with the reference count.
-#[repr(C)]
-struct Inode<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    /// Set once, with `deciding` locked.
-    mode: OnceLock<Mode>,
-    /// Grows only, and is not empty in passthrough mode.
-    granted: AtomicU8,
-    /// Whether the last drop may leave it idle.
-    may_idle: bool,
-    /// Seconds after the table's start.
-    since: u32,
-    /// Its number in `Parked`; 0 if somebody opened it since, or nobody parked it.
-    parked: AtomicU64,
-    /// 0 if the map has it; else its number in `Shared::strays`, or `NOWHERE`.
-    stray: AtomicU64,
-    deciding: Mutex<()>,
-    key: K,
-    shared: Arc<Shared<D, K>>,
-    /// To tell its own entry in the map from a later one, also when it was moved out of its `Arc`.
-    me: Weak<Self>,
-}
-
-const NOWHERE: u64 = u64::MAX;
-
-#[derive(Debug)]
-enum Mode {
-    Passthrough { id: BackingId, file: FileId },
-    Server(ServerReason),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
-    device: u64,
-    inode: u64,
-}
-
-impl FileId {
-    fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
-        let stat = fstat(fd)?;
-        #[allow(clippy::unnecessary_cast, reason = "the types differ between targets")]
-        Ok(Self {
-            device: stat.st_dev as u64,
-            inode: stat.st_ino as u64,
-        })
-    }
-}
-
-/// What is to be done about an inode that is found in the map.
-enum Verdict {
-    Join,
-    /// It is parked, and stands in the way.
-    Replace,
-    Refuse,
-}
-
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// An empty table for the connection of `device`.
     ///
@@ -316,16 +222,16 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
                 parked: Mutex::new(Parked {
                     idle: BTreeMap::new(),
                     unclosed: BTreeMap::new(),
+                    last: 0,
                     orphaned: false,
                 }),
-                numbers: AtomicU64::new(0),
                 ids: AtomicUsize::new(0),
                 limit: AtomicUsize::new(limit),
                 idle_limit: AtomicUsize::new(0),
                 is_refused: AtomicBool::new(false),
                 refused: Mutex::new(None),
-                over_limit: AtomicU64::new(0),
-                close_failures: AtomicU64::new(0),
+                over_limit: AtomicUsize::new(0),
+                close_failures: AtomicUsize::new(0),
                 start: Instant::now(),
             }),
         }
@@ -444,9 +350,9 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
             if inode.is_parked() {
                 shared.evict(inode);
             } else {
-                let number = shared.number();
-                inode.stray.store(number, Ordering::Relaxed);
-                lock(&shared.strays).insert(number, Arc::downgrade(&inode));
+                let address = Arc::as_ptr(&inode).addr();
+                inode.stray.store(address, Ordering::Relaxed);
+                lock(&shared.strays).insert(address, Arc::downgrade(&inode));
             }
         }
     }
@@ -531,8 +437,8 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
             ids: shared.ids.load(Ordering::Relaxed),
             limit: shared.limit.load(Ordering::Relaxed),
             idle: lock(&shared.parked).idle.len(),
-            over_limit: shared.over_limit.load(Ordering::Relaxed),
-            close_failures: shared.close_failures.load(Ordering::Relaxed),
+            over_limit: shared.over_limit.load(Ordering::Relaxed) as u64,
+            close_failures: shared.close_failures.load(Ordering::Relaxed) as u64,
             refused: shared.refused(),
         }
     }
@@ -569,7 +475,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
             }
         }
         drop(last);
-        let entry = |(number, mut entry): (u64, Entry<K>)| {
+        let entry = |(number, mut entry): (usize, Entry<K>)| {
             entry.close_failed = causes.get(&number).copied();
             entry
         };
@@ -586,384 +492,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
         self.set_idle_limit(0);
         // Whoever wants to know calls it before: a destructor has nobody to tell.
         let _ = self.retry_closes();
-    }
-}
-
-enum Found<T> {
-    /// One open more.
-    Joined(T),
-    Refused,
-    Nothing,
-}
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
-    #[inline]
-    fn shard(&self, key: &K) -> &RwLock<Inodes<D, K>> {
-        let index = self.seeds.part(key, SHARDS);
-        &self.shards[index].0
-    }
-
-    /// The inode under this number, if there is one that `judge` lets in.
-    #[inline]
-    fn find(
-        &self,
-        key: &K,
-        judge: impl FnOnce(&Inode<D, K>) -> Verdict,
-    ) -> Found<Arc<Inode<D, K>>> {
-        let map = read(self.shard(key));
-        let Some(inode) = map.get(key).and_then(Weak::upgrade) else {
-            return Found::Nothing;
-        };
-        match judge(&inode) {
-            Verdict::Join => {
-                let parked = inode.unpark();
-                drop(map);
-                self.take_parked(parked);
-                Found::Joined(inode)
-            }
-            verdict => {
-                let last = Arc::into_inner(inode);
-                drop(map);
-                drop(last);
-                match verdict {
-                    Verdict::Refuse => Found::Refused,
-                    Verdict::Join | Verdict::Replace => Found::Nothing,
-                }
-            }
-        }
-    }
-
-    /// The same, or a new one, whose mode is still to be decided; `None` if it is refused.
-    fn find_or_insert(
-        self: &Arc<Self>,
-        key: &K,
-        judge: impl Fn(&Inode<D, K>) -> Verdict,
-    ) -> Option<Arc<Inode<D, K>>> {
-        match self.find(key, &judge) {
-            Found::Joined(inode) => return Some(inode),
-            Found::Refused => return None,
-            Found::Nothing => {}
-        }
-        let fresh = Arc::new_cyclic(|me| Inode {
-            mode: OnceLock::new(),
-            granted: AtomicU8::new(0),
-            may_idle: true,
-            since: self.seconds(),
-            parked: AtomicU64::new(0),
-            stray: AtomicU64::new(NOWHERE),
-            deciding: Mutex::new(()),
-            key: key.clone(),
-            shared: Arc::clone(self),
-            me: Weak::clone(me),
-        });
-        let mut map = write(self.shard(key));
-        let Some(found) = map.get(key).and_then(Weak::upgrade) else {
-            fresh.enter(&mut map);
-            return Some(fresh);
-        };
-        // It came, or was parked, in between.
-        match judge(&found) {
-            Verdict::Join => {
-                let parked = found.unpark();
-                drop(map);
-                self.take_parked(parked);
-                Some(found)
-            }
-            Verdict::Replace => {
-                fresh.enter(&mut map);
-                drop(map);
-                self.evict(found);
-                Some(fresh)
-            }
-            Verdict::Refuse => {
-                let last = Arc::into_inner(found);
-                drop(map);
-                drop(last);
-                None
-            }
-        }
-    }
-
-    fn register(&self, fd: BorrowedFd<'_>, file: FileId) -> Mode {
-        if let Some(error) = self.refused() {
-            return Mode::Server(ServerReason::Remembered(error));
-        }
-        if !self.make_room() {
-            self.over_limit.fetch_add(1, Ordering::Relaxed);
-            return Mode::Server(ServerReason::LimitReached);
-        }
-        match kernel::backing_open((*self.device).as_fd(), fd) {
-            Ok(id) => Mode::Passthrough { id, file },
-            Err(error) => {
-                self.ids.fetch_sub(1, Ordering::Relaxed);
-                if error.scope() == Scope::Connection {
-                    *lock(&self.refused) = Some(error);
-                    self.is_refused.store(true, Ordering::Release);
-                }
-                Mode::Server(ServerReason::Refused(error))
-            }
-        }
-    }
-
-    fn refused(&self) -> Option<BackingOpenError> {
-        if self.is_refused.load(Ordering::Acquire) {
-            *lock(&self.refused)
-        } else {
-            None
-        }
-    }
-
-    /// Counts one id more, if the limit permits, or does once idle ones are closed.
-    fn make_room(&self) -> bool {
-        loop {
-            let limit = self.limit.load(Ordering::Relaxed);
-            let counted = self
-                .ids
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ids| {
-                    (ids < limit).then_some(ids + 1)
-                });
-            if counted.is_ok() {
-                return true;
-            }
-            if !self.close_oldest() {
-                return false;
-            }
-        }
-    }
-
-    /// Closes the inode that has been idle for longest; false if none is.
-    fn close_oldest(&self) -> bool {
-        let oldest = lock(&self.parked).idle.pop_first();
-        let Some((_, inode)) = oldest else {
-            return false;
-        };
-        // Unless it was opened in between.
-        if let Some(inode) = Arc::into_inner(inode) {
-            inode.close_for_good();
-        }
-        true
-    }
-
-    fn trim_idle(&self) {
-        let limit = || self.idle_limit.load(Ordering::Relaxed);
-        while lock(&self.parked).idle.len() > limit() && self.close_oldest() {}
-    }
-
-    /// Closes an inode that is parked, and that nobody finds any more.
-    fn evict(&self, inode: Arc<Inode<D, K>>) {
-        self.take_parked(inode.unpark());
-        // Unless another thread has taken it from there, which then does.
-        if let Some(inode) = Arc::into_inner(inode) {
-            inode.close_for_good();
-        }
-    }
-
-    /// Lets go of what is parked under this number, of which the caller has another reference.
-    #[inline]
-    fn take_parked(&self, number: u64) {
-        if number != 0 {
-            let mut parked = lock(&self.parked);
-            let idle = parked.idle.remove(&number);
-            let unclosed = parked.unclosed.remove(&number);
-            drop(parked);
-            drop((idle, unclosed));
-        }
-    }
-
-    fn number(&self) -> u64 {
-        1 + self.numbers.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn seconds(&self) -> u32 {
-        u32::try_from(self.start.elapsed().as_secs()).unwrap_or(u32::MAX)
-    }
-}
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
-    /// The mode, decided now if it is not yet; waits for whoever is deciding.
-    fn decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
-        self.mode.get().unwrap_or_else(|| {
-            let _deciding = lock(&self.deciding);
-            self.mode.get_or_init(mode)
-        })
-    }
-
-    fn grants(&self, wanted: Access) -> bool {
-        self.granted().is_some_and(|granted| granted.allows(wanted))
-    }
-
-    fn granted(&self) -> Option<Access> {
-        Access::from_bits(self.granted.load(Ordering::Relaxed))
-    }
-
-    fn grant(&self, access: Access) {
-        if !self.grants(access) {
-            self.granted.fetch_or(access.bits(), Ordering::Relaxed);
-        }
-    }
-
-    /// For whoever has the lock of the shard: whether nobody has opened it since it was parked.
-    fn is_parked(&self) -> bool {
-        self.parked.load(Ordering::Relaxed) != 0
-    }
-
-    /// For whoever has the lock of the shard: it is open from now on. Its number in `Parked`, or 0.
-    fn unpark(&self) -> u64 {
-        // Seldom other than 0, and a swap costs.
-        if self.is_parked() {
-            self.parked.swap(0, Ordering::Relaxed)
-        } else {
-            0
-        }
-    }
-
-    fn is_stray(&self) -> bool {
-        self.stray.load(Ordering::Relaxed) != 0
-    }
-
-    /// How many there are, for whoever has one reference that is none.
-    fn opens(self: &Arc<Self>) -> u64 {
-        if self.is_parked() {
-            0
-        } else {
-            Arc::strong_count(self).saturating_sub(1) as u64
-        }
-    }
-
-    /// Of the last reference: closes it, also if it could be kept idle.
-    fn close_for_good(mut self) {
-        self.may_idle = false;
-    }
-
-    /// Of the last reference: closes the id. One that cannot be closed is parked, to be opened again
-    /// or retried.
-    fn close(&mut self) -> Result<(), BackingCloseCause> {
-        let Some(Mode::Passthrough { id, .. }) = self.mode.get() else {
-            return Ok(());
-        };
-        let shared = &self.shared;
-        if let Err(cause) = kernel::backing_close((*shared.device).as_fd(), id) {
-            shared.close_failures.fetch_add(1, Ordering::Relaxed);
-            // Somebody else closed it: nothing is left to be tried again.
-            if cause != BackingCloseCause::UnknownId {
-                self.park(Some(cause));
-                self.mode.take();
-                return Err(cause);
-            }
-        }
-        shared.ids.fetch_sub(1, Ordering::Relaxed);
-        self.mode.take();
-        Ok(())
-    }
-
-    /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
-    fn idle(&mut self) {
-        let shared = Arc::clone(&self.shared);
-        let wanted = self.may_idle
-            && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
-            && shared.idle_limit.load(Ordering::Relaxed) > 0
-            && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
-        if wanted && self.park(None) {
-            shared.trim_idle();
-        }
-    }
-
-    /// Of the last reference: moves what is registered to an inode in `Parked`, and back into the map
-    /// with it. Where the number was forgotten, or names another inode by now, it is kept only if
-    /// closing failed. False if it is not kept.
-    fn park(&mut self, failed: Option<BackingCloseCause>) -> bool {
-        let shared = Arc::clone(&self.shared);
-        let key = self.key.clone();
-        let mut map = write(shared.shard(&key));
-        let entry = map.get_mut(&key);
-        let entry = entry.filter(|inode| Weak::ptr_eq(inode, &self.me));
-        let mut parked = lock(&shared.parked);
-        if parked.orphaned || (entry.is_none() && failed.is_none()) {
-            return false;
-        }
-        // From here on no code of the key's is run, which could panic.
-        let number = shared.number();
-        let inode = Arc::new_cyclic(|me| Self {
-            mode: self.mode.take().map_or_else(OnceLock::new, OnceLock::from),
-            granted: AtomicU8::new(self.granted.load(Ordering::Relaxed)),
-            may_idle: true,
-            since: self.since,
-            parked: AtomicU64::new(number),
-            stray: AtomicU64::new(if entry.is_some() { 0 } else { NOWHERE }),
-            deciding: Mutex::new(()),
-            key,
-            shared: Arc::clone(&shared),
-            me: Weak::clone(me),
-        });
-        if let Some(entry) = entry {
-            *entry = Arc::downgrade(&inode);
-        }
-        match failed {
-            None => drop(parked.idle.insert(number, inode)),
-            Some(cause) => drop(parked.unclosed.insert(number, (inode, cause))),
-        }
-        true
-    }
-
-    /// Into the map, in the place of whatever was there.
-    fn enter(self: &Arc<Self>, map: &mut Inodes<D, K>) {
-        map.insert(self.key.clone(), Arc::downgrade(self));
-        self.stray.store(0, Ordering::Relaxed);
-    }
-
-    /// Out of the map, or wherever else the table finds it.
-    fn leave(&mut self) {
-        let stray = *self.stray.get_mut();
-        if stray == 0 {
-            let mut map = write(self.shared.shard(&self.key));
-            let found = map.get(&self.key);
-            if found.is_some_and(|inode| Weak::ptr_eq(inode, &self.me)) {
-                map.remove(&self.key);
-            }
-        } else {
-            lock(&self.shared.strays).remove(&stray);
-        }
-    }
-
-    /// With its number in `Parked`, or 0. None for one whose mode is not decided.
-    fn row(self: &Arc<Self>, now: u32) -> Option<(u64, Entry<K>)> {
-        let (id, file, reason) = match self.mode.get()? {
-            Mode::Passthrough { id, file } => (Some(id.as_raw()), Some(*file), None),
-            Mode::Server(reason) => (None, None, Some(*reason)),
-        };
-        let entry = Entry {
-            inode: self.key.clone(),
-            id,
-            backing_device: file.map(|file| file.device),
-            backing_inode: file.map(|file| file.inode),
-            access: self.granted(),
-            opens: self.opens(),
-            forgotten: self.is_stray(),
-            server_reason: reason,
-            close_failed: None,
-            age: Duration::from_secs(u64::from(now.saturating_sub(self.since))),
-        };
-        Some((self.parked.load(Ordering::Relaxed), entry))
-    }
-}
-
-/// Closes an inode, also when a key's own code panics in between.
-struct Closing<'a, D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(&'a mut Inode<D, K>);
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Closing<'_, D, K> {
-    fn drop(&mut self) {
-        // A failure is counted, and kept in `Parked`.
-        let _ = self.0.close();
-    }
-}
-
-/// The last release, or that of what was parked.
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Inode<D, K> {
-    fn drop(&mut self) {
-        let closing = Closing(self);
-        closing.0.idle();
-        drop(closing);
-        self.leave();
     }
 }
 
@@ -1083,111 +611,5 @@ pub struct Busy {
 impl From<Busy> for io::Error {
     fn from(busy: Busy) -> Self {
         Self::new(io::ErrorKind::ResourceBusy, busy)
-    }
-}
-
-/// Figures of a [`BackingTable`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct TableStats {
-    /// Registered ids: open, idle, and those that could not be closed.
-    pub ids: usize,
-    /// How many there may be.
-    pub limit: usize,
-    /// Those without opens, kept for reopening.
-    pub idle: usize,
-    /// Inodes that were opened in server mode because of the limit, so far.
-    pub over_limit: u64,
-    /// Closes that failed, so far, retries among them.
-    pub close_failures: u64,
-    /// What is remembered of the connection: nothing is registered any more.
-    pub refused: Option<BackingOpenError>,
-}
-
-/// An inode in a [`Listing`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Entry<K> {
-    /// What the server knows it by.
-    pub inode: K,
-    /// The backing id; `None` in server mode.
-    pub id: Option<i32>,
-    /// `st_dev` of the backing file.
-    pub backing_device: Option<u64>,
-    /// `st_ino` of the backing file.
-    pub backing_inode: Option<u64>,
-    /// What has been granted so far.
-    pub access: Option<Access>,
-    /// Opens that have not been released. 0: idle, or not closed because closing failed.
-    pub opens: u64,
-    /// Whether its number names another inode by now, or none.
-    pub forgotten: bool,
-    /// Why it is in server mode.
-    pub server_reason: Option<ServerReason>,
-    /// Why it could not be closed.
-    pub close_failed: Option<BackingCloseCause>,
-    /// Since its first open, in whole seconds.
-    pub age: Duration,
-}
-
-/// What [`BackingTable::list`] found: dereferences to the entries, and prints as a table.
-#[derive(Clone, Debug)]
-pub struct Listing<K>(Vec<Entry<K>>);
-
-impl<K> Deref for Listing<K> {
-    type Target = [Entry<K>];
-
-    fn deref(&self) -> &[Entry<K>] {
-        &self.0
-    }
-}
-
-impl<K> IntoIterator for Listing<K> {
-    type Item = Entry<K>;
-    type IntoIter = std::vec::IntoIter<Entry<K>>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
-    }
-}
-
-impl<K: fmt::Display> fmt::Display for Listing<K> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>7} MODE",
-            "INODE", "ID", "DEVICE", "BACKING", "ACCESS", "OPENS", "AGE"
-        )?;
-        let dash = || "-".to_owned();
-        for entry in &self.0 {
-            let device = entry.backing_device.map_or_else(dash, |device| {
-                format!(
-                    "{}:{}",
-                    rustix::fs::major(device),
-                    rustix::fs::minor(device)
-                )
-            });
-            write!(
-                f,
-                "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>6}s ",
-                entry.inode,
-                entry.id.map_or_else(dash, |id| id.to_string()),
-                device,
-                entry
-                    .backing_inode
-                    .map_or_else(dash, |inode| inode.to_string()),
-                entry.access.map_or_else(dash, |access| access.to_string()),
-                entry.opens,
-                entry.age.as_secs(),
-            )?;
-            match (entry.server_reason, entry.close_failed) {
-                (Some(reason), _) => write!(f, "server: {reason}")?,
-                (None, Some(cause)) => write!(f, "passthrough, not closed: {cause}")?,
-                (None, None) if entry.opens == 0 => write!(f, "passthrough, idle")?,
-                (None, None) => write!(f, "passthrough")?,
-            }
-            writeln!(f, "{}", if entry.forgotten { ", forgotten" } else { "" })?;
-        }
-        Ok(())
     }
 }

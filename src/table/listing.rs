@@ -1,0 +1,115 @@
+//! What a table tells of itself.
+
+use std::fmt;
+use std::ops::Deref;
+use std::time::Duration;
+
+use super::ServerReason;
+use crate::error::{BackingCloseCause, BackingOpenError};
+use crate::open::Access;
+
+/// Figures of a [`BackingTable`](super::BackingTable).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TableStats {
+    /// Registered ids: open, idle, and those that could not be closed.
+    pub ids: usize,
+    /// How many there may be.
+    pub limit: usize,
+    /// Those without opens, kept for reopening.
+    pub idle: usize,
+    /// Inodes that were opened in server mode because of the limit, so far.
+    pub over_limit: u64,
+    /// Closes that failed, so far, retries among them.
+    pub close_failures: u64,
+    /// What is remembered of the connection: nothing is registered any more.
+    pub refused: Option<BackingOpenError>,
+}
+
+/// An inode in a [`Listing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Entry<K> {
+    /// What the server knows it by.
+    pub inode: K,
+    /// The backing id; `None` in server mode.
+    pub id: Option<i32>,
+    /// `st_dev` of the backing file.
+    pub backing_device: Option<u64>,
+    /// `st_ino` of the backing file.
+    pub backing_inode: Option<u64>,
+    /// What has been granted so far.
+    pub access: Option<Access>,
+    /// Opens that have not been released. 0: idle, or not closed because closing failed.
+    pub opens: u64,
+    /// Whether its number names another inode by now, or none.
+    pub forgotten: bool,
+    /// Why it is in server mode.
+    pub server_reason: Option<ServerReason>,
+    /// Why it could not be closed.
+    pub close_failed: Option<BackingCloseCause>,
+    /// Since its first open, in whole seconds.
+    pub age: Duration,
+}
+
+/// What [`BackingTable::list`](super::BackingTable::list) found: dereferences to the entries, and prints as a table.
+#[derive(Clone, Debug)]
+pub struct Listing<K>(pub(super) Vec<Entry<K>>);
+
+impl<K> Deref for Listing<K> {
+    type Target = [Entry<K>];
+
+    fn deref(&self) -> &[Entry<K>] {
+        &self.0
+    }
+}
+
+impl<K> IntoIterator for Listing<K> {
+    type Item = Entry<K>;
+    type IntoIter = std::vec::IntoIter<Entry<K>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+impl<K: fmt::Display> fmt::Display for Listing<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>7} MODE",
+            "INODE", "ID", "DEVICE", "BACKING", "ACCESS", "OPENS", "AGE"
+        )?;
+        let dash = || "-".to_owned();
+        for entry in &self.0 {
+            let device = entry.backing_device.map_or_else(dash, |device| {
+                format!(
+                    "{}:{}",
+                    rustix::fs::major(device),
+                    rustix::fs::minor(device)
+                )
+            });
+            write!(
+                f,
+                "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>6}s ",
+                entry.inode,
+                entry.id.map_or_else(dash, |id| id.to_string()),
+                device,
+                entry
+                    .backing_inode
+                    .map_or_else(dash, |inode| inode.to_string()),
+                entry.access.map_or_else(dash, |access| access.to_string()),
+                entry.opens,
+                entry.age.as_secs(),
+            )?;
+            match (entry.server_reason, entry.close_failed) {
+                (Some(reason), _) => write!(f, "server: {reason}")?,
+                (None, Some(cause)) => write!(f, "passthrough, not closed: {cause}")?,
+                (None, None) if entry.opens == 0 => write!(f, "passthrough, idle")?,
+                (None, None) => write!(f, "passthrough")?,
+            }
+            writeln!(f, "{}", if entry.forgotten { ", forgotten" } else { "" })?;
+        }
+        Ok(())
+    }
+}

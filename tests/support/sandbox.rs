@@ -29,6 +29,7 @@ static TESTS: Mutex<Option<HashMap<u64, Watched>>> = Mutex::new(None);
 struct Watched {
     name: String,
     since: Instant,
+    patience: Duration,
     /// fusectl's `abort` of each.
     connections: Vec<Arc<File>>,
 }
@@ -83,13 +84,13 @@ fn watchdog() {
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         for test in tests.iter_mut().flat_map(HashMap::values_mut) {
             let age = test.since.elapsed();
-            if age > PATIENCE {
+            if age > test.patience {
                 for abort in test.connections.drain(..) {
                     eprintln!("watchdog: {} hangs, aborting its connection", test.name);
                     let _ = abort.as_ref().write_all(b"1");
                 }
             }
-            if age > PATIENCE + GRACE {
+            if age > test.patience + GRACE {
                 eprintln!("watchdog: {} still hangs, giving up", test.name);
                 process::exit(124);
             }
@@ -109,6 +110,11 @@ struct Inner {
 
 impl Sandbox {
     pub fn new(test: &str) -> Result<Self, Failed> {
+        Self::patient(test, PATIENCE)
+    }
+
+    /// For what may take longer than a test.
+    pub fn patient(test: &str, patience: Duration) -> Result<Self, Failed> {
         static KEYS: AtomicU64 = AtomicU64::new(0);
         let key = KEYS.fetch_add(1, Ordering::Relaxed);
         let root = ROOT.get().ok_or("the sandbox was not entered")?;
@@ -117,6 +123,7 @@ impl Sandbox {
         let watched = Watched {
             name: test.to_owned(),
             since: Instant::now(),
+            patience,
             connections: Vec::new(),
         };
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -11,14 +11,14 @@ use crate::fuse::{Connection, Init};
 use crate::sandbox::Sandbox;
 use crate::support::progress::Progress;
 use crate::support::{Contest, Report};
-use crate::{ROUNDS, apart};
+use crate::{PATIENCE, ROUNDS, apart};
 
 const LIVE: [usize; 4] = [0, 1_000, 100_000, 1_000_000];
 /// What the others are compared with.
 const FEW: usize = 1_000;
 
 pub fn run(report: &mut Report) -> Result<(), Failed> {
-    let sandbox = Sandbox::new("live")?;
+    let sandbox = Sandbox::patient("live", PATIENCE)?;
     let file = tempfile::tempfile()?;
     let mut connections = Vec::new();
     let mut rows = Vec::new();

@@ -1,0 +1,207 @@
+//! The ways to answer an OPEN.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use fuse_backing::{Access, BackingFile, BackingTable, OpenFile, OpenFlags};
+use libtest_mimic::Failed;
+
+use crate::server::{Answer, Device, Opens};
+
+const INODE: u64 = 2;
+
+fn answer(fh: u64, open_flags: u32, backing_id: i32) -> Answer {
+    Answer {
+        fh,
+        open_flags,
+        backing_id,
+    }
+}
+
+fn file(path: &Path) -> Result<File, Failed> {
+    Ok(File::options().read(true).write(true).open(path)?)
+}
+
+/// Everything through the server.
+pub struct Plain {
+    pub keep_cache: bool,
+}
+
+impl Opens for Plain {
+    fn open(&mut self, _: i32) -> Answer {
+        let keep = if self.keep_cache {
+            OpenFlags::KEEP_CACHE
+        } else {
+            OpenFlags::empty()
+        };
+        answer(0, keep.bits(), 0)
+    }
+    fn release(&mut self, _: u64) {}
+}
+
+/// One id that is registered at the start and named in every reply: what nothing can be faster than.
+pub struct HardCoded {
+    id: BackingFile<Device>,
+    /// The server opens the file itself at every OPEN, for the errno that the client should get.
+    own: Option<PathBuf>,
+    opened: Handles<File>,
+}
+
+impl HardCoded {
+    pub fn new(device: &Device, path: &Path, own_open: bool) -> Result<Self, Failed> {
+        Ok(Self {
+            id: BackingFile::open(Arc::clone(device), file(path)?)?,
+            own: own_open.then(|| path.to_owned()),
+            opened: Handles::default(),
+        })
+    }
+}
+
+impl Opens for HardCoded {
+    fn open(&mut self, _: i32) -> Answer {
+        let own = self.own.as_ref();
+        let fh = own.map_or(0, |path| {
+            self.opened.add(File::open(path).expect("it opens"))
+        });
+        answer(fh, OpenFlags::PASSTHROUGH.bits(), self.id.id().as_raw())
+    }
+    fn release(&mut self, fh: u64) {
+        if self.own.is_some() {
+            self.opened.take(fh);
+        }
+    }
+}
+
+/// No bookkeeping: each open registers the file and each release closes the id.
+pub struct EveryOpen {
+    device: Device,
+    file: File,
+    opened: Handles<BackingFile<Device>>,
+}
+
+impl EveryOpen {
+    pub fn new(device: &Device, path: &Path) -> Result<Self, Failed> {
+        Ok(Self {
+            device: Arc::clone(device),
+            file: file(path)?,
+            opened: Handles::default(),
+        })
+    }
+}
+
+impl Opens for EveryOpen {
+    fn open(&mut self, _: i32) -> Answer {
+        let backing = BackingFile::open(Arc::clone(&self.device), &self.file).expect("registered");
+        let id = backing.id().as_raw();
+        answer(self.opened.add(backing), OpenFlags::PASSTHROUGH.bits(), id)
+    }
+    fn release(&mut self, fh: u64) {
+        self.opened.take(fh);
+    }
+}
+
+/// How the table is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Nobody else has the file open: each open registers it.
+    Cold,
+    /// Somebody has, and the server asks the table alone.
+    Share,
+    /// Somebody has, and the server opens the file itself first.
+    OwnOpen,
+    /// Nobody else has, but the table keeps the id.
+    Idle,
+}
+
+pub struct Table {
+    table: BackingTable<Device>,
+    usage: Use,
+    path: PathBuf,
+    file: File,
+    /// For whom the file is hot.
+    _held: Option<OpenFile<Device>>,
+    opened: Handles<(OpenFile<Device>, Option<File>)>,
+}
+
+impl Table {
+    pub fn new(device: &Device, path: &Path, usage: Use) -> Result<Self, Failed> {
+        let table = BackingTable::new(Arc::clone(device));
+        let file = file(path)?;
+        if usage == Use::Idle {
+            table.set_idle_limit(1);
+        }
+        let hot = matches!(usage, Use::Share | Use::OwnOpen);
+        let held = hot.then(|| table.open(&INODE, libc::O_RDWR, &file, Access::ReadWrite));
+        Ok(Self {
+            _held: held.transpose()?,
+            table,
+            usage,
+            path: path.to_owned(),
+            file,
+            opened: Handles::default(),
+        })
+    }
+
+    fn answer(&mut self, client_flags: i32) -> (OpenFile<Device>, Option<File>) {
+        if self.usage == Use::OwnOpen {
+            let own = File::open(&self.path).expect("it opens");
+            let access = Access::of(&own).expect("it has an access mode");
+            return (self.by_open(client_flags, &own, access), Some(own));
+        }
+        let shared = self.table.share(&INODE, client_flags);
+        let open =
+            shared.unwrap_or_else(|| self.by_open(client_flags, &self.file, Access::ReadWrite));
+        (open, None)
+    }
+
+    fn by_open(&self, client_flags: i32, file: &File, access: Access) -> OpenFile<Device> {
+        let open = self.table.open(&INODE, client_flags, file, access);
+        open.expect("the table answers")
+    }
+}
+
+impl Opens for Table {
+    fn open(&mut self, client_flags: i32) -> Answer {
+        let open = self.answer(client_flags);
+        let reply = open.0.reply(OpenFlags::empty()).expect("a reply");
+        assert!(reply.backing_id() > 0, "it is passed through");
+        let (open_flags, backing_id) = (reply.open_flags(), reply.backing_id());
+        answer(self.opened.add(open), open_flags, backing_id)
+    }
+    fn release(&mut self, fh: u64) {
+        self.opened.take(fh);
+    }
+}
+
+/// What is kept under a file handle.
+struct Handles<T> {
+    slots: Vec<Option<T>>,
+    free: Vec<usize>,
+}
+
+impl<T> Default for Handles<T> {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+}
+
+impl<T> Handles<T> {
+    fn add(&mut self, value: T) -> u64 {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            self.slots.len() - 1
+        });
+        self.slots[slot] = Some(value);
+        slot as u64
+    }
+
+    fn take(&mut self, fh: u64) {
+        let slot = fh as usize;
+        drop(self.slots[slot].take());
+        self.free.push(slot);
+    }
+}

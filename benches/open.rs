@@ -186,7 +186,7 @@ fn by_bytes(report: &mut Report) -> Result<(), Failed> {
         report,
         "bytes",
         "Open, read once, close: passthrough against plain FUSE",
-        "file size, bytes",
+        Axis::bytes("file size"),
         points.collect(),
     )
 }
@@ -205,7 +205,7 @@ fn by_passes(report: &mut Report) -> Result<(), Failed> {
         report,
         "passes",
         "Open, read 4 KiB so many times, close: passthrough against plain FUSE",
-        "reads of the same 4 KiB",
+        Axis::log("reads of the same 4 KiB"),
         points.collect(),
     )
 }
@@ -214,7 +214,7 @@ fn break_even(
     report: &mut Report,
     id: &str,
     title: &str,
-    x: &str,
+    x: Axis,
     points: Vec<(f64, Reading)>,
 ) -> Result<(), Failed> {
     let rounds = report.args().rounds(200);
@@ -260,13 +260,16 @@ fn break_even(
         }
         rows.push(row);
     }
-    let header: Vec<_> = [x, "plain FUSE, µs"].into_iter().chain(names).collect();
+    let header: Vec<_> = [x.label.as_str(), "plain FUSE, µs"]
+        .into_iter()
+        .chain(names)
+        .collect();
     report.table(id, title, &header, &rows, serde_json::Value::Null);
     report.plot(
         id,
         &Lines {
             title: title.to_owned(),
-            x: Axis::log(x),
+            x,
             y: Axis::log("time, as a multiple of plain FUSE"),
             series: series.into(),
             levels: vec![(PLAIN.to_owned(), 1.0)],

@@ -52,6 +52,8 @@ const ROUNDS: usize = 20_000;
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const BARE: &str = "syscall";
+/// The same once more, at another place in the program: what differs is the doing of code placement.
+const CONTROL: &str = "syscall, again";
 const LIBC: &str = "libc";
 const NIX: &str = "nix";
 const FUSER: &str = "fuser";
@@ -136,6 +138,13 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         id as i32
     };
     let bare_close = |id| assert_eq!(bare::close(fd, id), 0);
+    // Other messages, so that it stays code of its own.
+    let control_open = || {
+        let id = bare::open(fd, backing);
+        assert!(id > 0, "not registered: {id}");
+        id as i32
+    };
+    let control_close = |id| assert_eq!(bare::close(fd, id), 0, "not closed");
     let libc_open = || {
         let id = libc_ioctl::open(fd, backing);
         assert!(id > 0, "{id}");
@@ -153,6 +162,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
 
     let in_a_row = Contest::new(["BACKING_OPEN", "BACKING_CLOSE"])
         .way(BARE, apart(bare_open, bare_close))
+        .way(CONTROL, apart(control_open, control_close))
         .way(LIBC, apart(libc_open, libc_close))
         .way(NIX, apart(nix_open, nix_close))
         .way(FUSER, apart(fuser_open, drop))
@@ -161,6 +171,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         .run(rounds);
     let turns = Contest::new(["BACKING_OPEN", "BACKING_CLOSE", "both"])
         .way(BARE, in_turns(bare_open, bare_close))
+        .way(CONTROL, in_turns(control_open, control_close))
         .way(LIBC, in_turns(libc_open, libc_close))
         .way(NIX, in_turns(nix_open, nix_close))
         .way(FUSER, in_turns(fuser_open, drop))
@@ -172,7 +183,9 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         "In turns, each id is closed before the next is opened, and the time of open and of close includes a \
          clock reading; there is no other id, and the kernel sets its tree of ids up and takes it down \
          each time. In a row, {BATCH} are opened, and then closed: the least that the calls can cost, of \
-         which whatever is added is the largest part.",
+         which whatever is added is the largest part.\n\nThe intervals are of this run of this program. \
+         Where a compiler puts the same instructions moves the ratios as well, from build to build: \"{CONTROL}\" \
+         shows by how much.",
     ));
     let [open, close, both] = &turns;
     let [row_open, row_close] = &in_a_row;

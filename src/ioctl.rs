@@ -17,17 +17,13 @@ const BACKING_CLOSE: Opcode = uapi::FUSE_DEV_IOC_BACKING_CLOSE as Opcode;
 const SYNC_INIT: Opcode = uapi::FUSE_DEV_IOC_SYNC_INIT as Opcode;
 
 /// rustix has no pattern for an ioctl whose result is its return value.
-///
-/// The output is wider than what the call returned. A `Result<i32>` would be one and the same 64 bits
-/// from rustix's call to the caller's match, kept whole and taken apart with masks between the system
-/// call and whatever follows it (rustc 1.95).
 struct BackingOpen(uapi::fuse_backing_map);
 
 // SAFETY: `as_ptr` gives the address of a `fuse_backing_map`, whose layout uapi.rs asserts and whose
 // size the opcode encodes; the kernel copies that many bytes in and writes none (fs/fuse/dev.c:
 // `copy_from_user` alone), hence not mutating. `output_from_ptr` does not use the pointer.
 unsafe impl Ioctl for BackingOpen {
-    type Output = i64;
+    type Output = IoctlOutput;
 
     const IS_MUTATING: bool = false;
 
@@ -39,8 +35,8 @@ unsafe impl Ioctl for BackingOpen {
         from_mut(&mut self.0).cast()
     }
 
-    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> Result<i64> {
-        Ok(out.into())
+    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> Result<IoctlOutput> {
+        Ok(out)
     }
 }
 
@@ -52,9 +48,7 @@ pub(crate) fn backing_open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>) -> R
     // SAFETY: the opcode encodes the size of the operand, which rustix keeps alive on its stack
     // for the call; the kernel reads it and keeps no pointer. That `device` is a FUSE device, the
     // driver which gives the opcode this meaning, was checked by `FuseDevice::new`.
-    let id = unsafe { ioctl(device, map) }?;
-    #[allow(clippy::cast_possible_truncation, reason = "it came as an i32")]
-    Ok(id as i32)
+    unsafe { ioctl(device, map) }
 }
 
 /// `FUSE_DEV_IOC_BACKING_CLOSE`.

@@ -421,6 +421,10 @@ fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     let failed = connection.device().backing_close(id(5)).unwrap_err();
     let (message, cause) = (failed.to_string(), failed.cause());
+    assert_eq!(
+        format!("{failed:?}"),
+        "BackingCloseError { cause: UnknownId, .. }"
+    );
     let error = std::io::Error::from(failed);
     assert_eq!(
         (error.kind(), error.to_string()),

@@ -1,5 +1,6 @@
 //! `FUSE_DEV_IOC_BACKING_OPEN`: which files and which connections, and the error for all others.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fuse_backing::{
-    BackingOpenError, Errno, FileType, FuseDevice, NotPermitted, OpenFlags, OpenReply, Scope, uapi,
+    BackingCloseCause, BackingId, BackingOpenError, Errno, FileType, FuseDevice,
+    NotFuseDeviceReason, NotPermitted, OpenFlags, OpenReply, Scope, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, mknodat, open};
@@ -74,7 +76,9 @@ pub const TESTS: &[Test] = &[
         failures_register_nothing,
     ),
     ("closed_fd", Needs::Passthrough, closed_fd),
+    ("closed_device", Needs::Passthrough, closed_device),
     ("without_proc", Needs::Passthrough, without_proc),
+    ("read_only_device", Needs::Passthrough, read_only_device),
     (
         "denied_in_synchronous_init",
         Needs::SyncInit,
@@ -515,6 +519,7 @@ fn failures_register_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// An implementation of `AsFd` that is wrong, which is possible without unsafe code of the caller's.
+#[derive(Debug)]
 struct Closed;
 
 impl AsFd for Closed {
@@ -536,6 +541,48 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+/// A device that is closed behind its handle's back: the backing file is not to blame for `EBADF`.
+fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
+    struct Device<'a> {
+        fd: BorrowedFd<'a>,
+        closed: &'a Cell<bool>,
+    }
+    impl AsFd for Device<'_> {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            if self.closed.get() {
+                Closed.as_fd()
+            } else {
+                self.fd
+            }
+        }
+    }
+    let never_open = FuseDevice::new(Closed).unwrap_err();
+    assert_eq!(
+        (never_open.reason(), never_open.errno()),
+        (NotFuseDeviceReason::Unreadable(Errno::BADF), Errno::BADF)
+    );
+
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let attached = connection.device();
+    let closed = &Cell::new(false);
+    let fd = attached.as_fd();
+    let device = FuseDevice::new(Device { fd, closed })?;
+    let file = tempfile::NamedTempFile::new()?;
+    let path_only = open(file.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let id = device.backing_open(&file)?;
+
+    closed.set(true);
+    let unknown = Some(BackingOpenError::Other(Errno::BADF));
+    assert_eq!(error(&device, path_only), unknown);
+    assert_eq!(error(&device, &file), unknown);
+    let failed = device.backing_close(id).unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::Other(Errno::BADF));
+
+    closed.set(false);
+    device.backing_close(failed.into_inner())?;
+    Ok(())
+}
+
 /// Where the user namespace cannot be told, nothing is ruled out.
 fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
@@ -552,7 +599,23 @@ fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Err
     // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     mount("tmpfs", "/proc", "tmpfs", MountFlags::empty(), None)?;
-    Ok(format!("{:?}", error(&device, file)))
+    let without = error(&device, &file);
+    // Something else than procfs, that has a file of that name.
+    fs::create_dir_all("/proc/thread-self/ns")?;
+    fs::write("/proc/thread-self/ns/user", "")?;
+    assert_eq!(error(&device, &file), without);
+    Ok(format!("{without:?}"))
+}
+
+/// Whether a device is attached is asked by a write, which a read-only fd does not allow.
+fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
+    let undetermined = BackingOpenError::NotPermitted(NotPermitted::Undetermined);
+    let device = FuseDevice::new(File::open("/dev/fuse")?)?;
+    assert_eq!(error(&device, tempfile::tempfile()?), Some(undetermined));
+    let close = device.backing_close(BackingId::from_raw(1).expect("positive"));
+    let undetermined = BackingCloseCause::NotPermitted(NotPermitted::Undetermined);
+    assert_eq!(close.map_err(|failed| failed.cause()), Err(undetermined));
+    Ok(())
 }
 
 /// A policy that denies the ioctl before the driver sees it, on a device whose reads block: finding
@@ -631,6 +694,13 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         "DisabledInKernel",
         unsupported,
         Scope::Connection,
+    );
+    // An answer to closing that says neither.
+    assert_error(
+        forged(&file, &[(OPEN, unsupported), (CLOSE, Errno::FAULT)]),
+        &format!("Other({unsupported:?})"),
+        unsupported,
+        Scope::File,
     );
     assert_error(
         forged(&File::open("/")?, &[(OPEN, unsupported)]),

@@ -7,7 +7,7 @@ use std::io;
 
 use libc::{
     BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_MODE_FILTER,
-    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, sock_filter, sock_fprog,
+    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, c_ulong, sock_filter, sock_fprog,
 };
 use rustix::io::Errno;
 
@@ -50,8 +50,9 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    // SAFETY: PR_SET_NO_NEW_PRIVS takes four numbers.
-    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1_u64, 0_u64, 0_u64, 0_u64) };
+    let zero: c_ulong = 0;
+    // SAFETY: PR_SET_NO_NEW_PRIVS takes four longs.
+    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1 as c_ulong, zero, zero, zero) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }

@@ -14,7 +14,7 @@ use crate::client::{Client, wait_for_parent};
 /// A call's number, and its first two arguments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Call {
-    pub number: i64,
+    pub number: libc::c_long,
     pub args: [u64; 2],
 }
 
@@ -88,7 +88,7 @@ fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
     // SAFETY: of an entry, this is the member that the kernel filled in.
     let entry = unsafe { info.u.entry };
     Ok(Some(Call {
-        number: entry.nr as i64,
+        number: entry.nr as libc::c_long,
         args: [entry.args[0], entry.args[1]],
     }))
 }

@@ -10,6 +10,7 @@
 
 #[path = "../support/mode.rs"]
 mod mode;
+mod script;
 
 use std::env;
 use std::fs;
@@ -44,6 +45,9 @@ fn main() -> ExitCode {
     add("unusable_compiler", unusable_compiler);
     add("unknown_mode", unknown_mode);
     add("off_needs_no_compiler", off_needs_no_compiler);
+    for (name, test) in script::TESTS {
+        add(&format!("script::{name}"), *test);
+    }
     for mutation in MUTATIONS {
         let workshop = workshop.clone();
         let name = format!("mutation::{}", mutation.name);

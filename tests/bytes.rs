@@ -7,6 +7,7 @@
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+use std::env;
 use std::fs;
 
 use fuse_backing::{
@@ -15,25 +16,19 @@ use fuse_backing::{
 };
 use proptest::prelude::{any, prop};
 use proptest::strategy::Strategy;
-use proptest::test_runner::{Config, RngAlgorithm, RngSeed, TestCaseError, TestRunner};
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 
 /// Runs `property` on values of `strategy`.
 fn check<S: Strategy>(strategy: &S, property: impl Fn(S::Value) -> Result<(), TestCaseError>) {
-    let mut config = Config {
-        cases: 4096,
-        failure_persistence: None,
-        rng_algorithm: RngAlgorithm::ChaCha,
-        rng_seed: RngSeed::Fixed(1),
-        ..Config::default()
-    };
-    let asked = |name: &str| std::env::var(name).ok().map(|value| value.parse().unwrap());
-    if let Some(cases) = asked("PROPTEST_CASES") {
-        config.cases = u32::try_from(cases).unwrap();
+    let mut config = Config::default();
+    if env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 4096;
     }
-    if let Some(seed) = asked("PROPTEST_RNG_SEED") {
-        config.rng_seed = RngSeed::Fixed(seed);
-    }
-    if let Err(error) = TestRunner::new(config).run(strategy, property) {
+    config.failure_persistence = None;
+    let seed = env::var("PROPTEST_RNG_SEED").map_or(0, |seed| seed.parse::<u64>().unwrap());
+    let seed = seed.to_le_bytes().repeat(4);
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+    if let Err(error) = TestRunner::new_with_rng(config, rng).run(strategy, property) {
         panic!("{error}");
     }
 }

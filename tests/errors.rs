@@ -217,6 +217,9 @@ fn kinds_of_files() {
     let refused = FuseDevice::new(File::open("/dev/null").unwrap()).unwrap_err();
     let text = "not a FUSE device: it is the character device 1:3, not 10:229";
     assert_eq!(refused.to_string(), text);
+    // Whatever holds the fd, and without it.
+    let debug = "NotFuseDevice { reason: OtherDevice { major: 1, minor: 3 }, .. }";
+    assert_eq!(format!("{refused:?}"), debug);
 }
 
 /// What stands inside of another error's text stands there once.

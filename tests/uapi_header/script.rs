@@ -16,6 +16,8 @@ pub const TESTS: &[(&str, Test)] = &[
     ("no_compiler_for_the_target", no_compiler_for_the_target),
     ("compiler_for_another_target", compiler_for_another_target),
     ("values", values),
+    ("headers_that_do_not_do", headers_that_do_not_do),
+    ("modes", modes),
     ("what_cargo_is_to_watch", what_cargo_is_to_watch),
 ];
 
@@ -93,12 +95,24 @@ impl Script {
         Ok(Self { folder, include })
     }
 
-    /// In `require` mode, for a target on a host that is another, with these compilers.
+    /// In `require` mode, for a target on a host that is another, with these compilers and the true
+    /// header.
     fn run(
         &self,
         target: &str,
-        (arch, bits, endian): Architecture,
+        architecture: Architecture,
         compilers: &[(&str, &str)],
+    ) -> Result<Ran, Failed> {
+        self.run_with(self.include.path(), target, architecture, compilers)
+    }
+
+    /// What `variables` has goes before everything else.
+    fn run_with(
+        &self,
+        include: &Path,
+        target: &str,
+        (arch, bits, endian): Architecture,
+        variables: &[(&str, &str)],
     ) -> Result<Ran, Failed> {
         let out = TempDir::new_in(self.folder.path())?;
         let output = Command::new(self.folder.path().join("script"))
@@ -111,8 +125,8 @@ impl Script {
             .env("CARGO_CFG_TARGET_POINTER_WIDTH", bits)
             .env("CARGO_CFG_TARGET_ENDIAN", endian)
             .env("FUSE_BACKING_UAPI_CHECK", "require")
-            .env("FUSE_BACKING_UAPI_INCLUDE", self.include.path())
-            .envs(compilers.iter().copied().collect::<HashMap<_, _>>())
+            .env("FUSE_BACKING_UAPI_INCLUDE", include)
+            .envs(variables.iter().copied().collect::<HashMap<_, _>>())
             .output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(Ran {
@@ -232,6 +246,89 @@ fn values(workshop: &Workshop) -> Result<(), Failed> {
     // header of 6.9 has two of them less.
     let count = assertions.lines().count();
     assert!((49..=51).contains(&count), "{count}");
+    Ok(())
+}
+
+/// None, an old one, one without a field or a constant: each is said, of the header that it is.
+fn headers_that_do_not_do(workshop: &Workshop) -> Result<(), Failed> {
+    let script = Script::new(workshop)?;
+    let architecture = ("mips64", "64", "big");
+    let compiler = &*big_endian_mips();
+    let missing = &*format!("{compiler} -include no-such-file.h");
+    let unchecked = "the ABI was not compared with a uapi header: ";
+    let without = |from: &str, to: &str| workshop.header.replace(from, to);
+    for (header, before, after) in [
+        (None, "there is no ", ""),
+        (
+            Some(without("FUSE_DEV_IOC_BACKING_OPEN", "FUSE_DEV_IOC_NONE")),
+            "",
+            " is older than Linux 6.9: it has no FUSE_DEV_IOC_BACKING_OPEN",
+        ),
+    ] {
+        let include = TempDir::new()?;
+        let path = include.path().join("linux/fuse.h");
+        if let Some(header) = header {
+            std::fs::create_dir(include.path().join("linux"))?;
+            std::fs::write(&path, header)?;
+        }
+        let ran = script.run_with(include.path(), MIPS64, architecture, &[("CC", compiler)])?;
+        ran.assert_unchecked(&format!("{unchecked}{before}{}{after}\n", path.display()));
+    }
+    let ran = script.run(MIPS64, architecture, &[("CC", missing)])?;
+    ran.assert_unchecked("the C compiler cannot translate the probe: ");
+    ran.assert_says("no-such-file.h");
+
+    for (header, says) in [
+        (
+            without("int32_t\t\tbacking_id;", "int32_t\t\tbacking;"),
+            " does not declare what the crate binds:",
+        ),
+        (
+            without("#define FOPEN_NOFLUSH", "#define FOPEN_OTHER"),
+            " does not define FOPEN_NOFLUSH",
+        ),
+    ] {
+        assert_ne!(header, workshop.header);
+        let include = Workshop::include(&header)?;
+        let ran = script.run_with(include.path(), MIPS64, architecture, &[("CC", compiler)])?;
+        assert!(!ran.passed, "{}", ran.output);
+        let path = include.path().join("linux/fuse.h");
+        ran.assert_says(&format!("cargo::error={}{says}", path.display()));
+        if says.contains("declare") {
+            ran.assert_says("backing_id");
+        }
+    }
+    // The younger ones a header need not have.
+    let header = without("#define FUSE_OVER_IO_URING", "#define FUSE_OTHER");
+    let include = Workshop::include(&header)?;
+    let ran = script.run_with(include.path(), MIPS64, architecture, &[("CC", compiler)])?;
+    ran.assert_compared();
+    assert!(!ran.assertions.ok_or("none")?.contains("FUSE_OVER_IO_URING"));
+    Ok(())
+}
+
+/// What nobody asked for is not done, and what cannot be done is a warning or an error.
+fn modes(workshop: &Workshop) -> Result<(), Failed> {
+    let script = Script::new(workshop)?;
+    let architecture = ("mips64", "64", "big");
+    let compiler = &*big_endian_mips();
+    let run = |mode, cc| {
+        let variables = [("FUSE_BACKING_UAPI_CHECK", mode), ("CC", cc)];
+        script.run_with(script.include.path(), MIPS64, architecture, &variables)
+    };
+    run("auto", compiler)?.assert_compared();
+    let unchecked = run("auto", "no-such-compiler")?;
+    assert!(unchecked.passed, "{}", unchecked.output);
+    unchecked.assert_says("cargo::warning=the ABI was not compared with a uapi header: ");
+    assert_eq!(unchecked.assertions, None);
+    for mode in ["", "off"] {
+        let off = run(mode, compiler)?;
+        assert!(off.passed && off.assertions.is_none(), "{}", off.output);
+        assert!(!off.output.contains("rustc-cfg="), "{}", off.output);
+    }
+    let other = run("always", compiler)?;
+    assert!(!other.passed, "{}", other.output);
+    other.assert_says("cargo::error=FUSE_BACKING_UAPI_CHECK is 'always': use off, auto or require");
     Ok(())
 }
 

@@ -143,13 +143,13 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
 
     /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
     pub(super) fn idle(&mut self) {
-        let shared = Arc::clone(&self.shared);
+        let shared = &self.shared;
         let wanted = self.may_idle
             && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
             && shared.idle_limit.load(Ordering::Relaxed) > 0
             && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
         if wanted && self.park(None) {
-            shared.trim_idle();
+            self.shared.trim_idle();
         }
     }
 
@@ -182,6 +182,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
         });
         if let Some(entry) = entry {
             *entry = Arc::downgrade(&inode);
+            *self.stray.get_mut() = NOWHERE;
         }
         match failed {
             None => drop(parked.idle.insert(number, inode)),
@@ -198,15 +199,16 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
 
     /// Out of the map, or wherever else the table finds it.
     pub(super) fn leave(&mut self) {
-        let stray = *self.stray.get_mut();
-        if stray == 0 {
-            let mut map = write(self.shared.shard(&self.key));
-            let found = map.get(&self.key);
-            if found.is_some_and(|inode| Weak::ptr_eq(inode, &self.me)) {
-                map.remove(&self.key);
+        match *self.stray.get_mut() {
+            NOWHERE => {}
+            0 => {
+                let mut map = write(self.shared.shard(&self.key));
+                let found = map.get(&self.key);
+                if found.is_some_and(|inode| Weak::ptr_eq(inode, &self.me)) {
+                    map.remove(&self.key);
+                }
             }
-        } else {
-            lock(&self.shared.strays).remove(&stray);
+            address => drop(lock(&self.shared.strays).remove(&address)),
         }
     }
 

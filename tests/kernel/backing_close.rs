@@ -11,6 +11,7 @@ use fuse_backing::{
 use libtest_mimic::Failed;
 
 use crate::client::{Client, Role};
+use crate::expect;
 use crate::fuse::{Connection, Init};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
@@ -121,11 +122,7 @@ fn unknown_id(sandbox: &Sandbox) -> Result<(), Failed> {
 
 fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let failed = FuseDevice::open()?.backing_close(id(1)).unwrap_err();
-    // EINVAL in the first releases with passthrough.
-    assert!(
-        matches!(failed.errno(), Errno::PERM | Errno::INVAL),
-        "{failed:?}"
-    );
+    expect::assert_unattached(failed.errno());
     assert!(
         matches!(failed.cause(), BackingCloseCause::NotAttached { .. }),
         "{failed:?}"

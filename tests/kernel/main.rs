@@ -2,7 +2,7 @@
 //!
 //! `FUSE_BACKING_TEST=off|auto|require`: `auto`, the default, reports what cannot run here as
 //! ignored, with the reason; `require` fails it. A feature that the kernel lacks is no reason: its
-//! tests then assert that it is absent.
+//! tests then assert that it is absent. What it is to have can be told, see expect.rs.
 
 #![allow(
     clippy::expect_used,
@@ -35,6 +35,9 @@ mod backing_open;
 mod clone;
 mod cost;
 mod device;
+mod expect;
+mod faults;
+mod killed;
 mod passthrough;
 mod property;
 mod sync_init;
@@ -42,10 +45,11 @@ mod table;
 
 use std::process::ExitCode;
 
-use fuse_backing::{BackingId, BackingOpenError, uapi};
+use fuse_backing::{BackingId, BackingOpenError};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use fuse::{Connection, Init, Offer};
+use expect::Support;
+use fuse::{Connection, Init};
 use mode::Mode;
 use sandbox::Sandbox;
 
@@ -59,27 +63,11 @@ pub enum Needs {
     /// Where it lacks, its absence is asserted instead.
     Passthrough,
     SyncInit,
-}
-
-/// What this kernel says that it has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Support {
-    Present,
-    /// Protocol 7.40 is of Linux 6.9, so the kernel knows passthrough, and was built without.
-    Disabled,
-    Absent,
-}
-
-impl Support {
-    fn of(offer: Offer) -> Self {
-        if offer.flags & uapi::FUSE_PASSTHROUGH != 0 {
-            Self::Present
-        } else if offer.minor >= 40 {
-            Self::Disabled
-        } else {
-            Self::Absent
-        }
-    }
+    /// Passthrough, and allocations that fail on request. Only of kernels that were built for it,
+    /// and not listed elsewhere.
+    FailNth,
+    /// That the kernel is known. Not listed elsewhere.
+    Told,
 }
 
 fn main() -> ExitCode {
@@ -98,6 +86,9 @@ fn main() -> ExitCode {
         ("clone", clone::TESTS),
         ("cost", cost::TESTS),
         ("device", device::TESTS),
+        ("expect", expect::TESTS),
+        ("faults", faults::TESTS),
+        ("killed", killed::TESTS),
         ("passthrough", passthrough::TESTS),
         ("property", property::TESTS),
         ("sync_init", sync_init::TESTS),
@@ -105,7 +96,12 @@ fn main() -> ExitCode {
     ];
     let mut trials = Vec::new();
     for (file, tests) in tests {
-        trials.extend(tests.iter().map(|test| trial(mode, &ready, file, *test)));
+        let tests = tests.iter().filter(|test| match test.1 {
+            Needs::FailNth => expect::fail_nth(),
+            Needs::Told => expect::is_told(),
+            Needs::Nothing | Needs::Passthrough | Needs::SyncInit => true,
+        });
+        trials.extend(tests.map(|test| trial(mode, &ready, file, *test)));
     }
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     sandbox::leave();
@@ -118,6 +114,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         backing_open::ROLES,
         cost::ROLES,
         device::ROLES,
+        killed::ROLES,
         passthrough::ROLES,
         property::ROLES,
         sync_init::ROLES,
@@ -132,11 +129,11 @@ fn trial(mode: Mode, ready: &Result<(), String>, file: &str, test: Test) -> Tria
     mode.trial(&name.clone(), ready, move || {
         let sandbox = Sandbox::new(&name)?;
         let offer = Connection::mount(&sandbox, Init::PLAIN)?.offer();
-        let support = Support::of(offer);
+        let support = expect::support(offer);
         match needs {
             Needs::Passthrough if support != Support::Present => assert_absent(&sandbox, support),
-            Needs::SyncInit if offer.minor < 45 => sync_init::assert_absent(),
-            Needs::Nothing | Needs::Passthrough | Needs::SyncInit => run(&sandbox),
+            Needs::SyncInit if !expect::sync_init(offer) => sync_init::assert_absent(),
+            _ => run(&sandbox),
         }
     })
 }

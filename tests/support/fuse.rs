@@ -147,11 +147,7 @@ impl Connection {
 
     fn attach(&mut self, sandbox: &Sandbox) -> Result<(), Failed> {
         attach(&self.device, &self.mountpoint)?;
-        let number = connection_number(&self.mountpoint)?;
-        let path = sandbox.fusectl().join(number.to_string()).join("abort");
-        let abort = Arc::new(File::options().write(true).open(path)?);
-        sandbox.watch(Arc::clone(&abort));
-        self.abort = Some(abort);
+        self.abort = Some(watched(sandbox, &self.mountpoint)?);
         Ok(())
     }
 
@@ -248,6 +244,26 @@ pub fn mounted(mountpoint: &Path, init: Init) -> Result<FuseDevice<OwnedFd>, Fai
     Ok(FuseDevice::new(device)?)
 }
 
+/// Mounts, says so, and serves in this thread until the connection ends: for a process that is killed.
+pub fn serve_here(
+    mountpoint: &Path,
+    init: Init,
+    nodes: Vec<Node>,
+    on_open: impl FnOnce(FuseDevice<Arc<OwnedFd>>) -> Arc<OnOpen>,
+) -> Result<(), Failed> {
+    let device = Arc::new(FuseDevice::open()?.into_inner());
+    attach(&device, mountpoint)?;
+    println!("mounted");
+    let server = Server {
+        on_open: on_open(FuseDevice::new(Arc::clone(&device))?),
+        device,
+        nodes,
+        seen: Arc::default(),
+    };
+    server.run(init, &mpsc::channel().0);
+    Ok(())
+}
+
 /// Answers INIT, and leaves whatever comes next unread.
 pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
     let mut buffer = vec![0; BUFFER];
@@ -256,6 +272,15 @@ pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
     assert_eq!(request.opcode(), INIT);
     reply(device, &request, Ok(init_reply(init)));
     Ok(Offer::of(&request))
+}
+
+/// fusectl's `abort` of a mount, which the watchdog has then too.
+pub fn watched(sandbox: &Sandbox, mountpoint: &Path) -> Result<Arc<File>, Failed> {
+    let number = connection_number(mountpoint)?;
+    let path = sandbox.fusectl().join(number.to_string()).join("abort");
+    let abort = Arc::new(File::options().write(true).open(path)?);
+    sandbox.watch(Arc::clone(&abort));
+    Ok(abort)
 }
 
 /// The minor number of the mount's device, from mountinfo: stat(2) would ask the server.

@@ -4,10 +4,16 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::mpsc;
+use std::thread;
 
 use libc::{
-    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_MODE_FILTER,
-    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, c_ulong, sock_filter, sock_fprog,
+    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
+    SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND,
+    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF, SECCOMP_SET_MODE_FILTER, c_ulong,
+    sock_filter, sock_fprog,
 };
 use rustix::io::Errno;
 
@@ -19,8 +25,8 @@ const OFFSET_OF_REQUEST: u32 = 16 + 8 + if cfg!(target_endian = "big") { 4 } els
 #[derive(Clone, Copy, Debug)]
 pub enum Forged {
     Error(Errno),
-    /// Success, with the value 0.
-    Zero,
+    /// Success, with this value.
+    Value(i32),
 }
 
 /// Makes every later ioctl of these numbers by this thread return what it says. For the rest of the
@@ -36,19 +42,46 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
         skip_unless(libc::SYS_ioctl as u32, 2 * count + 1),
         load(OFFSET_OF_REQUEST),
     ];
+    let mut values = Vec::new();
     for &(request, forged) in ioctls {
-        let data = match forged {
-            Forged::Error(errno) => errno.raw_os_error() as u32,
-            Forged::Zero => 0,
-        };
         program.push(skip_unless(request, 1));
-        program.push(answer(SECCOMP_RET_ERRNO | data));
+        program.push(answer(match forged {
+            Forged::Error(errno) => SECCOMP_RET_ERRNO | errno.raw_os_error() as u32,
+            // A filter cannot say more than an errno: somebody else has to.
+            Forged::Value(value) => {
+                values.push((request, value));
+                SECCOMP_RET_USER_NOTIF
+            }
+        }));
     }
     program.push(answer(SECCOMP_RET_ALLOW));
 
+    // Started before there is a filter, which it would inherit.
+    let (sender, receiver) = mpsc::channel();
+    let supervised = !values.is_empty();
+    if supervised {
+        thread::spawn(move || {
+            receiver
+                .recv()
+                .map(|listener| supervise(&listener, &values))
+        });
+    }
+    if let Some(listener) = install(&mut program, supervised)? {
+        sender.send(listener).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// The fd, if one is asked for, is where the calls are told of that the filter leaves to others.
+fn install(program: &mut [sock_filter], listen: bool) -> io::Result<Option<OwnedFd>> {
     let program = sock_fprog {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
+    };
+    let flags = if listen {
+        SECCOMP_FILTER_FLAG_NEW_LISTENER
+    } else {
+        0
     };
     let zero: c_ulong = 0;
     // SAFETY: PR_SET_NO_NEW_PRIVS takes four longs.
@@ -58,16 +91,70 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
     }
     // SAFETY: `program` points to `len` live instructions, which the kernel copies and checks.
     let result = unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            SECCOMP_MODE_FILTER,
+        libc::syscall(
+            libc::SYS_seccomp,
+            SECCOMP_SET_MODE_FILTER,
+            flags,
             &raw const program,
         )
     };
-    if result != 0 {
+    if result < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(())
+    // SAFETY: with that flag the call returns a new fd, which is nobody else's.
+    Ok(listen.then(|| unsafe { OwnedFd::from_raw_fd(result as i32) }))
+}
+
+/// Answers for the kernel, until the thread with the filter ends.
+fn supervise(listener: &OwnedFd, values: &[(u32, i32)]) -> io::Result<()> {
+    loop {
+        let mut poll = libc::pollfd {
+            fd: listener.as_raw_fd(),
+            events: POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one live pollfd.
+        if unsafe { libc::poll(&raw mut poll, 1, -1) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if poll.revents & POLLIN == 0 {
+            return Ok(());
+        }
+        // The kernel takes none that is not zeroed.
+        let mut call = MaybeUninit::<libc::seccomp_notif>::zeroed();
+        // SAFETY: the kernel writes a `seccomp_notif`.
+        let result = unsafe {
+            libc::ioctl(
+                listener.as_raw_fd(),
+                SECCOMP_IOCTL_NOTIF_RECV,
+                call.as_mut_ptr(),
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: zeroed and then filled in by the kernel, and integers all.
+        let call = unsafe { call.assume_init() };
+        let request = call.data.args[1] as u32;
+        let value = values.iter().find(|(forged, _)| *forged == request);
+        let answer = libc::seccomp_notif_resp {
+            id: call.id,
+            val: value.map_or(0, |(_, value)| i64::from(*value)),
+            error: 0,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads a live `seccomp_notif_resp`.
+        let result = unsafe {
+            libc::ioctl(
+                listener.as_raw_fd(),
+                SECCOMP_IOCTL_NOTIF_SEND,
+                &raw const answer,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
 }
 
 fn statement(code: u32, if_true: u8, if_false: u8, k: u32) -> sock_filter {

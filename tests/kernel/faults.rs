@@ -1,0 +1,430 @@
+//! What fails for want of memory, or is forged to fail: a typed error each time, nothing registered,
+//! nothing leaked, and the next attempt works.
+//!
+//! On a kernel with `CONFIG_FAULT_INJECTION` every allocation of a call, and every copy to and from
+//! user space, is failed in turn: the first of a call, then the second, until there are no more.
+//! Elsewhere the results are forged, see also `forged_errors` of each ioctl's tests.
+
+use std::fs::{self, File};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use fuse_backing::{
+    Access, BackingCloseCause, BackingFile, BackingId, BackingOpenError, BackingTable,
+    CloneConnectionError, Errno, FuseDevice, NotPermitted, OpenFlags, Scope, ServerReason, uapi,
+};
+use libtest_mimic::Failed;
+use rustix::fs::OFlags;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::fuse::{Connection, Init, attach, handshake};
+use crate::sandbox::Sandbox;
+use crate::seccomp::{Forged, forge};
+use crate::thread::apart;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    ("failing_backing_open", Needs::FailNth, failing_backing_open),
+    (
+        "failing_backing_close",
+        Needs::FailNth,
+        failing_backing_close,
+    ),
+    ("failing_clone", Needs::FailNth, failing_clone),
+    ("failing_mount", Needs::FailNth, failing_mount),
+    (
+        "table_when_opens_fail",
+        Needs::Passthrough,
+        table_when_opens_fail,
+    ),
+    (
+        "table_when_closes_fail",
+        Needs::Passthrough,
+        table_when_closes_fail,
+    ),
+    (
+        "guard_when_closes_fail",
+        Needs::Passthrough,
+        guard_when_closes_fail,
+    ),
+    (
+        "id_that_is_live_elsewhere",
+        Needs::Passthrough,
+        id_that_is_live_elsewhere,
+    ),
+    (
+        "table_with_an_id_that_is_live_elsewhere",
+        Needs::Passthrough,
+        table_with_an_id_that_is_live_elsewhere,
+    ),
+];
+
+/// A walk that is longer than this goes in circles.
+const MANY: u32 = 2000;
+
+/// Has the allocations of this thread fail.
+struct Failing(File);
+
+impl Failing {
+    fn new(sandbox: &Sandbox) -> Result<Self, Failed> {
+        let debugfs = sandbox.folder("debugfs")?;
+        mount("debugfs", &debugfs, "debugfs", MountFlags::empty(), None)?;
+        // Those that may wait for memory too, which are nearly all.
+        for file in [
+            "failslab/ignore-gfp-wait",
+            "fail_page_alloc/ignore-gfp-wait",
+        ] {
+            fs::write(debugfs.join(file), "N")?;
+        }
+        fs::write(debugfs.join("fail_page_alloc/min-order"), "0")?;
+        unmount(&debugfs, UnmountFlags::empty())?;
+        let fail_nth = File::options()
+            .read(true)
+            .write(true)
+            .open("/proc/thread-self/fail-nth")?;
+        Ok(Self(fail_nth))
+    }
+
+    /// What comes of `f` when its `n`th allocation fails, and whether it has that many.
+    fn nth<T>(&self, n: u32, f: impl FnOnce() -> T) -> Result<(T, bool), Failed> {
+        let text = n.to_string();
+        self.0.write_all_at(text.as_bytes(), 0)?;
+        let result = f();
+        // The count goes on in these two calls: if it runs out here, then it had not in `f`.
+        let mut left = [0; 16];
+        let failed = match self.0.read_at(&mut left, 0) {
+            Ok(length) => left[..length].trim_ascii() == b"0",
+            Err(_) => false,
+        };
+        while self.0.write_all_at(b"0", 0).is_err() {}
+        Ok((result, failed))
+    }
+
+    /// Fails one after the other until there are no more, and `check`s each result. Says how many.
+    fn each<T>(
+        &self,
+        what: &str,
+        mut f: impl FnMut() -> T,
+        mut check: impl FnMut(T, bool) -> Result<(), Failed>,
+    ) -> Result<u32, Failed> {
+        for n in 1..MANY {
+            let (result, failed) = self.nth(n, &mut f)?;
+            check(result, failed)
+                .map_err(|why| format!("{what}, {n}: {}", why.message().unwrap_or("failed")))?;
+            if !failed {
+                println!("{what}: {} allocations and copies failed in turn", n - 1);
+                return Ok(n - 1);
+            }
+        }
+        Err(format!("{what}: more than {MANY}").into())
+    }
+}
+
+/// The errnos of a failed allocation, of a failed copy, and of a table of files that cannot grow.
+fn expect_want(errno: Errno, scope: Scope) -> Result<(), Failed> {
+    match (errno, scope) {
+        (Errno::NOMEM, Scope::Transient) | (Errno::NFILE, _) | (Errno::FAULT, _) => Ok(()),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    let failing = Failing::new(sandbox)?;
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    let mut seen = Vec::new();
+    let mut tmpfs = sandbox.tmpfs()?;
+    let mut file = tmpfs.file("file", "")?;
+    let mut n = 0;
+    loop {
+        n += 1;
+        let (result, failed) = failing.nth(n, || device.backing_open(&file))?;
+        match result {
+            Err(error) => {
+                assert!(failed, "{n}: {error:?}");
+                assert!(
+                    [
+                        BackingOpenError::OutOfMemory,
+                        BackingOpenError::Other(Errno::FAULT)
+                    ]
+                    .contains(&error),
+                    "{n}: {error:?}"
+                );
+                seen.push(error);
+                // Nothing of it is left.
+                drop(file);
+                tmpfs.unmount_when_idle()?;
+                tmpfs = sandbox.tmpfs()?;
+                file = tmpfs.file("file", "")?;
+            }
+            // An allocation that the kernel could do without, or none any more.
+            Ok(id) => {
+                drop(file);
+                assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+                device.backing_close(id)?;
+                tmpfs.unmount_when_idle()?;
+                if !failed {
+                    break;
+                }
+                tmpfs = sandbox.tmpfs()?;
+                file = tmpfs.file("file", "")?;
+            }
+        }
+        assert!(n < MANY);
+    }
+    println!("BACKING_OPEN: {seen:?}");
+    // The copy of the argument, and at least the id's allocation.
+    assert_eq!(seen[0], BackingOpenError::Other(Errno::FAULT));
+    assert!(seen.contains(&BackingOpenError::OutOfMemory), "{seen:?}");
+    Ok(())
+}
+
+fn failing_backing_close(sandbox: &Sandbox) -> Result<(), Failed> {
+    let failing = Failing::new(sandbox)?;
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    let tmpfs = sandbox.tmpfs()?;
+    let mut id = Some(device.backing_open(tmpfs.file("file", "")?)?);
+    let mut n = 0;
+    while let Some(open) = id.take() {
+        n += 1;
+        let (result, failed) = failing.nth(n, || device.backing_close(open))?;
+        assert_eq!(result.is_err(), failed);
+        if let Err(error) = result {
+            assert_eq!(error.cause(), BackingCloseCause::Other(Errno::FAULT));
+            assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "not closed");
+            id = Some(error.into_inner());
+        }
+    }
+    assert!(n > 1, "the argument is copied");
+    tmpfs.unmount_when_idle()
+}
+
+/// Opening the device, and attaching it.
+fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
+    let failing = Failing::new(sandbox)?;
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    let tmpfs = sandbox.tmpfs()?;
+    let mut attaching = 0;
+    let count = failing.each(
+        "CLONE",
+        || device.clone_connection(),
+        |clone, failed| match clone {
+            Err(error) => {
+                assert!(failed, "{error:?}");
+                attaching += u32::from(!matches!(error, CloneConnectionError::Open(_)));
+                expect_want(error.errno(), error.scope())
+            }
+            Ok(clone) => {
+                let id = clone.backing_open(tmpfs.file("file", "")?)?;
+                Ok(device.backing_close(id)?)
+            }
+        },
+    )?;
+    assert!(count >= 3 && attaching >= 1, "{count}, {attaching}");
+    tmpfs.unmount_when_idle()
+}
+
+/// mount(2), and what the crate says of a device whose mount has failed.
+fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
+    let failing = Failing::new(sandbox)?;
+    let mountpoint = sandbox.folder("mnt")?;
+    let connections = || -> Result<usize, Failed> { Ok(fs::read_dir(sandbox.fusectl())?.count()) };
+    let before = connections()?;
+    let mut refused = 0;
+    let mut device: OwnedFd = FuseDevice::open()?.into_inner();
+    let tmpfs = sandbox.tmpfs()?;
+    let mut n = 0;
+    loop {
+        n += 1;
+        // Mounted already if only what comes after mount(2) has failed.
+        let (result, failed) = failing.nth(n, || attach(&device, &mountpoint))?;
+        if let Err(why) = result {
+            assert!(failed, "{why:?}");
+            refused += 1;
+            assert_eq!(connections()?, before, "{n}: a connection is left");
+            let unattached = FuseDevice::new(&device)?;
+            let file = tmpfs.file("file", "")?;
+            let error = unattached.backing_open(&file).expect_err("not mounted");
+            assert!(
+                matches!(error, BackingOpenError::NotAttached { .. }),
+                "{n}: {error:?}"
+            );
+            // The same device can be mounted all the same.
+            attach(&device, &mountpoint)?;
+        }
+        handshake(&device, Init::passthrough(1))?;
+        let attached = FuseDevice::new(&device)?;
+        let id = attached.backing_open(tmpfs.file("file", "")?)?;
+        // Not closed: that is left to the end of the connection.
+        let _ = id.into_raw();
+        unmount(&mountpoint, UnmountFlags::DETACH)?;
+        drop(device);
+        device = FuseDevice::open()?.into_inner();
+        if !failed {
+            break;
+        }
+        assert!(n < MANY);
+    }
+    println!("mount: {refused} of {} failures refused it", n - 1);
+    assert!(refused >= 10, "{refused}");
+    tmpfs.unmount_when_idle()?;
+    assert_eq!(connections()?, before);
+    Ok(())
+}
+
+type Device = Arc<FuseDevice<Arc<OwnedFd>>>;
+type Table = BackingTable<Device>;
+
+const OPEN: u32 = uapi::FUSE_DEV_IOC_BACKING_OPEN;
+const CLOSE: u32 = uapi::FUSE_DEV_IOC_BACKING_CLOSE;
+const RDWR: i32 = OFlags::RDWR.bits() as i32;
+
+/// Runs `f` on a thread whose calls of this ioctl return what is forged.
+fn with<T: Send>(ioctl: u32, forged: Forged, f: impl FnOnce() -> T + Send) -> T {
+    apart(|| {
+        forge(&[(ioctl, forged)]).expect("seccomp");
+        f()
+    })
+}
+
+/// What passes is of the inode's opens, and forgotten with them.
+fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let table: Table = BackingTable::new(Arc::new(connection.device()));
+    let tmpfs = sandbox.tmpfs()?;
+    let file = tmpfs.file("file", "")?;
+    let open = |inode| table.open(&inode, RDWR, &file, Access::ReadWrite);
+    for (errno, error) in [
+        (Errno::INTR, BackingOpenError::Interrupted),
+        (Errno::NOMEM, BackingOpenError::OutOfMemory),
+        (Errno::NOSPC, BackingOpenError::OutOfIds),
+    ] {
+        let refused = with(OPEN, Forged::Error(errno), || open(1))?;
+        assert_eq!(refused.server_reason(), Some(ServerReason::Refused(error)));
+        assert_eq!((table.stats().ids, table.stats().refused), (0, None));
+        assert!(open(2)?.is_passthrough(), "another inode, {errno:?}");
+        drop(refused);
+        assert!(open(1)?.is_passthrough(), "later, {errno:?}");
+    }
+    // No id, and so no file either; what answers so is not to be asked again.
+    for value in [0, -4096, i32::MIN] {
+        let refused = with(OPEN, Forged::Value(value), || open(1))?;
+        let error = BackingOpenError::InvalidId(value);
+        assert_eq!(refused.server_reason(), Some(ServerReason::Refused(error)));
+        assert_eq!(refused.reply(OpenFlags::empty())?.backing_id(), 0);
+        assert_eq!(table.stats().refused, Some(error));
+        drop(refused);
+        table.reset();
+        assert!(open(1)?.is_passthrough(), "later, {value}");
+    }
+    assert_eq!(table.stats().ids, 0);
+    drop(file);
+    tmpfs.unmount_when_idle()
+}
+
+/// What a close can be forged to fail with, and what that is.
+const CLOSES: [(Errno, BackingCloseCause); 4] = [
+    (Errno::INTR, BackingCloseCause::Interrupted),
+    (Errno::NOMEM, BackingCloseCause::Other(Errno::NOMEM)),
+    (Errno::NOSPC, BackingCloseCause::Other(Errno::NOSPC)),
+    (
+        Errno::PERM,
+        BackingCloseCause::NotPermitted(NotPermitted::NotNegotiatedOrDenied),
+    ),
+];
+
+/// The id is kept, known, and closed when that is possible again.
+fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let table: Table = BackingTable::new(Arc::new(connection.device()));
+    for (errno, cause) in CLOSES {
+        let tmpfs = sandbox.tmpfs()?;
+        let open = table.open(&1, RDWR, tmpfs.file("file", "")?, Access::ReadWrite)?;
+        with(CLOSE, Forged::Error(errno), || drop(open));
+        assert_eq!(table.stats().ids, 1, "{errno:?}");
+        assert_eq!(table.list()[0].close_failed, Some(cause));
+        assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+        table.retry_closes()?;
+        assert_eq!(table.stats().ids, 0);
+        tmpfs.unmount_when_idle()?;
+    }
+    Ok(())
+}
+
+/// The guard comes back, and closes when it is dropped.
+fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    for (errno, cause) in CLOSES {
+        let tmpfs = sandbox.tmpfs()?;
+        let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+        let failed = with(CLOSE, Forged::Error(errno), || guard.close()).expect_err("forged");
+        assert_eq!((failed.cause(), failed.errno()), (cause, errno));
+        assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "{errno:?}");
+        drop(failed);
+        tmpfs.unmount_when_idle()?;
+    }
+    Ok(())
+}
+
+/// An id that somebody else has, for a file that is not registered at all: nobody can tell, but each
+/// is closed once, and the second of them is told.
+fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let device = connection.device();
+    let (mine, others) = (sandbox.tmpfs()?, sandbox.tmpfs()?);
+    let live = BackingFile::open(&device, others.file("file", "")?)?;
+    let file = mine.file("file", "")?;
+    let raw = live.id().as_raw();
+    let forged = with(OPEN, Forged::Value(raw), || {
+        BackingFile::open(&device, &file)
+    })?;
+    assert_eq!(forged.id().as_raw(), raw);
+    drop(file);
+    mine.unmount_when_idle()?;
+
+    assert_eq!(others.unmount(), Err(Errno::BUSY), "the control");
+    forged.close()?;
+    others.unmount_when_idle()?;
+    let failed = live.close().expect_err("it is closed");
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+    Ok(())
+}
+
+/// In a table: two inodes with one id are two registrations to it, of which one cannot be closed.
+fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let table: Table = BackingTable::new(Arc::new(connection.device()));
+    let tmpfs = sandbox.tmpfs()?;
+    let (one, two) = (tmpfs.file("1", "")?, tmpfs.file("2", "")?);
+    let id = |open: &fuse_backing::OpenFile<Device>| {
+        open.reply(OpenFlags::empty())
+            .map(|reply| reply.backing_id())
+    };
+    let live = table.open(&1, RDWR, &one, Access::ReadWrite)?;
+    let raw = id(&live)?;
+    let forged = with(OPEN, Forged::Value(raw), || {
+        table.open(&2, RDWR, &two, Access::ReadWrite)
+    })?;
+    assert_eq!(id(&forged)?, raw);
+    assert_eq!((table.stats().ids, table.stats().close_failures), (2, 0));
+    drop((live, forged));
+    // Nothing to be tried again.
+    assert_eq!((table.stats().ids, table.stats().close_failures), (0, 1));
+    assert!(table.list().is_empty());
+
+    // And goes on as if nothing had been.
+    let again = table.open(&2, RDWR, &two, Access::ReadWrite)?;
+    assert_ne!(id(&again)?, raw);
+    let unknown = BackingId::from_raw(raw).ok_or("positive")?;
+    let failed = connection.device().backing_close(unknown);
+    assert_eq!(
+        failed.expect_err("closed").cause(),
+        BackingCloseCause::UnknownId
+    );
+    drop((again, one, two));
+    tmpfs.unmount_when_idle()
+}

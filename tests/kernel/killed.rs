@@ -1,0 +1,240 @@
+//! A server that is killed, a connection that is aborted, a mount that is taken away: between a
+//! registration and the reply that is to carry it, and while files are open. Clients get an error or
+//! what they asked for, they never hang, and what was registered goes away.
+//!
+//! The mirror under the same, and without passthrough: tests/mirror/killed.rs.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fuse_backing::{Errno, OpenFlags, OpenReply, uapi};
+use libtest_mimic::Failed;
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::client::{Client, Role, wait_for_parent};
+use crate::fuse::{self, Init, Node, watched};
+use crate::sandbox::{Sandbox, Tmpfs};
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    ("before_the_reply", Needs::Passthrough, |sandbox| {
+        before_the_reply(sandbox, End::Kill)
+    }),
+    ("while_open", Needs::Passthrough, |sandbox| {
+        while_open(sandbox, End::Kill)
+    }),
+    ("aborted_before_the_reply", Needs::Passthrough, |sandbox| {
+        before_the_reply(sandbox, End::Abort)
+    }),
+    ("aborted_while_open", Needs::Passthrough, |sandbox| {
+        while_open(sandbox, End::Abort)
+    }),
+    (
+        "unmounted_before_the_reply",
+        Needs::Passthrough,
+        |sandbox| before_the_reply(sandbox, End::Unmount),
+    ),
+    ("unmounted_while_open", Needs::Passthrough, |sandbox| {
+        while_open(sandbox, End::Unmount)
+    }),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("serve", serve), ("use", use_file)];
+
+const CONTENT: &str = "what the backing file says";
+/// A client that hangs is let go by the watchdog, with an error, after a minute.
+const AT_ONCE: Duration = Duration::from_secs(20);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// SIGKILL of the server.
+    Kill,
+    /// By fusectl.
+    Abort,
+    /// `umount -l`, which lets the connection live until the last file is closed.
+    Unmount,
+}
+
+/// Serves one file, and registers it at each OPEN. Waits for its parent between that and the reply.
+fn serve(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let (mountpoint, backing) = (Path::new(&args[0]), PathBuf::from(&args[1]));
+    let node = Node {
+        name: "file".into(),
+        backing: File::open(&backing)?,
+    };
+    fuse::serve_here(mountpoint, Init::passthrough(1), vec![node], |device| {
+        Arc::new(move |_, _| {
+            let file = File::open(&backing).map_err(|_| Errno::IO)?;
+            let id = device.backing_open(file).map_err(|error| error.errno())?;
+            println!("registered");
+            wait_for_parent().map_err(|_| Errno::IO)?;
+            let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+            let mut out = reply.to_fuse_open_out(1);
+            (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id.into_raw());
+            Ok(out)
+        })
+    })
+    .map_err(|failed| failed.message().unwrap_or("failed").to_owned())?;
+    Ok("ended".into())
+}
+
+/// Opens and reads, and after its parent's word reads again, and opens again.
+fn use_file(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let file = match File::open(&args[0]) {
+        Ok(file) => file,
+        Err(error) => return Ok(errno_of(&error)),
+    };
+    println!("open");
+    wait_for_parent()?;
+    // No more than is there: the server would be asked for the size.
+    let mut content = [0; CONTENT.len()];
+    let read = file.read_exact_at(&mut content, 0);
+    println!(
+        "{}",
+        read.map_or_else(
+            |error| errno_of(&error),
+            |()| content.escape_ascii().to_string()
+        )
+    );
+    println!(
+        "{}",
+        File::open(&args[0]).map_or_else(|error| errno_of(&error), |_| "open".into())
+    );
+    drop(file);
+    Ok("closed".into())
+}
+
+fn errno_of(error: &std::io::Error) -> String {
+    format!("errno {}", error.raw_os_error().unwrap_or(0))
+}
+
+fn errnos(expected: &[Errno]) -> Vec<String> {
+    let text = |errno: &Errno| format!("errno {}", errno.raw_os_error());
+    expected.iter().map(text).collect()
+}
+
+struct Place {
+    tmpfs: Tmpfs,
+    mountpoint: PathBuf,
+    server: Option<Client>,
+    client: Client,
+    abort: Arc<File>,
+}
+
+/// A client whose OPEN the server has, and has registered the file for.
+fn asked(sandbox: &Sandbox) -> Result<Place, Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let mountpoint = sandbox.folder("mnt")?;
+    let backing = tmpfs.path().join("file");
+    fs::write(&backing, CONTENT)?;
+    let mut server = Client::start("serve", &[mountpoint.as_os_str(), backing.as_os_str()])?;
+    assert_eq!(server.line()?, "mounted");
+    let abort = watched(sandbox, &mountpoint)?;
+    let client = Client::start("use", &[mountpoint.join("file").as_os_str()])?;
+    assert_eq!(server.line()?, "registered");
+    Ok(Place {
+        tmpfs,
+        mountpoint,
+        server: Some(server),
+        client,
+        abort,
+    })
+}
+
+impl Place {
+    fn server(&mut self) -> Result<&mut Client, Failed> {
+        Ok(self.server.as_mut().ok_or("it was killed")?)
+    }
+
+    fn end(&mut self, end: End) -> Result<(), Failed> {
+        match end {
+            // What dropping does.
+            End::Kill => drop(self.server.take()),
+            End::Abort => self.abort.as_ref().write_all(b"1")?,
+            End::Unmount => unmount(&self.mountpoint, UnmountFlags::DETACH)?,
+        }
+        Ok(())
+    }
+
+    /// Nothing pins the backing filesystem once server and clients are gone.
+    fn nothing_is_left(mut self, end: End, since: Instant) -> Result<(), Failed> {
+        assert!(since.elapsed() < AT_ONCE, "the client hung");
+        if end != End::Unmount {
+            unmount(&self.mountpoint, UnmountFlags::DETACH)?;
+        }
+        if let Some(server) = self.server.take() {
+            // Its ids are there for as long as it is; it ends with the connection.
+            assert_eq!(server.finish()?, "ended");
+        }
+        self.tmpfs.unmount_when_idle()
+    }
+}
+
+fn before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
+    let mut place = asked(sandbox)?;
+    assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    let since = Instant::now();
+    place.end(end)?;
+    let answer = if end == End::Unmount {
+        // The client has the path, and gets its file.
+        place.server()?.proceed()?;
+        place.client.line()?
+    } else {
+        let answer = place.client.line()?;
+        if end == End::Abort {
+            // A reply that nobody waits for.
+            place.server()?.proceed()?;
+        }
+        answer
+    };
+    if end == End::Unmount {
+        assert_eq!(answer, "open");
+        expect_content_then_errors(&mut place, end)?;
+    } else {
+        let expected = errnos(&[Errno::NOTCONN, Errno::CONNABORTED]);
+        assert!(expected.contains(&answer), "{answer}");
+    }
+    place.nothing_is_left(end, since)
+}
+
+fn while_open(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
+    let mut place = asked(sandbox)?;
+    place.server()?.proceed()?;
+    assert_eq!(place.client.line()?, "open");
+    let since = Instant::now();
+    place.end(end)?;
+    if end != End::Unmount {
+        // The client's file is one of the backing's.
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    }
+    expect_content_then_errors(&mut place, end)?;
+    place.nothing_is_left(end, since)
+}
+
+/// An open file needs no server to be read; whether it still has one is not looked at everywhere.
+fn expect_content_then_errors(place: &mut Place, end: End) -> Result<(), Failed> {
+    place.client.proceed()?;
+    let read = place.client.line()?;
+    if end == End::Unmount {
+        assert_eq!(read, CONTENT);
+    } else {
+        let disconnected = errnos(&[Errno::NOTCONN]);
+        assert!(read == CONTENT || disconnected.contains(&read), "{read}");
+    }
+    let opened = place.client.line()?;
+    let expected = match end {
+        // The folder beneath, which is empty.
+        End::Unmount => Errno::NOENT,
+        End::Kill | End::Abort => Errno::NOTCONN,
+    };
+    assert_eq!(vec![opened], errnos(&[expected]));
+    assert_eq!(place.client.line()?, "closed");
+    Ok(())
+}

@@ -2,6 +2,7 @@
 //! watchdog.
 
 use std::collections::HashMap;
+use std::env;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ use rustix::mount::{
 use rustix::process::geteuid;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// After this the test's connections are aborted, which fails whatever hangs on them.
+/// After this the test's connections are aborted, which fails whatever hangs on them. Times
+/// `FUSE_BACKING_PATIENCE`, for machines that are slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// After this the process ends.
 const GRACE: Duration = Duration::from_secs(20);
@@ -79,18 +81,20 @@ fn unshare_mounts() -> rustix::io::Result<()> {
 }
 
 fn watchdog() {
+    let times = env::var("FUSE_BACKING_PATIENCE").ok();
+    let times = times.map_or(1, |times| times.parse().expect("a number"));
     loop {
         thread::sleep(Duration::from_millis(200));
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         for test in tests.iter_mut().flat_map(HashMap::values_mut) {
             let age = test.since.elapsed();
-            if age > test.patience {
+            if age > test.patience * times {
                 for abort in test.connections.drain(..) {
                     eprintln!("watchdog: {} hangs, aborting its connection", test.name);
                     let _ = abort.as_ref().write_all(b"1");
                 }
             }
-            if age > test.patience + GRACE {
+            if age > test.patience * times + GRACE {
                 eprintln!("watchdog: {} still hangs, giving up", test.name);
                 process::exit(124);
             }

@@ -1,0 +1,178 @@
+"""A guest: one command in a kernel of its own, and whether that went well."""
+
+import gzip
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import packages
+from kernels import Kernel
+from packages import CACHE, HERE, need
+
+# What a kernel says when something is wrong with it.
+TROUBLE = re.compile(
+    r"BUG:|WARNING:|Kernel panic|Oops|KASAN|general protection fault|unreferenced object"
+    r"|INFO: (possible|trying|task .* blocked|rcu)|possible (circular|recursive|irq lock)"
+    r"|inconsistent lock state|suspicious RCU usage|Unable to handle kernel|segfault at"
+)
+RESULT = re.compile(r"^test result: .*?(\d+) passed; (\d+) failed; (\d+) ignored", re.MULTILINE)
+RELEASE = re.compile(r"^guest: release (\S+)", re.MULTILINE)
+CODE = re.compile(r"^guest: exit code (\d+)", re.MULTILINE)
+
+
+@dataclass
+class Outcome:
+    release: str = "?"
+    passed: int = 0
+    failed: int = 0
+    ignored: int = 0
+    seconds: float = 0
+    # Why it is not as it has to be.
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Image:
+    kernel: Path
+    # Their names and what is in them, in the order in which they are loaded.
+    modules: list[tuple[str, bytes]]
+
+
+def image(kernel: Kernel) -> Image:
+    """The kernel, fetched or built."""
+    if kernel.deb:
+        tree = packages.unpacked(packages.image_package(kernel.deb))
+        file = next((tree / "boot").glob("vmlinuz-*"))
+    elif kernel.wheel:
+        tree = packages.wheel(kernel.wheel)
+        file = next(tree.rglob("*.kernel"))
+        need({"cpio": "cpio"})
+        if not (tree / "modules").exists():
+            with packages.partial(tree / "modules") as new:
+                archive = gzip.decompress(next(tree.rglob("*.initrd")).read_bytes())
+                subprocess.run(["cpio", "-idm", "--quiet"], input=archive, cwd=new, check=True)
+        tree = tree / "modules"
+    else:
+        tree = packages.built("um", kernel.fragments, "linux")
+        file = tree / "kernel"
+    return Image(file, [(name, packages.module(tree, name)) for name in kernel.modules])
+
+
+def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, files: dict[str, Path]) -> bytes:
+    need({"cpio": "cpio"})
+    debian = {"um": "amd64", "x86_64": "amd64", "aarch64": "arm64"}[kernel.arch]
+    busybox = packages.unpacked(f"busybox-static:{debian}") / "bin" / "busybox"
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name in ("bin", "dev", "proc", "sys", "tmp", "modules"):
+            (root / name).mkdir()
+        (root / "bin/busybox").write_bytes(busybox.read_bytes())
+        (root / "init").write_bytes((HERE / "init").read_bytes())
+        (root / "command").write_text(command)
+        for number, (name, data) in enumerate(modules):
+            (root / "modules" / f"{number}-{name}.ko").write_bytes(data)
+        for name, file in files.items():
+            (root / name).write_bytes(file.read_bytes())
+        for path in root.rglob("*"):
+            path.chmod(0o755)
+        names = "\n".join(str(path.relative_to(root)) for path in [root, *sorted(root.rglob("*"))])
+        done = subprocess.run(
+            ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0"],
+            input=names.encode(),
+            stdout=subprocess.PIPE,
+            cwd=root,
+            check=True,
+        )
+    return gzip.compress(done.stdout, 1)
+
+
+# Loglevel 5 has warnings on the console; panic=-1 ends the guest.
+COMMON = "loglevel=5 panic=-1"
+
+
+def machine(kernel: Kernel, file: Path, ramdisk: Path) -> list[str]:
+    """The command that boots it, with its console on the standard output."""
+    if kernel.arch == "um":
+        return [str(file), "mem=2G", f"initrd={ramdisk}", "con=null", "con0=null,fd:1", f"uml_dir={ramdisk.parent}",
+                *COMMON.split()]
+    qemu = ["-m", "2048", "-smp", "2", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
+    qemu += ["-kernel", str(file), "-initrd", str(ramdisk), "-append"]
+    if kernel.arch == "x86_64":
+        need({"qemu-system-x86_64": "qemu-system-x86"})
+        append = f"console=ttyS0 {COMMON} mitigations=off nokaslr random.trust_cpu=on"
+        return ["qemu-system-x86_64", "-M", "pc,accel=tcg", "-cpu", "max", *qemu, append]
+    need({"qemu-system-aarch64": "qemu-system-arm"})
+    append = f"console=ttyAMA0 {COMMON} mitigations=off nokaslr"
+    return ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a57", *qemu, append]
+
+
+def boot(kernel: Kernel, made: Image, command: str, files: dict[str, Path]) -> Outcome:
+    """Runs a shell command in a guest that has these files in its root. Its console stays in the cache, as NAME.log."""
+    logs = CACHE / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{kernel.name}.log"
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, log.open("wb") as console:
+        ramdisk = Path(folder) / "initramfs"
+        ramdisk.write_bytes(initramfs(kernel, made.modules, command, files))
+        # A group of its own: user-mode Linux has many processes.
+        guest = subprocess.Popen(
+            machine(kernel, made.kernel, ramdisk),
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        hangs = False
+        try:
+            guest.wait(kernel.patience)
+        except subprocess.TimeoutExpired:
+            hangs = True
+        finally:
+            try:
+                os.killpg(guest.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            guest.wait()
+    text = log.read_text(errors="replace").replace("\r", "")
+    outcome = judge(kernel, text)
+    if hangs:
+        outcome.problems.insert(0, f"it hangs: no end in {kernel.patience} s")
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def judge(kernel: Kernel, console: str) -> Outcome:
+    """What a console says of how it went."""
+    outcome = Outcome()
+    if found := RELEASE.search(console):
+        outcome.release = found[1]
+    if not outcome.release.startswith(kernel.release):
+        outcome.problems.append(f"it is Linux {outcome.release}, not {kernel.release}")
+    if results := RESULT.findall(console):
+        outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])
+    outcome.problems += shortcomings(outcome)
+    code = CODE.search(console)
+    if not code:
+        outcome.problems.append("it gave no exit code")
+    elif code[1] != "0":
+        outcome.problems.append(f"exit code {code[1]}")
+    trouble = [line.strip() for line in console.splitlines() if TROUBLE.search(line)]
+    outcome.problems += [f"the kernel says: {line}" for line in trouble[:5]]
+    return outcome
+
+
+def shortcomings(outcome: Outcome) -> list[str]:
+    problems = []
+    if outcome.passed == 0:
+        problems.append("no test passed")
+    if outcome.failed:
+        problems.append(f"{outcome.failed} tests failed")
+    if outcome.ignored:
+        problems.append(f"{outcome.ignored} tests were ignored")
+    return problems

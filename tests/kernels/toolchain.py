@@ -1,0 +1,64 @@
+"""The kernel tests, linked statically, for the machines that they run on."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import packages
+from packages import CACHE, ROOT, Missing, need, say
+
+TARGETS = {
+    "x86_64": "x86_64-unknown-linux-gnu",
+    "um": "x86_64-unknown-linux-gnu",
+    "aarch64": "aarch64-unknown-linux-gnu",
+}
+
+
+def tests_for(arch: str) -> Path:
+    return built(TARGETS[arch])
+
+
+@cache
+def built(target: str) -> Path:
+    """Builds them, with the machine's Rust for its own target and else with Debian's."""
+    say(f"building the tests for {target}")
+    environment = dict(os.environ, RUSTFLAGS="-C target-feature=+crt-static")
+    # Emulated, what was not optimised takes minutes.
+    environment |= {"CARGO_PROFILE_DEV_OPT_LEVEL": "1", "CARGO_PROFILE_TEST_OPT_LEVEL": "1"}
+    if target.startswith("aarch64"):
+        need({"aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"})
+        environment |= debian("arm64")
+        environment |= {
+            "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER": "aarch64-linux-gnu-gcc",
+            # The headers of this machine's, if any, are not those of the target.
+            "FUSE_BACKING_UAPI_CHECK": "off",
+        }
+    command = ["cargo", "test", "--locked", "--no-run", "--test", "kernel", "--target", target]
+    done = subprocess.run(
+        [*command, "--message-format=json"], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+    )
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr[-4000:])
+        raise Missing(f"failed: {' '.join(command)}")
+    made = [json.loads(line).get("executable") for line in done.stdout.splitlines() if line.startswith("{")]
+    return Path(next(path for path in reversed(made) if path))
+
+
+def debian(architecture: str) -> dict[str, str]:
+    """Debian's compiler, with the standard library of another architecture beside its own."""
+    compiler = packages.fetched("rustc-web")
+    version = compiler.name.split("_")[1].split(".")
+    folder = CACHE / f"rust-{compiler.stem.split('_')[1]}-{architecture}"
+    if not folder.exists():
+        names = ["rustc-web", f"libstd-rust-web-{version[0]}.{version[1]}", "libstd-rust-web-dev", "libllvm22"]
+        with packages.partial(folder) as new:
+            for name in [*names, f"libstd-rust-web-dev:{architecture}"]:
+                packages.call("dpkg", "-x", packages.fetched(name), new)
+    return {
+        "RUSTC": str(folder / "usr/bin/rustc"),
+        "LD_LIBRARY_PATH": str(folder / "usr/lib/x86_64-linux-gnu"),
+    }

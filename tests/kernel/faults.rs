@@ -71,13 +71,17 @@ impl Failing {
         let debugfs = sandbox.folder("debugfs")?;
         mount("debugfs", &debugfs, "debugfs", MountFlags::empty(), None)?;
         // Those that may wait for memory too, which are nearly all.
-        for file in [
-            "failslab/ignore-gfp-wait",
-            "fail_page_alloc/ignore-gfp-wait",
+        for (file, value) in [
+            ("failslab/ignore-gfp-wait", "N"),
+            ("fail_page_alloc/ignore-gfp-wait", "N"),
+            ("fail_page_alloc/min-order", "0"),
+            // Where it came from need not be on the console each time.
+            ("failslab/verbose", "0"),
+            ("fail_page_alloc/verbose", "0"),
+            ("fail_usercopy/verbose", "0"),
         ] {
-            fs::write(debugfs.join(file), "N")?;
+            fs::write(debugfs.join(file), value)?;
         }
-        fs::write(debugfs.join("fail_page_alloc/min-order"), "0")?;
         unmount(&debugfs, UnmountFlags::empty())?;
         let fail_nth = File::options()
             .read(true)

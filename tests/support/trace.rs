@@ -74,12 +74,18 @@ fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
 /// The call that the child stopped at, if it stopped at an entry.
 fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
     let mut info = MaybeUninit::<libc::ptrace_syscall_info>::zeroed();
-    ptrace(
+    let result = ptrace(
         libc::PTRACE_GET_SYSCALL_INFO,
         pid,
         size_of::<libc::ptrace_syscall_info>(),
         info.as_mut_ptr() as usize,
-    )?;
+    );
+    // User-mode Linux does not know it.
+    #[cfg(target_arch = "x86_64")]
+    if result.as_ref().err().and_then(io::Error::raw_os_error) == Some(libc::EIO) {
+        return entry_by_registers(pid);
+    }
+    result?;
     // SAFETY: zeroed, and every bit pattern is one of these integers.
     let info = unsafe { info.assume_init() };
     if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
@@ -93,9 +99,25 @@ fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
     }))
 }
 
+#[cfg(target_arch = "x86_64")]
+fn entry_by_registers(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
+    let mut registers = MaybeUninit::<libc::user_regs_struct>::zeroed();
+    let data = registers.as_mut_ptr() as usize;
+    ptrace(libc::PTRACE_GETREGS, pid, 0, data)?;
+    // SAFETY: zeroed, and every bit pattern is one of these integers.
+    let registers = unsafe { registers.assume_init() };
+    // What a call returns until it has been made.
+    let is_entry = registers.rax as i64 == -i64::from(libc::ENOSYS);
+    Ok(is_entry.then_some(Call {
+        number: registers.orig_rax as i64,
+        args: [registers.rdi, registers.rsi],
+    }))
+}
+
 fn ptrace(request: libc::c_uint, pid: libc::pid_t, addr: usize, data: usize) -> io::Result<()> {
     // SAFETY: the requests above write nothing here but PTRACE_GET_SYSCALL_INFO, which writes at
-    // most the `addr` bytes that `data` points to.
+    // most the `addr` bytes that `data` points to, and PTRACE_GETREGS, which writes a
+    // `user_regs_struct` there.
     match unsafe { libc::ptrace(request, pid, addr, data) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

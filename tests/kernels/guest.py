@@ -58,22 +58,30 @@ def image(kernel: Kernel) -> Image:
                 subprocess.run(["cpio", "-idm", "--quiet"], input=archive, cwd=new, check=True)
         tree = tree / "modules"
     else:
-        tree = packages.built("um", kernel.fragments, "linux")
+        if kernel.arch == "um":
+            tree = packages.built("um", kernel.fragments, "linux")
+        else:
+            need({"mips64-linux-gnuabi64-gcc": "gcc-mips64-linux-gnuabi64 libc6-dev-mips64-cross"})
+            tree = packages.built("mips", kernel.fragments, "vmlinux", CROSS_COMPILE="mips64-linux-gnuabi64-")
         file = tree / "kernel"
     return Image(file, [(name, packages.module(tree, name)) for name in kernel.modules])
 
 
 def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, files: dict[str, Path]) -> bytes:
     need({"cpio": "cpio"})
-    debian = {"um": "amd64", "x86_64": "amd64", "aarch64": "arm64"}[kernel.arch]
-    busybox = packages.unpacked(f"busybox-static:{debian}") / "bin" / "busybox"
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("bin", "dev", "proc", "sys", "tmp", "modules"):
             (root / name).mkdir()
-        (root / "bin/busybox").write_bytes(busybox.read_bytes())
-        (root / "init").write_bytes((HERE / "init").read_bytes())
-        (root / "command").write_text(command)
+        if kernel.arch == "mips64":
+            # Debian has no busybox for it.
+            packages.call("mips64-linux-gnuabi64-gcc", "-static", "-O1", "-o", root / "init", HERE / "init.c")
+        else:
+            debian = {"um": "amd64", "x86_64": "amd64", "aarch64": "arm64"}[kernel.arch]
+            busybox = packages.unpacked(f"busybox-static:{debian}") / "bin" / "busybox"
+            (root / "bin/busybox").write_bytes(busybox.read_bytes())
+            (root / "init").write_bytes((HERE / "init").read_bytes())
+            (root / "command").write_text(command)
         for number, (name, data) in enumerate(modules):
             (root / "modules" / f"{number}-{name}.ko").write_bytes(data)
         for name, file in files.items():
@@ -93,6 +101,8 @@ def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, fi
 
 # Loglevel 5 has warnings on the console; panic=-1 ends the guest.
 COMMON = "loglevel=5 panic=-1"
+# How much slower a guest is than a machine: it is emulated, or watches its every step.
+PATIENCE = "5"
 
 
 def machine(kernel: Kernel, file: Path, ramdisk: Path) -> list[str]:
@@ -100,12 +110,22 @@ def machine(kernel: Kernel, file: Path, ramdisk: Path) -> list[str]:
     if kernel.arch == "um":
         return [str(file), "mem=2G", f"initrd={ramdisk}", "con=null", "con0=null,fd:1", f"uml_dir={ramdisk.parent}",
                 *COMMON.split()]
-    qemu = ["-m", "2048", "-smp", "2", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
+    processors = "1" if kernel.arch == "mips64" else "2"
+    qemu = ["-m", "2048", "-smp", processors, "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
     qemu += ["-kernel", str(file), "-initrd", str(ramdisk), "-append"]
     if kernel.arch == "x86_64":
         need({"qemu-system-x86_64": "qemu-system-x86"})
         append = f"console=ttyS0 {COMMON} mitigations=off nokaslr random.trust_cpu=on"
         return ["qemu-system-x86_64", "-M", "pc,accel=tcg", "-cpu", "max", *qemu, append]
+    if kernel.arch == "mips64":
+        need({"qemu-system-mips64": "qemu-system-mips"})
+        environment = {
+            "FUSE_BACKING_TEST": "require",
+            "FUSE_BACKING_PATIENCE": PATIENCE,
+            "FUSE_BACKING_EXPECT": kernel.expect.replace(" ", ","),
+        }
+        append = " ".join(["console=ttyS0", COMMON, *(f"{name}={value}" for name, value in environment.items())])
+        return ["qemu-system-mips64", "-M", "malta", "-cpu", "MIPS64R2-generic", *qemu, append]
     need({"qemu-system-aarch64": "qemu-system-arm"})
     append = f"console=ttyAMA0 {COMMON} mitigations=off nokaslr"
     return ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a57", *qemu, append]

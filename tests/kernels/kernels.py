@@ -77,6 +77,16 @@ KERNELS = (
         fragments=("um.config", "um-debug.config"),
         patience=900,
     ),
+    # Big-endian, and with the other numbers for the ioctls. Slow to build, slow to run.
+    Kernel(
+        "6.12-mips64",
+        release="6.12.",
+        expect=f"present {STABLE_6_12}",
+        arch="mips64",
+        fragments=("mips64.config",),
+        patience=1800,
+        default=False,
+    ),
 )
 
 # The machine itself, where it has one of these.

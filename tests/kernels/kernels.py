@@ -28,7 +28,7 @@ class Kernel:
 
     @property
     def passthrough(self) -> str:
-        return self.expect.split()[0]
+        return self.expect.split()[0] if self.expect else "as it says"
 
 
 KERNELS = (

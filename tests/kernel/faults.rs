@@ -5,6 +5,7 @@
 //! user space, is failed in turn: the first of a call, then the second, until there are no more.
 //! Elsewhere the results are forged, see also `forged_errors` of each ioctl's tests.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -20,7 +21,7 @@ use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::fuse::{Connection, Init, attach, handshake};
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
 use crate::{Needs, Test};
@@ -63,6 +64,9 @@ pub const TESTS: &[Test] = &[
 
 /// A walk that is longer than this goes in circles.
 const MANY: u32 = 2000;
+/// Walks of each call. What else happens to the thread, a page fault or a file that is put late,
+/// allocates too, so that one walk may pass a failure by.
+const WALKS: u32 = 5;
 
 /// Has the allocations of this thread fail.
 struct Failing(File);
@@ -96,7 +100,7 @@ impl Failing {
         let text = n.to_string();
         self.0.write_all_at(text.as_bytes(), 0)?;
         let result = f();
-        // The count goes on in these two calls: if it runs out here, then it had not in `f`.
+        // The count goes on in these calls: if it runs out here, then it had not in `f`.
         let mut left = [0; 16];
         let failed = match self.0.read_at(&mut left, 0) {
             Ok(length) => left[..length].trim_ascii() == b"0",
@@ -106,23 +110,29 @@ impl Failing {
         Ok((result, failed))
     }
 
-    /// Fails one after the other until there are no more, and `check`s each result. Says how many.
+    /// Fails one after the other until there are no more, some times over, and `check`s each result.
     fn each<T>(
         &self,
         what: &str,
         mut f: impl FnMut() -> T,
         mut check: impl FnMut(T, bool) -> Result<(), Failed>,
-    ) -> Result<u32, Failed> {
-        for n in 1..MANY {
-            let (result, failed) = self.nth(n, &mut f)?;
-            check(result, failed)
-                .map_err(|why| format!("{what}, {n}: {}", why.message().unwrap_or("failed")))?;
-            if !failed {
-                println!("{what}: {} allocations and copies failed in turn", n - 1);
-                return Ok(n - 1);
+    ) -> Result<(), Failed> {
+        for _ in 0..WALKS {
+            let mut n = 0;
+            let mut failed = true;
+            while failed {
+                n += 1;
+                if n == MANY {
+                    return Err(format!("{what}: no end").into());
+                }
+                let result;
+                (result, failed) = self.nth(n, &mut f)?;
+                check(result, failed)
+                    .map_err(|why| format!("{what}, {n}: {}", why.message().unwrap_or("failed")))?;
             }
+            println!("{what}: {} allocations and copies failed in turn", n - 1);
         }
-        Err(format!("{what}: more than {MANY}").into())
+        Ok(())
     }
 }
 
@@ -138,50 +148,41 @@ fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
+    let fresh = || -> Result<(Tmpfs, File), Failed> {
+        let tmpfs = sandbox.tmpfs()?;
+        let file = tmpfs.file("file", "")?;
+        Ok((tmpfs, file))
+    };
+    let place = RefCell::new(fresh()?);
     let mut seen = Vec::new();
-    let mut tmpfs = sandbox.tmpfs()?;
-    let mut file = tmpfs.file("file", "")?;
-    let mut n = 0;
-    loop {
-        n += 1;
-        let (result, failed) = failing.nth(n, || device.backing_open(&file))?;
-        match result {
-            Err(error) => {
-                assert!(failed, "{n}: {error:?}");
-                assert!(
-                    [
-                        BackingOpenError::OutOfMemory,
-                        BackingOpenError::Other(Errno::FAULT)
-                    ]
-                    .contains(&error),
-                    "{n}: {error:?}"
-                );
-                seen.push(error);
-                // Nothing of it is left.
-                drop(file);
-                tmpfs.unmount_when_idle()?;
-                tmpfs = sandbox.tmpfs()?;
-                file = tmpfs.file("file", "")?;
-            }
-            // An allocation that the kernel could do without, or none any more.
-            Ok(id) => {
-                drop(file);
-                assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
-                device.backing_close(id)?;
-                tmpfs.unmount_when_idle()?;
-                if !failed {
-                    break;
+    failing.each(
+        "BACKING_OPEN",
+        || device.backing_open(&place.borrow().1),
+        |result, failed| {
+            let (tmpfs, file) = place.replace(fresh()?);
+            drop(file);
+            match result {
+                Ok(id) => {
+                    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+                    device.backing_close(id)?;
                 }
-                tmpfs = sandbox.tmpfs()?;
-                file = tmpfs.file("file", "")?;
+                Err(error) => {
+                    assert!(failed, "{error:?}");
+                    seen.push(error);
+                }
             }
-        }
-        assert!(n < MANY);
-    }
-    println!("BACKING_OPEN: {seen:?}");
-    // The copy of the argument, and at least the id's allocation.
-    assert_eq!(seen[0], BackingOpenError::Other(Errno::FAULT));
-    assert!(seen.contains(&BackingOpenError::OutOfMemory), "{seen:?}");
+            // Nothing of it is left.
+            tmpfs.unmount_when_idle()
+        },
+    )?;
+    // The copy of the argument; the registration and its id.
+    let (copy, memory) = (
+        BackingOpenError::Other(Errno::FAULT),
+        BackingOpenError::OutOfMemory,
+    );
+    assert!(seen.contains(&copy) && seen.contains(&memory), "{seen:?}");
+    seen.retain(|error| ![copy, memory].contains(error));
+    assert_eq!(seen, []);
     Ok(())
 }
 
@@ -205,7 +206,7 @@ fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
     let device = connection.device();
     let tmpfs = sandbox.tmpfs()?;
     let mut attaching = 0;
-    let count = failing.each(
+    failing.each(
         "CLONE",
         || device.clone_connection(),
         |clone, failed| match clone {
@@ -220,7 +221,7 @@ fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
             }
         },
     )?;
-    assert!(count >= 3 && attaching >= 1, "{count}, {attaching}");
+    assert!(attaching >= 1, "the ioctl itself has not failed");
     tmpfs.unmount_when_idle()
 }
 
@@ -229,58 +230,51 @@ fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let mountpoint = sandbox.folder("mnt")?;
     let (mut refused, mut spent, mut silent) = (0, 0, 0);
-    let mut device: OwnedFd = FuseDevice::open()?.into_inner();
     let tmpfs = sandbox.tmpfs()?;
-    let mut n = 0;
-    loop {
-        n += 1;
-        // Mounted already if only what comes after mount(2) has failed.
-        let (result, failed) = failing.nth(n, || attach(&device, &mountpoint))?;
-        if let Err(why) = result {
-            assert!(failed, "{why:?}");
-            refused += 1;
+    let device = RefCell::new(FuseDevice::open()?.into_inner());
+    failing.each(
+        "mount",
+        || attach(&device.borrow(), &mountpoint),
+        |result, failed| {
+            let mut device = device.replace(FuseDevice::open()?.into_inner());
             let file = tmpfs.file("file", "")?;
-            match FuseDevice::new(&device)?.backing_open(&file) {
-                // The same device can be mounted all the same.
-                Err(BackingOpenError::NotAttached { .. }) => {}
-                // What failed came after the filesystem was made, and has ended it: the device is
-                // that of a connection that is gone.
-                Err(BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied)) => {
-                    spent += 1;
-                    assert!(attach(&device, &mountpoint).is_err(), "{n}");
-                    device = FuseDevice::open()?.into_inner();
+            if let Err(why) = result {
+                assert!(failed, "{why:?}");
+                refused += 1;
+                match FuseDevice::new(&device)?.backing_open(&file) {
+                    // The same device can be mounted all the same.
+                    Err(BackingOpenError::NotAttached { .. }) => {}
+                    // What failed came after the filesystem was made, and has ended it: the device
+                    // is that of a connection that is gone.
+                    Err(BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied)) => {
+                        spent += 1;
+                        assert!(attach(&device, &mountpoint).is_err());
+                        device = FuseDevice::open()?.into_inner();
+                    }
+                    other => return Err(format!("{other:?}").into()),
                 }
-                other => return Err(format!("{n}: {other:?}").into()),
+                attach(&device, &mountpoint)?;
             }
-            attach(&device, &mountpoint)?;
-        }
-        let attached = FuseDevice::new(&device)?;
-        let file = tmpfs.file("file", "")?;
-        if is_readable(&device)? {
-            handshake(&device, Init::passthrough(1))?;
-            // Not closed: that is left to the end of the connection.
-            let _ = attached.backing_open(&file)?.into_raw();
-        } else {
-            // The kernel's INIT request was what failed. It is never sent, and mount(2) succeeds.
-            assert!(failed, "{n}");
-            silent += 1;
-            let denied = NotPermitted::NotNegotiatedOrDenied;
-            assert_eq!(
-                attached.backing_open(&file),
-                Err(BackingOpenError::NotPermitted(denied))
-            );
-        }
-        unmount(&mountpoint, UnmountFlags::DETACH)?;
-        drop(device);
-        device = FuseDevice::open()?.into_inner();
-        if !failed {
-            break;
-        }
-        assert!(n < MANY);
-    }
+            let attached = FuseDevice::new(&device)?;
+            if is_readable(&device)? {
+                handshake(&device, Init::passthrough(1))?;
+                // Not closed: that is left to the end of the connection.
+                let _ = attached.backing_open(&file)?.into_raw();
+            } else {
+                // What failed was the INIT request: mount(2) succeeds, and it is never sent.
+                assert!(failed);
+                silent += 1;
+                let denied = NotPermitted::NotNegotiatedOrDenied;
+                assert_eq!(
+                    attached.backing_open(&file),
+                    Err(BackingOpenError::NotPermitted(denied))
+                );
+            }
+            Ok(unmount(&mountpoint, UnmountFlags::DETACH)?)
+        },
+    )?;
     println!(
-        "mount: of {} failures {refused} refused it, {spent} of them with the device attached, and {silent} left it without INIT",
-        n - 1
+        "mount: {refused} refused, {spent} of them with the device attached; {silent} without INIT"
     );
     assert!(refused >= 10, "{refused}");
     tmpfs.unmount_when_idle()

@@ -22,7 +22,7 @@ GUESTS = (
     ("warns", PROVOKE % "WARNING", "the kernel says: WARNING:"),
     ("has a bug", PROVOKE % "BUG", "the kernel says: "),
     ("writes to freed memory", PROVOKE % "WRITE_AFTER_FREE", "the kernel says: BUG: KASAN"),
-    ("keeps a lock", PROVOKE % "SPINLOCKUP", "the kernel says: WARNING: lock held"),
+    ("keeps a lock", PROVOKE % "SPINLOCKUP", "BUG: Invalid wait context"),
     ("leaks memory", f"{PASSED}; insmod /kmemleak-test.ko", "the kernel says: unreferenced object"),
     ("is another kernel", PASSED, "it is Linux"),
 )

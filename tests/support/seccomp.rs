@@ -11,11 +11,17 @@ use std::thread;
 
 use libc::{
     BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
-    SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND,
-    SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF, SECCOMP_SET_MODE_FILTER, c_ulong,
-    sock_filter, sock_fprog,
+    SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF,
+    SECCOMP_SET_MODE_FILTER, c_ulong, sock_filter, sock_fprog,
 };
 use rustix::io::Errno;
+use rustix::ioctl::opcode;
+
+// Not in every libc that has the structs.
+const SECCOMP_IOCTL_NOTIF_RECV: libc::Ioctl =
+    opcode::read_write::<libc::seccomp_notif>(b'!', 0) as _;
+const SECCOMP_IOCTL_NOTIF_SEND: libc::Ioctl =
+    opcode::read_write::<libc::seccomp_notif_resp>(b'!', 1) as _;
 
 /// `struct seccomp_data`: the number of the call, and the low half of its second argument.
 const OFFSET_OF_NUMBER: u32 = 0;

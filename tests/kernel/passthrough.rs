@@ -37,6 +37,11 @@ pub const TESTS: &[Test] = &[
         server_reply_is_plain_fuse,
     ),
     (
+        "writes_ask_for_capabilities",
+        Needs::Passthrough,
+        writes_ask_for_capabilities,
+    ),
+    (
         "access_mode_is_ignored",
         Needs::Passthrough,
         access_mode_is_ignored,
@@ -73,7 +78,12 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("read", read), ("overwrite", overwrite), ("hold", hold)];
+pub const ROLES: &[(&str, Role)] = &[
+    ("read", read),
+    ("overwrite", overwrite),
+    ("overwrite-bytewise", overwrite_bytewise),
+    ("hold", hold),
+];
 
 const CONTENT: &str = "what the backing file says";
 
@@ -94,6 +104,15 @@ fn overwrite(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
             Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
         },
     )
+}
+
+/// One write(2) a byte.
+fn overwrite_bytewise(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let mut file = File::options().write(true).open(&args[0])?;
+    for byte in args[1].as_bytes() {
+        file.write_all(&[*byte])?;
+    }
+    Ok("written".into())
 }
 
 /// Opens, says so, waits, and reads.
@@ -251,6 +270,26 @@ fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
     assert_ne!(connection.seen.reads.load(Ordering::SeqCst), 0);
     assert_ne!(connection.seen.writes.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// The kernel wants to know of each write whether it takes capabilities from the file, until the server
+/// says that it has no extended attributes.
+fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
+    const WRITES: &str = "WHAT";
+    for (has_xattrs, expected) in [(true, WRITES.len() as u64), (false, 1)] {
+        let tmpfs = sandbox.tmpfs()?;
+        let answer = registered(&tmpfs.path().join("file"), OFlags::RDWR, unchecked);
+        let connection = serve(sandbox, &tmpfs, answer)?;
+        let seen = &connection.seen;
+        seen.has_xattrs.store(has_xattrs, Ordering::SeqCst);
+        assert_eq!(
+            client(&connection, "overwrite-bytewise", WRITES)?,
+            "written"
+        );
+        assert_eq!(seen.writes.load(Ordering::SeqCst), 0);
+        assert_eq!(seen.getxattrs.load(Ordering::SeqCst), expected);
+    }
     Ok(())
 }
 

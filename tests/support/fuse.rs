@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -60,6 +60,9 @@ pub struct Seen {
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub releases: AtomicU64,
+    pub getxattrs: AtomicU64,
+    /// Whether the server has extended attributes; without them it does not know GETXATTR.
+    pub has_xattrs: AtomicBool,
 }
 
 /// What the kernel said in its INIT request.
@@ -317,6 +320,7 @@ const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
+const GETXATTR: u32 = 22;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
@@ -399,6 +403,14 @@ impl Server {
             RELEASE => {
                 self.seen.releases.fetch_add(1, Ordering::SeqCst);
                 Ok(Vec::new())
+            }
+            GETXATTR => {
+                self.seen.getxattrs.fetch_add(1, Ordering::SeqCst);
+                if self.seen.has_xattrs.load(Ordering::SeqCst) {
+                    Err(Errno::NODATA)
+                } else {
+                    Err(Errno::NOSYS)
+                }
             }
             FLUSH => Ok(Vec::new()),
             _ => Err(Errno::NOSYS),

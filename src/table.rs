@@ -86,7 +86,7 @@ use shared::{Found, Parked, SHARDS, Shard, Shared, Verdict};
 ///
 /// [`open`](Self::open) succeeds all the same, in server mode, and
 /// [`OpenFile::server_reason`] says why. What concerns the file puts this inode in server mode until
-/// its last release. What concerns the connection ([`Scope::Connection`]) is remembered, and no
+/// its last release. What concerns the connection ([`Scope::Connection`](crate::Scope::Connection)) is remembered, and no
 /// further registration tried, until [`reset`](Self::reset). What is transient is tried again when
 /// the inode is opened next.
 ///

@@ -25,7 +25,7 @@ use rustix::process::{Resource, getrlimit};
 use crate::alloc;
 use crate::client::{self, Role};
 use crate::fuse::{Connection, Init, Node, mounted};
-use crate::sandbox::{Sandbox, Tmpfs};
+use crate::sandbox::{Sandbox, Tmpfs, patience_times};
 use crate::thread::without_cap_sys_admin;
 use crate::trace;
 use crate::{Needs, Test};
@@ -903,8 +903,10 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     let ratio = ratios[ratios.len() / 2];
     println!("a million open inodes: {each:.1} bytes each, a cold open {ratio:.2} times");
     assert!(each <= 160.0, "{each} bytes for each open inode");
+    // An emulator walks page tables in software, at each of the misses that many inodes bring.
+    let most = if patience_times() > 1 { 2.5 } else { 1.5 };
     assert!(
-        ratio <= 1.5,
+        ratio <= most,
         "a cold open among a million costs {ratio} times that among a thousand"
     );
     drop(held);

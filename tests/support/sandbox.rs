@@ -80,9 +80,15 @@ fn unshare_mounts() -> rustix::io::Result<()> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
-fn watchdog() {
+/// How many times longer things may take here, an emulated machine most likely: 1 unless
+/// `FUSE_BACKING_PATIENCE` says otherwise.
+pub fn patience_times() -> u32 {
     let times = env::var("FUSE_BACKING_PATIENCE").ok();
-    let times = times.map_or(1, |times| times.parse().expect("a number"));
+    times.map_or(1, |times| times.parse().expect("a number"))
+}
+
+fn watchdog() {
+    let times = patience_times();
     loop {
         thread::sleep(Duration::from_millis(200));
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);

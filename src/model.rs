@@ -438,6 +438,132 @@ fn table_is_dropped_before_its_files() {
     });
 }
 
+#[test]
+fn the_device_is_let_go() {
+    for may_close in [false, true] {
+        explore(move || {
+            let device = FuseDevice::unchecked(File::open("/dev/null").unwrap());
+            kernel(device.as_fd().as_raw_fd(), |kernel| {
+                *kernel = Kernel {
+                    may_close,
+                    ..Kernel::default()
+                };
+            });
+            let device = std::sync::Arc::new(device);
+            let table = Table::new(std::sync::Arc::clone(&device));
+            table.set_idle_limit(1);
+            let file = tempfile::tempfile().unwrap();
+            let open = table.open(&0, 0, &file, Access::ReadOnly).unwrap();
+            let dropping = thread::spawn(move || drop(table));
+            drop(open);
+            dropping.join().unwrap();
+            assert_eq!(std::sync::Arc::strong_count(&device), 1);
+        });
+    }
+}
+
+#[test]
+fn a_lower_limit_holds() {
+    explore(|| {
+        let world = World::new();
+        world.table.set_idle_limit(1);
+        let held = world.open(0);
+        let releasing = thread::spawn(move || drop(held));
+        world.table.set_limit(0);
+        releasing.join().unwrap();
+        assert_eq!(world.table.stats().ids, 0);
+    });
+}
+
+#[test]
+fn retrying_meets_opening() {
+    explore(|| {
+        let world = World::new();
+        world.kernel(|kernel| kernel.may_close = false);
+        drop(world.open(0));
+        world.kernel(|kernel| kernel.may_close = true);
+        let retrying = {
+            let world = world.clone();
+            thread::spawn(move || world.table.retry_closes().unwrap())
+        };
+        let open = world.table.share(&0, 0).unwrap_or_else(|| world.open(0));
+        world.reply(0, &open);
+        world.release(0, open);
+        retrying.join().unwrap();
+        world.assert_empty();
+    });
+}
+
+/// A listing that is made meanwhile is in nobody's way, and lists what it should.
+mod listing {
+    use super::{Access, World, explore, thread};
+
+    fn meanwhile(world: &World) -> thread::JoinHandle<()> {
+        let world = world.clone();
+        thread::spawn(move || drop(world.table.list()))
+    }
+
+    #[test]
+    fn costs_no_room() {
+        explore(|| {
+            let world = World::new();
+            world.table.set_limit(1);
+            world.table.set_idle_limit(1);
+            drop(world.open(0));
+            let listing = meanwhile(&world);
+            assert_eq!(world.open(1).server_reason(), None);
+            listing.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn keeps_nothing_from_being_closed() {
+        explore(|| {
+            let world = World::new();
+            world.table.set_idle_limit(1);
+            world.kernel(|kernel| kernel.may_close = false);
+            let open = world.open(0);
+            // So that it is not idle but fails to be closed.
+            world.table.set_limit(0);
+            drop(open);
+            world.table.set_limit(1);
+            world.kernel(|kernel| kernel.may_close = true);
+            let listing = meanwhile(&world);
+            world.table.retry_closes().unwrap();
+            listing.join().unwrap();
+            assert_eq!(world.table.stats().ids, 0);
+        });
+    }
+
+    #[test]
+    fn misses_none_that_is_forgotten() {
+        explore(|| {
+            let world = World::new();
+            let _held = world.open(0);
+            let forgetting = {
+                let world = world.clone();
+                thread::spawn(move || world.table.forget(&0))
+            };
+            assert!(!world.table.list().is_empty());
+            forgetting.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn has_none_that_is_released() {
+        explore(|| {
+            let world = World::new();
+            let held = world
+                .table
+                .open(&0, 0, &world.files[0], Access::ReadOnly)
+                .unwrap();
+            let releasing = thread::spawn(move || drop(held));
+            assert!(world.table.list().iter().all(|entry| entry.opens == 1));
+            releasing.join().unwrap();
+        });
+    }
+}
+
 /// What the connection cannot do is found out once.
 #[test]
 fn refusals_are_remembered() {

@@ -21,6 +21,7 @@ mod inode;
 mod listing;
 mod shared;
 
+use std::collections::hash_map::Entry as MapEntry;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::Hash;
@@ -337,23 +338,30 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     }
 
     /// Detaches an inode from its number, which the server is about to give to another one: after
-    /// FORGET, or where the file behind it was replaced.
+    /// FORGET, or together with another generation.
     ///
     /// The next open under this number starts fresh. Those that are open keep their registration.
+    ///
+    /// For the kernel it must be another inode as well. While it has the old one open under this node
+    /// id, a reply with the new id gives the client `EIO`. A file that was replaced under an open inode
+    /// is opened afresh once the inode has been released; until then it is
+    /// [`DifferentFile`](TableOpenError::DifferentFile).
     pub fn forget(&self, inode: &K) {
         let shared = &self.shared;
         let mut map = write(shared.shard(inode));
-        let found = map.remove(inode).and_then(|inode| inode.upgrade());
-        drop(map);
-        if let Some(inode) = found {
-            // Nobody finds it any more, so that what it is it stays.
-            if inode.is_parked() {
-                shared.evict(inode);
-            } else {
-                let address = Arc::as_ptr(&inode).addr();
-                inode.stray.store(address, Ordering::Relaxed);
-                lock(&shared.strays).insert(address, Arc::downgrade(&inode));
-            }
+        let Some(inode) = map.remove(inode).and_then(|inode| inode.upgrade()) else {
+            return;
+        };
+        if inode.is_parked() {
+            drop(map);
+            shared.evict(inode);
+        } else {
+            // Under the lock of the shard, so that `list` finds it there or here.
+            let address = Arc::as_ptr(&inode).addr();
+            inode.stray.store(address, Ordering::Relaxed);
+            lock(&shared.strays).insert(address, Arc::downgrade(&inode));
+            // Before `inode`, which is the last reference if it was released by now.
+            drop(map);
         }
     }
 
@@ -366,28 +374,30 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     pub fn invalidate(&self, inode: &K) -> Result<(), Busy> {
         let shared = &self.shared;
         let mut map = write(shared.shard(inode));
-        let Some(found) = map.get(inode).and_then(Weak::upgrade) else {
-            // If it is just being released, it is not to become idle.
-            map.remove(inode);
+        // From here on no code of the key's is run, which could panic with a reference under the lock.
+        let MapEntry::Occupied(entry) = map.entry(inode.clone()) else {
             return Ok(());
         };
-        if found.is_parked() {
-            map.remove(inode);
-            drop(map);
-            shared.evict(found);
-            return Ok(());
-        }
-        let opens = found.opens();
-        match Arc::into_inner(found) {
-            None => Err(Busy { opens }),
-            // Released a moment ago.
-            Some(last) => {
-                map.remove(inode);
+        if let Some(found) = entry.get().upgrade() {
+            if found.is_parked() {
+                entry.remove();
                 drop(map);
-                last.close_for_good();
-                Ok(())
+                shared.evict(found);
+                return Ok(());
             }
+            let opens = found.opens();
+            let Some(last) = Arc::into_inner(found) else {
+                return Err(Busy { opens });
+            };
+            // Released a moment ago.
+            entry.remove();
+            drop(map);
+            drop(last);
+        } else {
+            // It is just being released, and not to become idle.
+            entry.remove();
         }
+        Ok(())
     }
 
     /// Forgets what was remembered of the connection, so that the next open tries to register again:
@@ -401,7 +411,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// are released; idle ids are closed at once.
     pub fn set_limit(&self, limit: usize) {
         self.shared.limit.store(limit, Ordering::Relaxed);
-        while self.shared.ids.load(Ordering::Relaxed) > limit && self.shared.close_oldest() {}
+        self.shared.trim();
     }
 
     /// How many ids are kept after the last release, for reopening: none, unless this is called. The
@@ -409,7 +419,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// are on.
     pub fn set_idle_limit(&self, limit: usize) {
         self.shared.idle_limit.store(limit, Ordering::Relaxed);
-        self.shared.trim_idle();
+        self.shared.trim();
     }
 
     /// Tries again to close what could not be closed, from a thread that is permitted to.
@@ -422,7 +432,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
         let mut result = Ok(());
         for (inode, _) in unclosed.into_values() {
             // Unless it was opened in between.
-            if let Some(mut inode) = Arc::into_inner(inode) {
+            if let Some(mut inode) = self.shared.unless_opened(inode) {
                 result = result.and(inode.close());
             }
         }
@@ -446,17 +456,23 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// All inodes that are open or registered, in no particular order, without those that are just
     /// being registered or closed. [`Listing`] is also a table to print.
     ///
-    /// A release that it meets can become its own to complete: call it from a thread that may close.
+    /// One that is forgotten, or fails to be closed, in the meantime can be listed twice. A release
+    /// that it meets can become its own to complete: call it from a thread that may close.
     #[must_use]
     pub fn list(&self) -> Listing<K> {
         let shared = &self.shared;
         let now = shared.seconds();
         let mut causes = HashMap::new();
         let (mut rows, mut last) = (Vec::new(), Vec::new());
+        // Here, so that a key whose clone panics does not drop it under a lock.
+        let mut held = None;
         // Not kept longer than it takes: a reference of ours looks like an open.
         let mut add = |inode: Arc<Inode<D, K>>| {
-            rows.extend(inode.row(now));
-            last.extend(Arc::into_inner(inode));
+            let row = held.insert(inode).row(now);
+            match held.take().and_then(Arc::into_inner) {
+                None => rows.extend(row),
+                released => last.extend(released),
+            }
         };
         for shard in &shared.shards {
             read(&shard.0)
@@ -487,11 +503,14 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
 /// closed then, or now, stays registered until the connection ends.
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for BackingTable<D, K> {
     fn drop(&mut self) {
+        let mut parked = lock(&self.shared.parked);
         // From here on nothing is parked: it would keep the device, and so the connection.
-        lock(&self.shared.parked).orphaned = true;
-        self.set_idle_limit(0);
-        // Whoever wants to know calls it before: a destructor has nobody to tell.
-        let _ = self.retry_closes();
+        parked.orphaned = true;
+        let idle = std::mem::take(&mut parked.idle);
+        let unclosed = std::mem::take(&mut parked.unclosed);
+        drop(parked);
+        // Which closes them. Whoever wants to know retries before: a destructor has nobody to tell.
+        drop((idle, unclosed));
     }
 }
 
@@ -572,8 +591,9 @@ pub enum TableOpenError {
         wanted: Access,
     },
     /// The inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
-    /// All opens of an inode have one id, and so one file. Answer `EIO`, and
-    /// [`forget`](BackingTable::forget) the inode where a number was given to another file too early.
+    /// All opens of an inode have one id, and so one file. Answer `EIO`. Where the kernel had forgotten
+    /// the inode before its number was given to another file, the server has not said so with
+    /// [`forget`](BackingTable::forget).
     #[error("the inode is open with another backing file")]
     DifferentFile,
     /// `fstat` of the fd failed.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rustix::fs::fstat;
 use rustix::io::Errno;
 
-use super::shared::{Inodes, Shared};
+use super::shared::Shared;
 use super::{Entry, ServerReason, kernel};
 use crate::backing::BackingId;
 use crate::error::BackingCloseCause;
@@ -21,13 +21,12 @@ use crate::sync::{Arc, AtomicU8, AtomicUsize, Mutex, Ordering, Weak, lock, write
 pub(super) struct Inode<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     /// Set once, with `deciding` locked.
     pub(super) mode: OnceLock<Mode>,
-    /// Grows only, and is not empty in passthrough mode.
+    /// Grows only. Empty in server mode, and for a moment after passthrough was decided.
     pub(super) granted: AtomicU8,
-    /// Whether the last drop may leave it idle.
-    pub(super) may_idle: bool,
     /// Seconds after the table's start.
     pub(super) since: u32,
-    /// Its number in `Parked`; 0 if somebody opened it since, or nobody parked it.
+    /// Its number in `Parked`; 0 if somebody opened it since, or nobody parked it. Not 0 at the last
+    /// drop: it was taken from there to be closed.
     pub(super) parked: AtomicUsize,
     /// 0 if the map has it; else its address, if `Shared::strays` has, or `NOWHERE`.
     pub(super) stray: AtomicUsize,
@@ -115,11 +114,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
         }
     }
 
-    /// Of the last reference: closes it, also if it could be kept idle.
-    pub(super) fn close_for_good(mut self) {
-        self.may_idle = false;
-    }
-
     /// Of the last reference: closes the id. One that cannot be closed is parked, to be opened again
     /// or retried.
     pub(super) fn close(&mut self) -> Result<(), BackingCloseCause> {
@@ -144,12 +138,12 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
     /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
     pub(super) fn idle(&mut self) {
         let shared = &self.shared;
-        let wanted = self.may_idle
+        let wanted = !self.is_parked()
             && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
             && shared.idle_limit.load(Ordering::Relaxed) > 0
             && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
         if wanted && self.park(None) {
-            self.shared.trim_idle();
+            self.shared.trim();
         }
     }
 
@@ -171,7 +165,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
         let inode = Arc::new_cyclic(|me| Self {
             mode: self.mode.take().map_or_else(OnceLock::new, OnceLock::from),
             granted: AtomicU8::new(self.granted.load(Ordering::Relaxed)),
-            may_idle: true,
             since: self.since,
             parked: AtomicUsize::new(number),
             stray: AtomicUsize::new(if entry.is_some() { 0 } else { NOWHERE }),
@@ -189,12 +182,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
             Some(cause) => drop(parked.unclosed.insert(number, (inode, cause))),
         }
         true
-    }
-
-    /// Into the map, in the place of whatever was there.
-    pub(super) fn enter(self: &Arc<Self>, map: &mut Inodes<D, K>) {
-        map.insert(self.key.clone(), Arc::downgrade(self));
-        self.stray.store(0, Ordering::Relaxed);
     }
 
     /// Out of the map, or wherever else the table finds it.

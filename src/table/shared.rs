@@ -1,5 +1,6 @@
 //! What the opens of a table share: the map, what is parked, and the figures.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::ops::Deref;
@@ -120,7 +121,6 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
         let fresh = Arc::new_cyclic(|me| Inode {
             mode: OnceLock::new(),
             granted: AtomicU8::new(0),
-            may_idle: true,
             since: self.seconds(),
             parked: AtomicUsize::new(0),
             stray: AtomicUsize::new(NOWHERE),
@@ -130,29 +130,34 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
             me: Weak::clone(me),
         });
         let mut map = write(self.shard(key));
-        let Some(found) = map.get(key).and_then(Weak::upgrade) else {
-            fresh.enter(&mut map);
-            return Some(fresh);
+        // From here on no code of the key's is run, which could panic with a reference under the lock.
+        let (found, entry) = match map.entry(fresh.key.clone()) {
+            Entry::Occupied(entry) => (entry.get().upgrade(), entry.into_mut()),
+            Entry::Vacant(entry) => (None, entry.insert(Weak::new())),
         };
-        // It came, or was parked, in between.
-        match judge(&found) {
-            Verdict::Join => {
+        match found.as_deref().map(judge) {
+            // It came, or was parked, in between.
+            Some(Verdict::Join) => {
+                let found = found?;
                 let parked = found.unpark();
                 drop(map);
                 self.take_parked(parked);
                 Some(found)
             }
-            Verdict::Replace => {
-                fresh.enter(&mut map);
-                drop(map);
-                self.evict(found);
-                Some(fresh)
-            }
-            Verdict::Refuse => {
-                let last = Arc::into_inner(found);
+            Some(Verdict::Refuse) => {
+                let last = found.and_then(Arc::into_inner);
                 drop(map);
                 drop(last);
                 None
+            }
+            Some(Verdict::Replace) | None => {
+                *entry = Arc::downgrade(&fresh);
+                fresh.stray.store(0, Ordering::Relaxed);
+                drop(map);
+                if let Some(found) = found {
+                    self.evict(found);
+                }
+                Some(fresh)
             }
         }
     }
@@ -207,28 +212,37 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
     /// Closes the inode that has been idle for longest; false if none is.
     pub(super) fn close_oldest(&self) -> bool {
         let oldest = lock(&self.parked).idle.pop_first();
-        let Some((_, inode)) = oldest else {
-            return false;
-        };
-        // Unless it was opened in between.
-        if let Some(inode) = Arc::into_inner(inode) {
-            inode.close_for_good();
-        }
-        true
+        oldest.is_some_and(|(_, inode)| {
+            drop(self.unless_opened(inode));
+            true
+        })
     }
 
-    pub(super) fn trim_idle(&self) {
-        let limit = || self.idle_limit.load(Ordering::Relaxed);
-        while lock(&self.parked).idle.len() > limit() && self.close_oldest() {}
+    /// Of what was parked: the last reference, unless somebody has opened it. Whoever merely looks at
+    /// it has a reference too, but only under the lock of the shard.
+    pub(super) fn unless_opened(&self, inode: Arc<Inode<D, K>>) -> Option<Inode<D, K>> {
+        let map = write(self.shard(&inode.key));
+        let last = Arc::into_inner(inode);
+        drop(map);
+        last
+    }
+
+    /// Closes idle ones that are too many for either limit.
+    pub(super) fn trim(&self) {
+        let too_many = || {
+            // Locked first: whoever parks one after this sees the limits that are seen here.
+            let idle = lock(&self.parked).idle.len();
+            idle > self.idle_limit.load(Ordering::Relaxed)
+                || self.ids.load(Ordering::Relaxed) > self.limit.load(Ordering::Relaxed)
+        };
+        while too_many() && self.close_oldest() {}
     }
 
     /// Closes an inode that is parked, and that nobody finds any more.
     pub(super) fn evict(&self, inode: Arc<Inode<D, K>>) {
-        self.take_parked(inode.unpark());
-        // Unless another thread has taken it from there, which then does.
-        if let Some(inode) = Arc::into_inner(inode) {
-            inode.close_for_good();
-        }
+        self.take_parked(inode.parked.load(Ordering::Relaxed));
+        // Now, unless another thread has taken it from there, which then does.
+        drop(inode);
     }
 
     /// Lets go of what is parked under this number, of which the caller has another reference.

@@ -329,8 +329,19 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
 
     // The grant ends with the registration.
     drop((reader, writer));
-    let _reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
     assert!(setup.table.share(&1, RDWR).is_none());
+
+    // What is kept, idle or because it cannot be closed, grants no more than it did.
+    setup.table.set_idle_limit(1);
+    drop(reader);
+    assert!(setup.table.share(&1, RDWR).is_none());
+    assert!(setup.table.share(&1, RDONLY).is_some());
+    setup.table.set_idle_limit(0);
+    let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
+    without_cap_sys_admin(|| drop(reader));
+    assert!(setup.table.share(&1, RDWR).is_none());
+    assert!(setup.table.share(&1, RDONLY).is_some());
     Ok(())
 }
 

@@ -89,12 +89,7 @@ fn main() -> ExitCode {
             for kind in Kind::ALL {
                 for threads in [1, 2] {
                     let id = format!("{}-{threads}", kind.id());
-                    if !report.wants(&id) {
-                        continue;
-                    }
-                    if let Err(why) = measure(&mut report, &id, kind, threads) {
-                        report.not_run(&id, why.message().unwrap_or_default());
-                    }
+                    report.part(&id, &id, |report| measure(report, &id, kind, threads));
                 }
             }
             sandbox::leave();

@@ -81,13 +81,10 @@ fn main() -> ExitCode {
         ),
         ("live", "many live ids", live::run),
     ] {
-        if !report.wants(id) {
-            continue;
-        }
-        let ran = entered.clone().map_err(Failed::from);
-        if let Err(why) = ran.and_then(|()| run(&mut report)) {
-            report.not_run(what, why.message().unwrap_or_default());
-        }
+        report.part(id, what, |report| {
+            entered.clone()?;
+            run(report)
+        });
     }
     sandbox::leave();
     report.finish()

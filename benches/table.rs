@@ -28,6 +28,7 @@ use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile};
 use libtest_mimic::Failed;
@@ -46,6 +47,8 @@ const OPEN: &str = "open, with the server's fd";
 const PAIR: &str = "BACKING_OPEN and BACKING_CLOSE";
 
 const RDONLY: i32 = 0;
+/// For one part.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// In a batch.
 const OPS: usize = 1_000;
 const ROUNDS: usize = 4_000;
@@ -64,16 +67,11 @@ fn main() -> ExitCode {
         ("size", sizes),
     ];
     for (id, run) in parts {
-        if !report.wants(id) {
-            continue;
-        }
-        let measured = Sandbox::new(id).and_then(|sandbox| {
+        report.part(id, id, |report| {
+            let sandbox = Sandbox::patient(id, PATIENCE)?;
             let connection = Connection::mount(&sandbox, Init::passthrough(1))?;
-            run(&mut report, &connection.device())
+            run(report, &connection.device())
         });
-        if let Err(why) = measured {
-            report.not_run(id, why.message().unwrap_or_default());
-        }
     }
     sandbox::leave();
     report.finish()

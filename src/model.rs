@@ -494,6 +494,50 @@ fn retrying_meets_opening() {
     });
 }
 
+/// A key whose hash panics at its third call.
+#[derive(Clone)]
+struct Fused(u64, Option<std::sync::Arc<std::sync::atomic::AtomicUsize>>);
+
+impl PartialEq for Fused {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl Eq for Fused {}
+
+impl std::hash::Hash for Fused {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        let order = std::sync::atomic::Ordering::SeqCst;
+        if self
+            .1
+            .as_ref()
+            .is_some_and(|calls| calls.fetch_add(1, order) == 2)
+        {
+            std::panic::resume_unwind(Box::new("a key that cannot be hashed"));
+        }
+        self.0.hash(state);
+    }
+}
+
+/// Where a panic would drop the last reference under the shard's lock, which the drop takes.
+#[test]
+fn invalidate_runs_no_code_of_the_key_with_a_reference() {
+    explore(|| {
+        let world = World::new();
+        let table = BackingTable::<Device, Fused>::new(std::sync::Arc::clone(&world.handle));
+        let file = &world.files[0];
+        let held = table
+            .open(&Fused(0, None), 0, file, Access::ReadOnly)
+            .unwrap();
+        let releasing = thread::spawn(move || drop(held));
+        let key = Fused(0, Some(std::sync::Arc::default()));
+        let invalidate = std::panic::AssertUnwindSafe(|| table.invalidate(&key));
+        let _ = std::panic::catch_unwind(invalidate);
+        releasing.join().unwrap();
+    });
+}
+
 /// A listing that is made meanwhile is in nobody's way, and lists what it should.
 mod listing {
     use super::{Access, World, explore, thread};

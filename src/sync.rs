@@ -15,8 +15,8 @@ pub(crate) use shuttle::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
 };
 
-// A panic while a lock is held, which only a key's own code could raise, leaves nothing half done: it
-// is not to take down whoever comes next.
+// A panic while a lock is held, which only a key's own code could raise, is not to take down whoever
+// comes next.
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -21,17 +21,15 @@ mod inode;
 mod listing;
 mod shared;
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
-use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::hash::Hash;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::AsFd;
-use std::time::Instant;
 
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 use static_assertions::{assert_eq_size, assert_impl_all};
 use thiserror::Error;
 
@@ -42,11 +40,10 @@ use crate::error::{BackingCloseCause, BackingOpenError};
 #[cfg(test)]
 use crate::model as kernel;
 use crate::open::{Access, OpenFlags, OpenReply, OpenReplyError};
-use crate::sync::{Arc, AtomicBool, AtomicUsize, Mutex, Ordering, RwLock, Weak, lock, read, write};
-use hash::Seeds;
+use crate::sync::{Arc, Ordering, Weak, lock, read, write};
 use inode::{FileId, Inode, Mode};
 pub use listing::{Entry, Listing, TableStats};
-use shared::{Found, Parked, SHARDS, Shard, Shared, Verdict};
+use shared::{Found, Shared, Verdict};
 
 /// How each OPEN is answered: one backing id for each open inode, and one mode.
 ///
@@ -56,7 +53,8 @@ use shared::{Found, Parked, SHARDS, Shard, Shared, Verdict};
 /// last one is released.
 ///
 /// `D` is how the table holds the device, a reference or an [`Arc`]. `K` is what the
-/// server knows an inode by, its node id most often.
+/// server knows an inode by, its node id most often; its `Hash` and `Eq` must not panic for a key that is
+/// in the table.
 ///
 /// # The life of an open
 ///
@@ -100,8 +98,8 @@ use shared::{Found, Parked, SHARDS, Shard, Shared, Verdict};
 /// # Closing that fails
 ///
 /// A close fails on a thread without `CAP_SYS_ADMIN`, say after the server dropped its privileges.
-/// The id is then kept: counted, listed, used again when the inode is opened next, and closed by
-/// [`retry_closes`](Self::retry_closes).
+/// The id is then kept: counted, listed, used again when the inode is opened next with the same file,
+/// unless it was forgotten or invalidated, and closed by [`retry_closes`](Self::retry_closes).
 ///
 /// # Restarting on a preserved device fd
 ///
@@ -204,37 +202,8 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     where
         D: Deref<Target = FuseDevice<Fd>>,
     {
-        Self::with_device(device)
-    }
-
-    fn with_device(device: D) -> Self {
-        let limit = getrlimit(Resource::Nofile)
-            .current
-            .and_then(|limit| usize::try_from(limit).ok())
-            .unwrap_or(usize::MAX);
-        let seeds = Seeds::random();
-        let shard = || Shard(RwLock::new(HashMap::with_hasher(seeds)));
         Self {
-            shared: Arc::new(Shared {
-                device,
-                seeds,
-                shards: (0..SHARDS).map(|_| shard()).collect(),
-                strays: Mutex::new(BTreeMap::new()),
-                parked: Mutex::new(Parked {
-                    idle: BTreeMap::new(),
-                    unclosed: BTreeMap::new(),
-                    last: 0,
-                    orphaned: false,
-                }),
-                ids: AtomicUsize::new(0),
-                limit: AtomicUsize::new(limit),
-                idle_limit: AtomicUsize::new(0),
-                is_refused: AtomicBool::new(false),
-                refused: Mutex::new(None),
-                over_limit: AtomicUsize::new(0),
-                close_failures: AtomicUsize::new(0),
-                start: Instant::now(),
-            }),
+            shared: Arc::new(Shared::new(device)),
         }
     }
 
@@ -365,7 +334,9 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
         }
     }
 
-    /// Closes what is registered for an inode that is not open, so that the next open starts fresh.
+    /// Closes what is registered for an inode that is not open, so that the next open starts fresh. Where
+    /// closing fails the id is kept for [`retry_closes`](Self::retry_closes), and not found again. One that
+    /// another thread is closing may still be registered for a moment.
     ///
     /// # Errors
     ///

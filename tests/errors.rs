@@ -23,6 +23,18 @@ const NOT_PERMITTED: [NotPermitted; 4] = [
     NotPermitted::Undetermined,
 ];
 
+/// Each has its errno and its scope, and is told apart from the others.
+fn each_has<E>(expected: &[(E, Errno, Scope)], has: impl Fn(&E) -> (Errno, Scope))
+where
+    E: std::error::Error + Into<io::Error> + Copy + PartialEq + Send + Sync + 'static,
+{
+    for (error, errno, scope) in expected {
+        assert_eq!(has(error), (*errno, *scope), "{error:?}");
+    }
+    let errors: Vec<_> = expected.iter().map(|&(e, errno, _)| (e, errno)).collect();
+    told_apart(&errors);
+}
+
 /// Each cause has a text of its own, which an `io::Error` of the errno's kind keeps, and gives back.
 fn told_apart<E>(errors: &[(E, Errno)])
 where
@@ -69,15 +81,7 @@ fn backing_open() {
     ];
     expected
         .extend(NOT_PERMITTED.map(|why| (E::NotPermitted(why), Errno::PERM, Scope::Connection)));
-    for &(error, errno, scope) in &expected {
-        assert_eq!((error.errno(), error.scope()), (errno, scope), "{error:?}");
-    }
-    told_apart(
-        &expected
-            .into_iter()
-            .map(|(e, errno, _)| (e, errno))
-            .collect::<Vec<_>>(),
-    );
+    each_has(&expected, |error| (error.errno(), error.scope()));
 }
 
 #[test]
@@ -93,15 +97,7 @@ fn backing_close() {
     ];
     expected
         .extend(NOT_PERMITTED.map(|why| (E::NotPermitted(why), Errno::PERM, Scope::Connection)));
-    for &(error, errno, scope) in &expected {
-        assert_eq!((error.errno(), error.scope()), (errno, scope), "{error:?}");
-    }
-    told_apart(
-        &expected
-            .into_iter()
-            .map(|(e, errno, _)| (e, errno))
-            .collect::<Vec<_>>(),
-    );
+    each_has(&expected, |error| (error.errno(), error.scope()));
 }
 
 #[test]

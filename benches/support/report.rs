@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
 use super::args::{Args, Effort};
@@ -70,6 +71,21 @@ impl Report {
     /// Whether to run a part; ids are what filters are held against.
     pub fn wants(&self, id: &str) -> bool {
         self.args.wants(id)
+    }
+
+    /// Runs a part that is wanted, or says why it could not be.
+    pub fn part(
+        &mut self,
+        id: &str,
+        what: &str,
+        run: impl FnOnce(&mut Self) -> Result<(), Failed>,
+    ) {
+        if !self.wants(id) {
+            return;
+        }
+        if let Err(why) = run(self) {
+            self.not_run(what, why.message().unwrap_or_default());
+        }
     }
 
     fn say(&mut self, text: &str) {

@@ -76,7 +76,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
         self.granted().is_some_and(|granted| granted.allows(wanted))
     }
 
-    pub(super) fn granted(&self) -> Option<Access> {
+    fn granted(&self) -> Option<Access> {
         Access::from_bits(self.granted.load(Ordering::Relaxed))
     }
 
@@ -136,7 +136,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
     }
 
     /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
-    pub(super) fn idle(&mut self) {
+    fn idle(&mut self) {
         let shared = &self.shared;
         let wanted = !self.is_parked()
             && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
@@ -150,7 +150,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
     /// Of the last reference: moves what is registered to an inode in `Parked`, and back into the map
     /// with it. Where the number was forgotten, or names another inode by now, it is kept only if
     /// closing failed. False if it is not kept.
-    pub(super) fn park(&mut self, failed: Option<BackingCloseCause>) -> bool {
+    fn park(&mut self, failed: Option<BackingCloseCause>) -> bool {
         let shared = Arc::clone(&self.shared);
         let key = self.key.clone();
         let mut map = write(shared.shard(&key));
@@ -185,7 +185,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
     }
 
     /// Out of the map, or wherever else the table finds it.
-    pub(super) fn leave(&mut self) {
+    fn leave(&mut self) {
         match *self.stray.get_mut() {
             NOWHERE => {}
             0 => {
@@ -222,7 +222,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
 }
 
 /// Closes an inode, also when a key's own code panics in between.
-pub(super) struct Closing<'a, D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(&'a mut Inode<D, K>);
+struct Closing<'a, D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(&'a mut Inode<D, K>);
 
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Closing<'_, D, K> {
     fn drop(&mut self) {

@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 use std::time::Instant;
 
+use rustix::process::{Resource, getrlimit};
+
 use super::ServerReason;
 use super::hash::Seeds;
 use super::inode::{FileId, Inode, Mode, NOWHERE};
@@ -18,11 +20,11 @@ use crate::sync::{
 };
 
 /// Enough that threads seldom meet, in 4 KiB of empty maps.
-pub(super) const SHARDS: usize = 64;
+const SHARDS: usize = 64;
 
 pub(super) struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     pub(super) device: D,
-    pub(super) seeds: Seeds,
+    seeds: Seeds,
     pub(super) shards: Box<[Shard<D, K>]>,
     /// By address: open, and not in the map any more.
     pub(super) strays: Mutex<BTreeMap<usize, Weak<Inode<D, K>>>>,
@@ -36,10 +38,10 @@ pub(super) struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     pub(super) refused: Mutex<Option<BackingOpenError>>,
     pub(super) over_limit: AtomicUsize,
     pub(super) close_failures: AtomicUsize,
-    pub(super) start: Instant,
+    start: Instant,
 }
 
-pub(super) type Inodes<D, K> = HashMap<K, Weak<Inode<D, K>>, Seeds>;
+type Inodes<D, K> = HashMap<K, Weak<Inode<D, K>>, Seeds>;
 
 /// On a cache line of its own.
 #[repr(align(64))]
@@ -53,7 +55,7 @@ pub(super) struct Parked<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     /// Closing them failed, for this cause.
     pub(super) unclosed: BTreeMap<usize, (Arc<Inode<D, K>>, BackingCloseCause)>,
     /// The number that was given last.
-    pub(super) last: usize,
+    last: usize,
     /// The table is gone, and with it whoever could open them or retry.
     pub(super) orphaned: bool,
 }
@@ -74,6 +76,35 @@ pub(super) enum Found<T> {
 }
 
 impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
+    pub(super) fn new(device: D) -> Self {
+        let limit = getrlimit(Resource::Nofile)
+            .current
+            .and_then(|limit| usize::try_from(limit).ok())
+            .unwrap_or(usize::MAX);
+        let seeds = Seeds::random();
+        let shard = || Shard(RwLock::new(HashMap::with_hasher(seeds)));
+        Self {
+            device,
+            seeds,
+            shards: (0..SHARDS).map(|_| shard()).collect(),
+            strays: Mutex::new(BTreeMap::new()),
+            parked: Mutex::new(Parked {
+                idle: BTreeMap::new(),
+                unclosed: BTreeMap::new(),
+                last: 0,
+                orphaned: false,
+            }),
+            ids: AtomicUsize::new(0),
+            limit: AtomicUsize::new(limit),
+            idle_limit: AtomicUsize::new(0),
+            is_refused: AtomicBool::new(false),
+            refused: Mutex::new(None),
+            over_limit: AtomicUsize::new(0),
+            close_failures: AtomicUsize::new(0),
+            start: Instant::now(),
+        }
+    }
+
     #[inline]
     pub(super) fn shard(&self, key: &K) -> &RwLock<Inodes<D, K>> {
         let index = self.seeds.part(key, SHARDS);
@@ -192,7 +223,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
     }
 
     /// Counts one id more, if the limit permits, or does once idle ones are closed.
-    pub(super) fn make_room(&self) -> bool {
+    fn make_room(&self) -> bool {
         loop {
             let limit = self.limit.load(Ordering::Relaxed);
             let counted = self
@@ -210,7 +241,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
     }
 
     /// Closes the inode that has been idle for longest; false if none is.
-    pub(super) fn close_oldest(&self) -> bool {
+    fn close_oldest(&self) -> bool {
         let oldest = lock(&self.parked).idle.pop_first();
         oldest.is_some_and(|(_, inode)| {
             drop(self.unless_opened(inode));

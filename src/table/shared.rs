@@ -306,3 +306,37 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Parked<D, K> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::fs::File;
+
+    use super::*;
+    use crate::FuseDevice;
+
+    #[test]
+    fn numbers_come_round() {
+        shuttle::check_random(
+            || {
+                let device = FuseDevice::unchecked(File::open("/dev/null").unwrap());
+                let shared = Arc::new(Shared::<_, u64>::new(std::sync::Arc::new(device)));
+                let inode = |key| shared.find_or_insert(&key, |_| Verdict::Join).unwrap();
+                let (idle, unclosed) = (inode(1), inode(2));
+                let mut parked = lock(&shared.parked);
+                assert_eq!((parked.number(), parked.number()), (1, 2));
+                parked.last = usize::MAX - 1;
+                parked.idle.insert(usize::MAX, Arc::clone(&idle));
+                let cause = BackingCloseCause::UnknownId;
+                parked.unclosed.insert(1, (Arc::clone(&unclosed), cause));
+                // 0 is none.
+                assert_eq!(parked.number(), 2);
+                // They hold the table, which holds them.
+                parked.idle.clear();
+                parked.unclosed.clear();
+            },
+            1,
+        );
+    }
+}

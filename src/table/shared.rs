@@ -279,13 +279,19 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
     /// Lets go of what is parked under this number, of which the caller has another reference.
     #[inline]
     pub(super) fn take_parked(&self, number: usize) {
+        // Seldom: apart, so that this is inlined.
         if number != 0 {
-            let mut parked = lock(&self.parked);
-            let idle = parked.idle.remove(&number);
-            let unclosed = parked.unclosed.remove(&number);
-            drop(parked);
-            drop((idle, unclosed));
+            self.remove_parked(number);
         }
+    }
+
+    #[cold]
+    fn remove_parked(&self, number: usize) {
+        let mut parked = lock(&self.parked);
+        let idle = parked.idle.remove(&number);
+        let unclosed = parked.unclosed.remove(&number);
+        drop(parked);
+        drop((idle, unclosed));
     }
 
     pub(super) fn seconds(&self) -> u32 {

@@ -145,7 +145,7 @@ impl Access {
         match self {
             Self::ReadOnly => 1,
             Self::WriteOnly => 2,
-            Self::ReadWrite => 1 | 2,
+            Self::ReadWrite => 3,
         }
     }
 

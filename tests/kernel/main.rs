@@ -105,6 +105,10 @@ fn main() -> ExitCode {
     }
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     sandbox::leave();
+    if sandbox::hung() {
+        eprintln!("a test hung");
+        return ExitCode::FAILURE;
+    }
     conclusion.exit_code()
 }
 

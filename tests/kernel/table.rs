@@ -331,6 +331,10 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
 
     // The grant ends with the registration.
     drop((reader, writer));
+    let writer = setup.table.open(&1, WRONLY, &both, Access::WriteOnly)?;
+    assert!(setup.table.share(&1, WRONLY).is_some());
+    assert!(setup.table.share(&1, RDONLY).is_none());
+    drop(writer);
     let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
     assert!(setup.table.share(&1, RDWR).is_none());
 

@@ -19,8 +19,10 @@ TROUBLE = re.compile(
     r"BUG:|WARNING:|Kernel panic|Oops|KASAN|general protection fault|unreferenced object"
     r"|INFO: (possible|trying|task .* blocked|rcu)|possible (circular|recursive|irq lock)"
     r"|inconsistent lock state|suspicious RCU usage|Unable to handle kernel|segfault at"
+    r"|kmemleak: (Cannot|Memory pool|Kernel memory leak detector disabled)"
 )
 RESULT = re.compile(r"^test result: .*?(\d+) passed; (\d+) failed; (\d+) ignored", re.MULTILINE)
+TOLD = re.compile(r"^test expect::kernel_is_as_told +\.\.\. ok$", re.MULTILINE)
 RELEASE = re.compile(r"^guest: release (\S+)", re.MULTILINE)
 CODE = re.compile(r"^guest: exit code (\d+)", re.MULTILINE)
 
@@ -32,6 +34,8 @@ class Outcome:
     failed: int = 0
     ignored: int = 0
     seconds: float = 0
+    # Whether a test says that it knows the kernel.
+    told: bool = False
     # Why it is not as it has to be.
     problems: list[str] = field(default_factory=list)
 
@@ -190,6 +194,7 @@ def judge(kernel: Kernel, console: str) -> Outcome:
         outcome.problems.append(f"it is Linux {outcome.release}, not {kernel.release}")
     if results := RESULT.findall(console):
         outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])
+    outcome.told = bool(TOLD.search(console))
     outcome.problems += shortcomings(outcome)
     code = CODE.search(console)
     if not code:

@@ -1,5 +1,6 @@
 """What guests are made of: fetched by the package managers, which check it, and kept."""
 
+import functools
 import gzip
 import hashlib
 import lzma
@@ -32,6 +33,8 @@ def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
+        # What apt says is matched.
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
         **options,
     )
     if done.returncode != 0:
@@ -50,7 +53,7 @@ def need(tools: dict[str, str]) -> None:
         raise Missing(f"{', '.join(missing)} not found: apt-get install {' '.join(packages)}")
     say(f"installing {' '.join(packages)}")
     call("apt-get", "update", "-qq")
-    call("apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages)
+    call("apt-get", "install", "-qq", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", *packages)
 
 
 def apt(*arguments: str) -> str:
@@ -72,6 +75,16 @@ def apt(*arguments: str) -> str:
     return call(*command, *arguments[1:], cwd=CACHE / "packages").stdout
 
 
+@functools.cache
+def update() -> None:
+    """apt's lists, once in a run: versions move."""
+    # Of several sources, some may fail; what is not found then says so itself.
+    try:
+        apt("apt-get", "update", "-q")
+    except Missing:
+        say("apt-get update failed, trying with what there is")
+
+
 def fetched(package: str) -> Path:
     """A Debian package's file."""
     name, _, architecture = package.partition(":")
@@ -84,14 +97,7 @@ def fetched(package: str) -> Path:
 
     found = kept()
     if not found:
-        lists = CACHE / "apt" / "updated"
-        if not lists.exists():
-            # Of several sources, some may fail; what is not found then says so itself.
-            try:
-                apt("apt-get", "update", "-q")
-            except Missing:
-                say("apt-get update failed, trying with what there is")
-            lists.touch()
+        update()
         say(f"fetching {package}")
         apt("apt-get", "download", "-q", package)
         found = kept()
@@ -125,6 +131,7 @@ def wheel(requirement: str) -> Path:
     name, _, version = requirement.partition("==")
     folder = CACHE / f"{name}-{version}"
     if not folder.exists():
+        need({"pip3": "python3-pip"})
         say(f"fetching {requirement}")
         with partial(folder) as new:
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]

@@ -24,6 +24,7 @@ GUESTS = (
     ("writes to freed memory", PROVOKE % "WRITE_AFTER_FREE", "the kernel says: BUG: KASAN"),
     ("keeps a lock", PROVOKE % "SPINLOCKUP", "BUG: Invalid wait context"),
     ("leaks memory", f"{PASSED}; insmod /kmemleak-test.ko", "the kernel says: unreferenced object"),
+    ("finds no leaks any more", f"{PASSED}; echo off >/sys/kernel/debug/kmemleak", "exit code 125"),
     ("is another kernel", PASSED, "it is Linux"),
 )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -65,7 +66,11 @@ def debian(architecture: str, *further: str) -> dict[str, str]:
     version = compiler.name.split("_")[1].split(".")
     folder = CACHE / "-".join(["rust", compiler.stem.split("_")[1], architecture, *further])
     if not folder.exists():
-        names = ["rustc-web", f"libstd-rust-web-{version[0]}.{version[1]}", "libstd-rust-web-dev", "libllvm22"]
+        std = f"libstd-rust-web-{version[0]}.{version[1]}"
+        llvm = re.search(r"libllvm\d+", packages.call("dpkg-deb", "-f", packages.fetched(std), "Depends").stdout)
+        if not llvm:
+            raise Missing(f"{std} asks for no LLVM")
+        names = ["rustc-web", std, "libstd-rust-web-dev", llvm[0]]
         with packages.partial(folder) as new:
             for name in [*names, f"libstd-rust-web-dev:{architecture}", *further]:
                 packages.call("dpkg", "-x", packages.fetched(name), new)

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(20);
 
 static ROOT: OnceLock<PathBuf> = OnceLock::new();
+static HUNG: AtomicBool = AtomicBool::new(false);
 static TESTS: Mutex<Option<HashMap<u64, Watched>>> = Mutex::new(None);
 
 struct Watched {
@@ -73,6 +74,12 @@ pub fn leave() {
     }
 }
 
+/// Whether the watchdog had to abort a connection: the error that a test got from that may be just
+/// what it expects.
+pub fn hung() -> bool {
+    HUNG.load(Ordering::Relaxed)
+}
+
 #[allow(unsafe_code)]
 fn unshare_mounts() -> rustix::io::Result<()> {
     // SAFETY: CLONE_NEWNS does not touch the table of file descriptors, which is what makes
@@ -97,6 +104,7 @@ fn watchdog() {
             if age > test.patience * times {
                 for abort in test.connections.drain(..) {
                     eprintln!("watchdog: {} hangs, aborting its connection", test.name);
+                    HUNG.store(true, Ordering::Relaxed);
                     let _ = abort.as_ref().write_all(b"1");
                 }
             }

@@ -945,8 +945,9 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     let ratio = ratios[ratios.len() / 2];
     println!("a million open inodes: {each:.1} bytes each, a cold open {ratio:.2} times");
     assert!(each <= 160.0, "{each} bytes for each open inode");
-    // An emulator walks page tables in software, at each of the misses that many inodes bring.
-    let most = if patience_times() > 1 { 2.5 } else { 1.5 };
+    // An emulator walks page tables in software, at each of the misses that many inodes bring: 2.8 was
+    // seen on mips64.
+    let most = if patience_times() > 1 { 4.0 } else { 1.5 };
     assert!(
         ratio <= most,
         "a cold open among a million costs {ratio} times that among a thousand"

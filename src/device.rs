@@ -34,14 +34,14 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 ///
 /// ```no_run
 /// use fuse_backing::FuseDevice;
-/// # fn server_device() -> std::os::fd::OwnedFd { unimplemented!() }
+/// # fn serve(server_device: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 ///
 /// // The fd that the server handed to mount(2), or got from fusermount3.
-/// let device = FuseDevice::new(server_device())?;
+/// let device = FuseDevice::new(server_device)?;
 /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
 /// // ... answer OPEN with FOPEN_PASSTHROUGH and id.as_raw(), and after its last RELEASE:
 /// device.backing_close(id)?;
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok(()) }
 /// ```
 #[derive(Debug)]
 pub struct FuseDevice<Fd: AsFd> {

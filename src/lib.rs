@@ -23,10 +23,10 @@
 //! use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags};
 //! use std::fs::File;
 //! use std::sync::Arc;
-//! # fn mounted_device() -> std::os::fd::OwnedFd { unimplemented!() }
 //! # fn send(_: &[u8]) {}
+//! # fn serve(mounted_device: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 //!
-//! let device = Arc::new(FuseDevice::new(mounted_device())?);
+//! let device = Arc::new(FuseDevice::new(mounted_device)?);
 //! let table = BackingTable::new(device);
 //!
 //! // OPEN of inode 2, with the client's flags; here O_RDONLY.
@@ -38,7 +38,7 @@
 //!
 //! // RELEASE of that handle.
 //! drop(open);
-//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # Ok(()) }
 //! ```
 //!
 //! A server with a bookkeeping of its own takes the parts: [`FuseDevice::backing_open`] gives a

@@ -206,6 +206,19 @@ def judge(kernel: Kernel, console: str) -> Outcome:
     return outcome
 
 
+def unlike(kernel: Kernel, outcome: Outcome, passed: int | None) -> list[str]:
+    """How a run of all tests differs from what is known of the kernel, and from as many that passed before."""
+    problems = []
+    # What a kernel says of itself is believed where nothing is known of it, with a test less.
+    if not kernel.expect:
+        return problems
+    if not outcome.told:
+        problems.append("the tests were not told what it is to have")
+    if passed is not None and outcome.passed != passed:
+        problems.append(f"{passed} passed when it was recorded: if that is to change, --record")
+    return problems
+
+
 def shortcomings(outcome: Outcome) -> list[str]:
     problems = []
     if outcome.passed == 0:

@@ -108,6 +108,7 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     }
 
     #[cfg(test)]
+    #[cfg(fuse_backing_modelled)]
     pub(crate) fn unchecked(fd: Fd) -> Self {
         Self { fd }
     }

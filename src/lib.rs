@@ -101,6 +101,7 @@ mod error;
 mod init;
 mod ioctl;
 #[cfg(test)]
+#[cfg(fuse_backing_modelled)]
 mod model;
 mod open;
 mod sync;

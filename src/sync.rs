@@ -3,13 +3,13 @@
 
 use std::sync::PoisonError;
 
-#[cfg(not(test))]
+#[cfg(not(all(test, fuse_backing_modelled)))]
 pub(crate) use std::sync::{
     Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
 };
 
-#[cfg(test)]
+#[cfg(all(test, fuse_backing_modelled))]
 pub(crate) use shuttle::sync::{
     Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},

@@ -33,11 +33,11 @@ use rustix::io::Errno;
 use static_assertions::{assert_eq_size, assert_impl_all};
 use thiserror::Error;
 
-#[cfg(not(test))]
+#[cfg(not(all(test, fuse_backing_modelled)))]
 use crate::device as kernel;
 use crate::device::FuseDevice;
 use crate::error::{BackingCloseCause, BackingOpenError};
-#[cfg(test)]
+#[cfg(all(test, fuse_backing_modelled))]
 use crate::model as kernel;
 use crate::open::{Access, OpenFlags, OpenReply, OpenReplyError};
 use crate::sync::{Arc, Ordering, Weak, lock, read, write};

@@ -314,6 +314,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Parked<D, K> {
 }
 
 #[cfg(test)]
+#[cfg(fuse_backing_modelled)]
 mod tests {
     #![allow(clippy::unwrap_used)]
 

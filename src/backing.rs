@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
 use crate::device::{self, FuseDevice};
-use crate::error::{BackingCloseError, BackingOpenError};
+use crate::error::{BackingCloseCause, BackingCloseError, BackingOpenError};
 use crate::ioctl;
 
 /// What the kernel knows a backing file by: 1 ..= `i32::MAX`, one table of ids for each connection.
@@ -224,7 +224,9 @@ impl<D: Deref<Target: AsFd>> BackingFile<D> {
     /// # Errors
     ///
     /// [`BackingCloseError`] gives the guard back: still registered, and closed when the error
-    /// is dropped, which tries once more.
+    /// is dropped, which tries once more. But for
+    /// [`UnknownId`](crate::BackingCloseCause::UnknownId), where nothing is left to be closed: what
+    /// gets this id next is another's.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
         match device::backing_close((*self.device).as_fd(), &self.id) {
@@ -232,7 +234,10 @@ impl<D: Deref<Target: AsFd>> BackingFile<D> {
                 self.registered = false;
                 Ok(())
             }
-            Err(cause) => Err(BackingCloseError::new(self, cause)),
+            Err(cause) => {
+                self.registered = cause != BackingCloseCause::UnknownId;
+                Err(BackingCloseError::new(self, cause))
+            }
         }
     }
 }

@@ -166,7 +166,7 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     /// # References
     ///
     /// - `fuse_dev_ioctl_backing_open` in `fs/fuse/dev.c`, `fuse_backing_open` in
-    ///   `fs/fuse/backing.c` (6.9 to 6.16: `fs/fuse/passthrough.c`)
+    ///   `fs/fuse/backing.c` (6.9 to 6.17: `fs/fuse/passthrough.c`)
     /// - `tests/kernel/backing_open.rs`, `tests/kernel/passthrough.rs`
     ///
     /// [`OpenReply`]: crate::OpenReply
@@ -222,7 +222,7 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     /// # References
     ///
     /// - `fuse_dev_ioctl_backing_close` in `fs/fuse/dev.c`, `fuse_backing_close` in
-    ///   `fs/fuse/backing.c` (6.9 to 6.16: `fs/fuse/passthrough.c`)
+    ///   `fs/fuse/backing.c` (6.9 to 6.17: `fs/fuse/passthrough.c`)
     /// - `tests/kernel/backing_close.rs`
     #[doc(alias = "FUSE_DEV_IOC_BACKING_CLOSE")]
     #[inline]

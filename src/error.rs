@@ -18,7 +18,9 @@ pub enum Scope {
     /// This file cannot be a backing file of this connection; others may. Serve it without
     /// passthrough.
     File,
-    /// Every attempt on this connection will fail like this one until its cause is removed.
+    /// Every attempt on this connection will fail like this one until its cause is removed. A
+    /// capability that is missing counts as well, although it is the thread's: the threads of a
+    /// server have the same ones most often.
     Connection,
     /// The same call may succeed when it is made again.
     Transient,
@@ -114,7 +116,8 @@ pub enum BackingOpenError {
     },
     /// `ELOOP`: the file's filesystem is stacked as deep as the connection's `max_stack_depth`, or
     /// deeper. With depth 1, files on overlayfs and on another passthrough mount; with depth 2, on
-    /// stacks of these; at any depth, files of `/proc`.
+    /// stacks of these; at any depth, files of `/proc`. On Android, whose kernels do not check that it
+    /// was negotiated, also each file of a connection where it was not.
     #[error("the file's filesystem is stacked too deep for the negotiated max_stack_depth")]
     StackedTooDeep,
     /// `EBADF`, 6.9 to 6.11: an `O_PATH` fd. Linux 6.12 takes them.

@@ -32,11 +32,16 @@ bitflags! {
 }
 
 impl InitFlags {
-    /// From the two fields of an INIT request: `flags`, and `flags2`, which a kernel that does not
-    /// say [`INIT_EXT`](Self::INIT_EXT) does not send.
+    /// From the two fields of an INIT request: `flags`, and `flags2`, which counts only if the kernel
+    /// says [`INIT_EXT`](Self::INIT_EXT). Else it has sent none.
     #[must_use]
     pub fn from_fields(flags: u32, flags2: u32) -> Self {
-        Self::from_bits_retain(u64::from(flags) | u64::from(flags2) << 32)
+        let low = Self::from_bits_retain(flags.into());
+        if low.contains(Self::INIT_EXT) {
+            low | Self::from_bits_retain(u64::from(flags2) << 32)
+        } else {
+            low
+        }
     }
 }
 
@@ -112,7 +117,8 @@ impl Negotiated {
 ///
 /// The kernel accepts an INIT reply that cannot work without a word, and refuses every registration
 /// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
-/// whether *this thread* is, is checked here, since capabilities belong to threads.
+/// whether *this thread* is, is checked here, since capabilities belong to threads. (Not on Android,
+/// whose kernels do not ask.)
 ///
 /// # Errors
 ///
@@ -172,7 +178,9 @@ pub fn negotiate(
     if wanted.contains(InitFlags::WRITEBACK_CACHE) {
         return Err(NegotiateError::WritebackCacheWanted);
     }
-    let _certain = diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
+    if !cfg!(target_os = "android") {
+        let _certain = diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
+    }
     Ok(Negotiated {
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
         max_stack_depth,

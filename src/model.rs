@@ -633,6 +633,27 @@ fn refusals_are_remembered() {
     });
 }
 
+/// Also where they come from an ioctl that began before the table was told to forget them.
+#[test]
+fn a_reset_is_not_undone() {
+    explore(|| {
+        let world = World::new();
+        let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+        world.kernel(|kernel| kernel.errors.push_back(error));
+        let opening = {
+            let world = world.clone();
+            thread::spawn(move || drop(world.open(0)))
+        };
+        while world.kernel(|kernel| !kernel.errors.is_empty()) {
+            thread::yield_now();
+        }
+        world.table.reset();
+        opening.join().unwrap();
+        let refused = world.table.stats().refused;
+        assert!(refused.is_none(), "{refused:?}");
+    });
+}
+
 /// Everything at once, at random.
 #[test]
 fn anything() {

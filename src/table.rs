@@ -86,8 +86,8 @@ use shared::{Found, Shared, Verdict};
 /// [`open`](Self::open) succeeds all the same, in server mode, and
 /// [`OpenFile::server_reason`] says why. What concerns the file puts this inode in server mode until
 /// its last release. What concerns the connection ([`Scope::Connection`](crate::Scope::Connection)) is remembered, and no
-/// further registration tried, until [`reset`](Self::reset). What is transient is tried again when
-/// the inode is opened next.
+/// further registration tried, until [`reset`](Self::reset). What is transient is tried again at the
+/// first open after the inode's last release: until then it has one mode.
 ///
 /// # Bounded
 ///
@@ -111,8 +111,7 @@ use shared::{Found, Shared, Verdict};
 ///
 /// # Examples
 ///
-/// With fuser; the table is filled in late, when the session exists, as the README shows for the
-/// device:
+/// With fuser, whose handler has to answer in any case; the README has a whole server:
 ///
 /// ```no_run
 /// use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile, OpenFlags};
@@ -127,10 +126,23 @@ use shared::{Found, Shared, Verdict};
 /// }
 ///
 /// impl Server {
-///     fn open(&self, ino: u64, flags: fuser::OpenFlags, fh: u64, reply: fuser::ReplyOpen) -> std::io::Result<()> {
-///         let file = File::open("/srv/data/file")?; // with `flags`, in earnest
-///         let open = self.table.open(&ino, flags.0, &file, Access::of(&file)?)?;
-///         let answer = open.reply(OpenFlags::empty())?;
+///     /// `Err` is the errno to answer.
+///     fn opened(&self, ino: u64, flags: i32) -> Result<(OpenFile<Device>, File), i32> {
+///         let file = File::open("/srv/data/file") // with `flags`, in earnest
+///             .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
+///         let access = Access::of(&file).map_err(|e| e.errno().raw_os_error())?;
+///         let open = self.table.open(&ino, flags, &file, access);
+///         Ok((open.map_err(|e| e.errno().raw_os_error())?, file))
+///     }
+///
+///     fn open(&self, ino: u64, flags: fuser::OpenFlags, fh: u64, reply: fuser::ReplyOpen) {
+///         let (open, file) = match self.opened(ino, flags.0) {
+///             Ok(opened) => opened,
+///             Err(errno) => return reply.error(fuser::Errno::from_i32(errno)),
+///         };
+///         let Ok(answer) = open.reply(OpenFlags::empty()) else {
+///             return reply.error(fuser::Errno::EIO);
+///         };
 ///         let (open_flags, id) = (answer.open_flags(), answer.backing_id());
 ///         let open_flags = fuser::FopenFlags::from_bits_retain(open_flags);
 ///         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,7 +156,6 @@ use shared::{Found, Shared, Verdict};
 ///             reply.opened_passthrough(fuser::FileHandle(fh), open_flags, &lent);
 ///             let _ = lent.into_raw(); // not fuser's to close
 ///         }
-///         Ok(())
 ///     }
 ///
 ///     fn release(&self, fh: u64) {
@@ -374,8 +385,11 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
     /// Forgets what was remembered of the connection, so that the next open tries to register again:
     /// after the server got the capability back, or the mount was completed.
     pub fn reset(&self) {
+        let mut refused = lock(&self.shared.refused);
+        // What an ioctl says that began before this is not remembered any more.
+        self.shared.resets.fetch_add(1, Ordering::Relaxed);
         self.shared.is_refused.store(false, Ordering::Release);
-        *lock(&self.shared.refused) = None;
+        *refused = None;
     }
 
     /// How many ids may be registered at a time. Below what there are now it takes effect as inodes

@@ -349,8 +349,11 @@ fn init_flags_from_fields() {
         bytes[12..16].copy_from_slice(&(flags | 1 << 30).to_ne_bytes());
         bytes[32..36].copy_from_slice(&flags2.to_ne_bytes());
         let (taken, _) = process_init_reply(&bytes);
-        let composed = InitFlags::from_fields(flags, flags2) | InitFlags::INIT_EXT;
+        let composed = InitFlags::from_fields(flags | 1 << 30, flags2);
         assert_eq!(composed.bits(), taken);
+        // A kernel that does not say so has sent no second word.
+        let low = flags & !(1 << 30);
+        assert_eq!(InitFlags::from_fields(low, flags2).bits(), low.into());
         Ok(())
     });
 }

@@ -229,7 +229,7 @@ fn register(device: &FuseDevice<impl AsFd>, file: OwnedFd) -> Result<Option<Fail
     if regular {
         Ok(None)
     } else {
-        // Linux 6.9 to 6.17 take anything.
+        // Before 6.18, and the stable releases of its time, Linux takes anything.
         Err(Failure::new(
             "it is no regular file",
             "serve such files without passthrough",

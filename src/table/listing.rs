@@ -40,7 +40,8 @@ pub struct Entry<K> {
     pub backing_inode: Option<u64>,
     /// What has been granted so far.
     pub access: Option<Access>,
-    /// Opens that have not been released. 0: idle, or not closed because closing failed.
+    /// Opens that have not been released. 0: idle, or not closed because closing failed. Another thread
+    /// that looks at the inode in this moment counts as well.
     pub opens: u64,
     /// Whether its number names another inode by now, or none.
     pub forgotten: bool,

@@ -36,6 +36,8 @@ pub(super) struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
     /// Whether `refused` is worth a look.
     pub(super) is_refused: AtomicBool,
     pub(super) refused: Mutex<Option<BackingOpenError>>,
+    /// How often it was forgotten.
+    pub(super) resets: AtomicUsize,
     pub(super) over_limit: AtomicUsize,
     pub(super) close_failures: AtomicUsize,
     start: Instant,
@@ -99,6 +101,7 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
             idle_limit: AtomicUsize::new(0),
             is_refused: AtomicBool::new(false),
             refused: Mutex::new(None),
+            resets: AtomicUsize::new(0),
             over_limit: AtomicUsize::new(0),
             close_failures: AtomicUsize::new(0),
             start: Instant::now(),
@@ -201,13 +204,17 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
             self.over_limit.fetch_add(1, Ordering::Relaxed);
             return Mode::Server(ServerReason::LimitReached);
         }
+        let resets = self.resets.load(Ordering::Acquire);
         match kernel::backing_open((*self.device).as_fd(), fd) {
             Ok(id) => Mode::Passthrough { id, file },
             Err(error) => {
                 self.ids.fetch_sub(1, Ordering::Relaxed);
                 if error.scope() == Scope::Connection {
-                    *lock(&self.refused) = Some(error);
-                    self.is_refused.store(true, Ordering::Release);
+                    let mut refused = lock(&self.refused);
+                    if self.resets.load(Ordering::Relaxed) == resets {
+                        *refused = Some(error);
+                        self.is_refused.store(true, Ordering::Release);
+                    }
                 }
                 Mode::Server(ServerReason::Refused(error))
             }

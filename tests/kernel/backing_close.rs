@@ -364,9 +364,23 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
 
     // Somebody closed the guard's id behind its back.
     let guard = BackingFile::open(&device, tempfile::tempfile()?)?;
-    device.backing_close(id(guard.id().as_raw()))?;
+    let raw = guard.id().as_raw();
+    device.backing_close(id(raw))?;
     let failed = guard.close().unwrap_err();
     assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+
+    // What gets the number of such a guard next is another's, and not closed with it.
+    let failed = BackingFile::from_id(&device, id(raw + 1))
+        .close()
+        .unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
+    let tmpfs = sandbox.tmpfs()?;
+    let next = device.backing_open(tmpfs.file("file", "")?)?;
+    assert_eq!(next.as_raw(), raw + 1);
+    drop(failed);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
+    device.backing_close(next)?;
+    tmpfs.unmount_when_idle()?;
     Ok(())
 }
 

@@ -77,7 +77,7 @@ KERNELS = (
         fragments=("um.config", "um-debug.config"),
         patience=900,
     ),
-    # Big-endian, and with the other numbers for the ioctls. Slow to build, slow to run.
+    # Big-endian, and with the other numbers for the ioctls. Slow to build.
     Kernel(
         "6.12-mips64",
         release="6.12.",

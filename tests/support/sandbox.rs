@@ -96,12 +96,21 @@ pub fn patience_times() -> u32 {
 
 fn watchdog() {
     let times = patience_times();
+    let mut told = false;
     loop {
         thread::sleep(Duration::from_millis(200));
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         for test in tests.iter_mut().flat_map(HashMap::values_mut) {
             let age = test.since.elapsed();
             if age > test.patience * times {
+                if !told {
+                    told = true;
+                    eprintln!(
+                        "watchdog: {} has run for {age:.0?}\n{}",
+                        test.name,
+                        threads()
+                    );
+                }
                 for abort in test.connections.drain(..) {
                     eprintln!("watchdog: {} hangs, aborting its connection", test.name);
                     HUNG.store(true, Ordering::Relaxed);
@@ -109,11 +118,60 @@ fn watchdog() {
                 }
             }
             if age > test.patience * times + GRACE {
-                eprintln!("watchdog: {} still hangs, giving up", test.name);
+                eprintln!(
+                    "watchdog: {} still hangs, giving up\n{}",
+                    test.name,
+                    threads()
+                );
                 process::exit(124);
             }
         }
     }
+}
+
+/// What each thread of this process and of its children is at, as far as the kernel tells.
+fn threads() -> String {
+    let me = process::id().to_string();
+    let parent = |pid: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+        Some(line.trim().to_owned())
+    };
+    let names = |folder: &str| -> Vec<String> {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.parse::<u32>().is_ok()).collect()
+    };
+    let mut told = String::new();
+    for pid in names("/proc") {
+        if pid != me && parent(&pid).as_ref() != Some(&me) {
+            continue;
+        }
+        for thread in names(&format!("/proc/{pid}/task")) {
+            let of = |file: &str| {
+                fs::read_to_string(format!("/proc/{pid}/task/{thread}/{file}")).unwrap_or_default()
+            };
+            // After the command's name: the state, and eleven fields later the ticks spent.
+            let stat = of("stat");
+            let fields: Vec<_> = stat
+                .rsplit(')')
+                .next()
+                .unwrap_or("")
+                .split_whitespace()
+                .collect();
+            let field = |n: usize| fields.get(n).copied().unwrap_or("?");
+            told += &format!(
+                "watchdog: {pid}/{thread} {}: {}, {} and {} ticks, system call {}\n{}",
+                of("comm").trim(),
+                field(0),
+                field(11),
+                field(12),
+                of("syscall").trim(),
+                of("stack"),
+            );
+        }
+    }
+    told
 }
 
 /// One test's place: a folder of its own, and the watchdog's eye.

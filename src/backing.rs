@@ -223,12 +223,14 @@ impl<D: Deref<Target: AsFd>> BackingFile<D> {
     ///
     /// # Errors
     ///
-    /// [`BackingCloseError`] gives the guard back: still registered, and closed when the error
-    /// is dropped, which tries once more. But for
-    /// [`UnknownId`](crate::BackingCloseCause::UnknownId), where nothing is left to be closed: what
-    /// gets this id next is another's.
+    /// [`BackingCloseError`] gives the guard back. It is still registered, and dropping it tries once
+    /// more. After [`UnknownId`](crate::BackingCloseCause::UnknownId) nothing is left to close: neither
+    /// dropping it nor closing it again makes a call, because the number may be another file's by then.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
+        if !self.registered {
+            return Err(BackingCloseError::new(self, BackingCloseCause::UnknownId));
+        }
         match device::backing_close((*self.device).as_fd(), &self.id) {
             Ok(()) => {
                 self.registered = false;

@@ -23,8 +23,9 @@ pub(crate) fn open(
         Errno::NOSYS => BackingOpenError::Unimplemented,
         Errno::OPNOTSUPP => match passthrough_is_compiled_in(device) {
             Some(true) => match file_type(backing) {
-                FileType::RegularFile => BackingOpenError::FileNotSupported,
-                file_type => BackingOpenError::NotRegularFile { file_type, errno },
+                Some(FileType::RegularFile) => BackingOpenError::FileNotSupported,
+                Some(file_type) => BackingOpenError::NotRegularFile { file_type, errno },
+                None => BackingOpenError::Other(errno),
             },
             Some(false) => BackingOpenError::DisabledInKernel,
             None => BackingOpenError::Other(errno),
@@ -34,12 +35,12 @@ pub(crate) fn open(
         }
         Errno::PERM => BackingOpenError::NotPermitted(not_permitted(device)),
         Errno::ISDIR => BackingOpenError::NotRegularFile {
-            file_type: file_type(backing),
+            file_type: file_type(backing).unwrap_or(FileType::Directory),
             errno,
         },
         Errno::INVAL => match file_type(backing) {
-            FileType::RegularFile => BackingOpenError::Other(errno),
-            file_type => BackingOpenError::NotRegularFile { file_type, errno },
+            Some(FileType::RegularFile) | None => BackingOpenError::Other(errno),
+            Some(file_type) => BackingOpenError::NotRegularFile { file_type, errno },
         },
         Errno::LOOP => BackingOpenError::StackedTooDeep,
         // Of the device, if that was closed behind its owner's back.
@@ -98,16 +99,21 @@ fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
 }
 
 /// The kernel asks for the option in each of the two ioctls, and then refuses id 0, which no file
-/// has, before it looks anything up.
+/// has, before it looks anything up. Between the two it asks for the capability, which whoever got
+/// `EOPNOTSUPP` for a file has.
 fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
     match ioctl::backing_close(device, 0) {
         Err(Errno::OPNOTSUPP) => Some(false),
-        Err(Errno::INVAL | Errno::PERM) => Some(true),
+        Err(Errno::INVAL) => Some(true),
         _ => None,
     }
 }
 
 fn not_permitted(device: BorrowedFd<'_>) -> NotPermitted {
+    // Its kernels ask for no capability: whatever says so is a policy, or another kernel.
+    if cfg!(target_os = "android") {
+        return NotPermitted::Undetermined;
+    }
     match registering_permitted() {
         Err(why) => why,
         Ok(Certain(true)) if is_attached(device) == Some(true) => {
@@ -160,8 +166,8 @@ fn in_initial_user_namespace() -> Option<bool> {
     Some(u64::from(stat.st_ino) == INITIAL)
 }
 
-fn file_type(fd: BorrowedFd<'_>) -> FileType {
-    fstat(fd).map_or(FileType::Unknown, |stat| {
-        FileType::from_raw_mode(stat.st_mode)
-    })
+/// `None` if it cannot be looked at. Some files have no type, such as an eventfd.
+fn file_type(fd: BorrowedFd<'_>) -> Option<FileType> {
+    let stat = fstat(fd).ok()?;
+    Some(FileType::from_raw_mode(stat.st_mode))
 }

@@ -18,9 +18,11 @@ pub enum Scope {
     /// This file cannot be a backing file of this connection; others may. Serve it without
     /// passthrough.
     File,
-    /// Every attempt on this connection will fail like this one until its cause is removed. A
-    /// capability that is missing counts as well, although it is the thread's: the threads of a
-    /// server have the same ones most often.
+    /// Every attempt on this connection will fail like this one until its cause is removed.
+    ///
+    /// A missing capability counts as well, although it belongs to the thread: the threads of a server
+    /// have the same ones most often. So after one such failure [`BackingTable`](crate::BackingTable)
+    /// registers nothing, on any thread, until [`reset`](crate::BackingTable::reset).
     Connection,
     /// The same call may succeed when it is made again.
     Transient,
@@ -104,8 +106,8 @@ pub enum BackingOpenError {
     /// `EPERM`, and why.
     #[error("registering a backing file is not permitted: {0}")]
     NotPermitted(NotPermitted),
-    /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.18 and stable
-    /// releases of that time refuse others.
+    /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8 and 6.17 on
+    /// refuse all others; before 6.12 some are refused, with `EOPNOTSUPP`.
     #[error("a backing file must be a regular file, this is {}", kind_of_file(*.file_type))]
     #[non_exhaustive]
     NotRegularFile {

@@ -17,8 +17,8 @@
 //!    what is not `/dev/fuse`.
 //! 3. **OPEN and CREATE.** The server opens its backing file and hands it to a [`BackingTable`], which
 //!    registers it or shares what is registered for this inode. The [`OpenFile`] that comes back has
-//!    the reply, and is kept until RELEASE. CREATE opens as well: a file that is created without the
-//!    table and opened through it a moment later gives `EIO`.
+//!    the reply, and is kept until RELEASE. CREATE opens too: if it is answered without the table,
+//!    opening the file through the table while that handle is open gives the client `EIO`.
 //!
 //! ```no_run
 //! use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags};
@@ -60,8 +60,8 @@
 //! - **It needs the id after the reply was written.** An id that is closed right after the reply
 //!   races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
-//!   mount and every fd of its connection are gone, duplicates in other processes among them; and
-//!   besides for as long as a client has opened or mapped it through the id.
+//!   mount and every fd of its connection are gone, duplicates in other processes among them. A file or
+//!   mapping that a client has open through the id keeps it busy too, even after the id is closed.
 //! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them.
 //! - **It asks for `CAP_SYS_ADMIN` again at closing.** A server that drops it closes nothing.
 //!
@@ -74,11 +74,12 @@
 //! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
 //! `None`: for a reply to a client take `errno()`.
 //!
-//! To tell causes apart, which a seccomp filter has to let through, the error path alone makes further system
-//! calls: a write(2) of one byte to the device, which the kernel refuses; capget(2); statfs(2) and
-//! stat(2) of `/proc/thread-self/ns/user`; fstat(2) and fcntl(2) of the two fds; and, after
-//! `EOPNOTSUPP`, `BACKING_CLOSE` of the id 0, which no file has. What is denied makes a cause unknown,
-//! nothing else. [`negotiate`] looks at the thread in the same way.
+//! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
+//! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;
+//! capget(2); statfs(2) and stat(2) of `/proc/thread-self/ns/user`; fstat(2) of the backing fd; fcntl(2)
+//! of both fds; and, after `EOPNOTSUPP`, `BACKING_CLOSE` of id 0, which never exists. If the filter
+//! answers one of them with an errno, the cause is reported as unknown; but a write(2) answered with
+//! `EPERM` looks like a device that is not mounted. [`negotiate`] looks at the thread in the same way.
 //!
 //! # ABI
 //!
@@ -92,9 +93,11 @@
 //! Built for Android too. Its kernels before 6.9 have a passthrough of their own, with other
 //! ioctls; there every registration fails with [`BackingOpenError::UnsupportedKernel`].
 //!
-//! Its later ones leave the access to policy: they have taken out the check for `CAP_SYS_ADMIN`, and with it
-//! that for a negotiated connection, without which a registration fails with
-//! [`StackedTooDeep`](BackingOpenError::StackedTooDeep). From their source; nothing was run there.
+//! Its kernels from 6.12 on do not ask for `CAP_SYS_ADMIN`, neither to register nor to close: `SELinux`
+//! decides who may. Nor do they check at registration that passthrough was negotiated; where it was
+//! not, every registration fails with [`StackedTooDeep`](BackingOpenError::StackedTooDeep). They also
+//! accept `WRITEBACK_CACHE` beside passthrough, which [`negotiate`] refuses all the same. Read in their
+//! source; nothing was run there.
 //!
 //! [fuser]: https://docs.rs/fuser
 

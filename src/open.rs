@@ -265,8 +265,9 @@ impl<'id> OpenReply<'id> {
     ///
     /// - `granted`: what the server grants through this registration, most often
     ///   [`Access::of`] the fd that was registered.
-    /// - `client_flags`: the flags of the OPEN or CREATE request. `O_TRUNC` counts as writing, which the
-    ///   kernel does not do for you here: leave it out if the server's own open has truncated the file.
+    /// - `client_flags`: the flags of the OPEN or CREATE request. `O_TRUNC` counts as asking to write. If
+    ///   the server's own open has truncated the file already, clear it from these flags: the kernel's
+    ///   own open of the backing file never truncates.
     /// - `flags`: what to set beside `FOPEN_PASSTHROUGH`.
     ///
     /// # Errors

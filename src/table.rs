@@ -86,8 +86,9 @@ use shared::{Found, Shared, Verdict};
 /// [`open`](Self::open) succeeds all the same, in server mode, and
 /// [`OpenFile::server_reason`] says why. What concerns the file puts this inode in server mode until
 /// its last release. What concerns the connection ([`Scope::Connection`](crate::Scope::Connection)) is remembered, and no
-/// further registration tried, until [`reset`](Self::reset). What is transient is tried again at the
-/// first open after the inode's last release: until then it has one mode.
+/// further registration tried, until [`reset`](Self::reset): a single thread without the capability
+/// turns passthrough off for all. After a transient failure the inode stays in server mode until its last
+/// release, and the next open tries again.
 ///
 /// # Bounded
 ///
@@ -382,12 +383,13 @@ impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> BackingTable<D, K> {
         Ok(())
     }
 
-    /// Forgets what was remembered of the connection, so that the next open tries to register again:
-    /// after the server got the capability back, or the mount was completed.
+    /// Forgets what was remembered of the connection, so that registering is tried again: after the
+    /// server got the capability back, or the mount was completed. An inode that is open in server mode
+    /// stays in it until its last release.
     pub fn reset(&self) {
         let mut refused = lock(&self.shared.refused);
         // What an ioctl says that began before this is not remembered any more.
-        self.shared.resets.fetch_add(1, Ordering::Relaxed);
+        self.shared.resets.fetch_add(1, Ordering::Release);
         self.shared.is_refused.store(false, Ordering::Release);
         *refused = None;
     }

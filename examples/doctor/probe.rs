@@ -229,7 +229,7 @@ fn register(device: &FuseDevice<impl AsFd>, file: OwnedFd) -> Result<Option<Fail
     if regular {
         Ok(None)
     } else {
-        // Before 6.18, and the stable releases of its time, Linux takes anything.
+        // Linux 6.12 to 6.16 took anything, before 6.12.48 and 6.16.8.
         Err(Failure::new(
             "it is no regular file",
             "serve such files without passthrough",

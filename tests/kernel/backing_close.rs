@@ -377,6 +377,8 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let next = device.backing_open(tmpfs.file("file", "")?)?;
     assert_eq!(next.as_raw(), raw + 1);
+    let failed = failed.into_inner().close().unwrap_err();
+    assert_eq!(failed.cause(), BackingCloseCause::UnknownId);
     drop(failed);
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     device.backing_close(next)?;

@@ -9,7 +9,7 @@
 //! | word | |
 //! |---|---|
 //! | `sync-init` | `FUSE_DEV_IOC_SYNC_INIT`: Linux 6.18 |
-//! | `regular-files-only` | other backing files are refused: Linux 6.18 and stable releases |
+//! | `regular-files-only` | other backing files are refused: Linux 6.12.48, 6.16.8, 6.17 and later |
 //! | `unattached-eperm` | a device that is not mounted gets `EPERM`, else `EINVAL`, from the ioctls of passthrough |
 //! | `clone-eperm` | and from CLONE |
 //! | `fail-nth` | `/proc/self/fail-nth`: a kernel that was built to have its allocations fail |

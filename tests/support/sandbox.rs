@@ -33,6 +33,8 @@ struct Watched {
     name: String,
     since: Instant,
     patience: Duration,
+    /// Whether it was told what its threads are at.
+    told: bool,
     /// fusectl's `abort` of each.
     connections: Vec<Arc<File>>,
 }
@@ -96,15 +98,14 @@ pub fn patience_times() -> u32 {
 
 fn watchdog() {
     let times = patience_times();
-    let mut told = false;
     loop {
         thread::sleep(Duration::from_millis(200));
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         for test in tests.iter_mut().flat_map(HashMap::values_mut) {
             let age = test.since.elapsed();
             if age > test.patience * times {
-                if !told {
-                    told = true;
+                if !test.told {
+                    test.told = true;
                     eprintln!(
                         "watchdog: {} has run for {age:.0?}\n{}",
                         test.name,
@@ -200,6 +201,7 @@ impl Sandbox {
             name: test.to_owned(),
             since: Instant::now(),
             patience,
+            told: false,
             connections: Vec::new(),
         };
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -223,24 +223,19 @@ impl From<AccessError> for io::Error {
 ///
 /// # Examples
 ///
-/// With fuser 0.18, whose reply wants its own type of id (which must not close ours when it is
-/// dropped, hence `into_raw`):
+/// A server that writes the bytes itself; with fuser `open_flags` and `backing_id` go out as
+/// [`BackingTable`](crate::BackingTable)'s example shows:
 ///
 /// ```no_run
 /// # use fuse_backing::{Access, BackingFile, FuseDevice, OpenFlags, OpenReply};
-/// # fn f(reply: fuser::ReplyOpen, flags: fuser::OpenFlags, fh: u64,
+/// # fn send(_: &[u8]) {}
+/// # fn f(client_flags: i32, fh: u64,
 /// #      file: std::fs::File, backing: BackingFile<&FuseDevice<std::fs::File>>)
 /// # -> Result<(), Box<dyn std::error::Error>> {
-/// let checked = OpenReply::passthrough(&backing, Access::of(&file)?, flags.0, OpenFlags::empty())?;
-/// // SAFETY: the id is registered with this session and stays so until RELEASE drops `backing`.
-/// let lent = unsafe { reply.wrap_backing(checked.backing_id() as u32) };
-/// let open_flags = fuser::FopenFlags::from_bits_retain(checked.open_flags());
-/// reply.opened_passthrough(fuser::FileHandle(fh), open_flags, &lent);
-/// let _ = lent.into_raw();
+/// let reply = OpenReply::passthrough(&backing, Access::of(&file)?, client_flags, OpenFlags::NOFLUSH)?;
+/// send(&reply.to_fuse_open_out(fh).to_bytes());
 /// # Ok(()) }
 /// ```
-///
-/// A server that writes the bytes itself sends [`to_fuse_open_out`](Self::to_fuse_open_out).
 ///
 /// The reply borrows the registration, so that it cannot be closed before the reply is made:
 ///

@@ -667,7 +667,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         .custom_flags(OFlags::PATH.bits() as i32)
         .open(tempfile::NamedTempFile::new()?.path())?;
 
-    let forged = |file: &File, ioctls: &[(u32, Errno)]| {
+    let forged = |file: &(dyn AsFd + Sync), ioctls: &[(u32, Errno)]| {
         let ioctls: Vec<_> = ioctls
             .iter()
             .map(|&(ioctl, errno)| (ioctl, Forged::Error(errno)))
@@ -713,10 +713,32 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         Scope::Connection,
     );
     // An answer to closing that says neither.
+    let unknown = format!("Other({unsupported:?})");
+    for errno in [Errno::FAULT, Errno::PERM] {
+        assert_error(
+            forged(&file, &[(OPEN, unsupported), (CLOSE, errno)]),
+            &unknown,
+            unsupported,
+            Scope::File,
+        );
+    }
+    // A file that cannot be looked at is not said to be of no type.
+    for errno in [unsupported, Errno::INVAL] {
+        let debug = format!("Other({errno:?})");
+        assert_error(
+            forged(&Closed, &[(OPEN, errno)]),
+            &debug,
+            errno,
+            Scope::File,
+        );
+    }
     assert_error(
-        forged(&file, &[(OPEN, unsupported), (CLOSE, Errno::FAULT)]),
-        &format!("Other({unsupported:?})"),
-        unsupported,
+        forged(&Closed, &[(OPEN, Errno::ISDIR)]),
+        &format!(
+            "NotRegularFile {{ file_type: Directory, errno: {:?} }}",
+            Errno::ISDIR
+        ),
+        Errno::ISDIR,
         Scope::File,
     );
     assert_error(

@@ -130,45 +130,32 @@ fn watchdog() {
     }
 }
 
-/// What each thread of this process and of its children is at, as far as the kernel tells.
+/// What each thread of this process and of its children is at: its state, its ticks and its parent among
+/// the fields of `stat`, its system call, and its kernel stack.
 fn threads() -> String {
     let me = process::id().to_string();
-    let parent = |pid: &str| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
-        Some(line.trim().to_owned())
-    };
-    let names = |folder: &str| -> Vec<String> {
+    let numbers = |folder: &str| -> Vec<String> {
         let entries = fs::read_dir(folder).into_iter().flatten().flatten();
         let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
         names.filter(|name| name.parse::<u32>().is_ok()).collect()
     };
+    let read = |path: String| fs::read_to_string(path).unwrap_or_default();
     let mut told = String::new();
-    for pid in names("/proc") {
-        if pid != me && parent(&pid).as_ref() != Some(&me) {
+    for pid in numbers("/proc") {
+        let stat = read(format!("/proc/{pid}/stat"));
+        // After the command's name, which may have anything in it: the state, and the parent.
+        let after_name = stat.rsplit(')').next().unwrap_or_default();
+        if pid != me && after_name.split_whitespace().nth(1) != Some(&me) {
             continue;
         }
-        for thread in names(&format!("/proc/{pid}/task")) {
-            let of = |file: &str| {
-                fs::read_to_string(format!("/proc/{pid}/task/{thread}/{file}")).unwrap_or_default()
-            };
-            // After the command's name: the state, and eleven fields later the ticks spent.
-            let stat = of("stat");
-            let fields: Vec<_> = stat
-                .rsplit(')')
-                .next()
-                .unwrap_or("")
-                .split_whitespace()
-                .collect();
-            let field = |n: usize| fields.get(n).copied().unwrap_or("?");
+        let tasks = format!("/proc/{pid}/task");
+        for thread in numbers(&tasks) {
+            let of = |file| read(format!("{tasks}/{thread}/{file}"));
+            let (stat, call, stack) = (of("stat"), of("syscall"), of("stack"));
             told += &format!(
-                "watchdog: {pid}/{thread} {}: {}, {} and {} ticks, system call {}\n{}",
-                of("comm").trim(),
-                field(0),
-                field(11),
-                field(12),
-                of("syscall").trim(),
-                of("stack"),
+                "watchdog: {}\n  system call {}\n{stack}",
+                stat.trim(),
+                call.trim()
             );
         }
     }

@@ -29,7 +29,7 @@ use std::hint::black_box;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use fuse_backing::{Access, BackingFile, BackingTable, FuseDevice, OpenFile};
+use fuse_backing::{Access, BackingFile, BackingTable, FuseDevice, OpenFile, ServerFile};
 use gungraun::{library_benchmark, library_benchmark_group, main};
 
 use fuse::{Connection, Init};
@@ -67,6 +67,10 @@ struct Opened {
     mounted: Mounted,
 }
 
+fn for_reading(file: &File) -> ServerFile<'_> {
+    ServerFile::with_access(file, Access::ReadOnly)
+}
+
 /// One inode, open in both.
 fn opened() -> Opened {
     let mounted = mounted();
@@ -77,7 +81,7 @@ fn opened() -> Opened {
     let kept = (
         usual.open(1, &mounted.file).expect("registered"),
         table
-            .open(&1, RDONLY, &mounted.file, Access::ReadOnly)
+            .open(&1, RDONLY, for_reading(&mounted.file))
             .expect("opened"),
     );
     Opened {
@@ -113,7 +117,7 @@ fn pair_crate(mounted: Mounted) -> Mounted {
 fn pair_guard(mounted: Mounted) -> Mounted {
     for _ in 0..ROUNDS {
         let device = black_box(mounted.device);
-        let backing = BackingFile::open(device, black_box(&mounted.file));
+        let backing = BackingFile::open(device, black_box(&mounted.file), Access::ReadOnly);
         drop(backing.expect("registered"));
     }
     mounted
@@ -143,7 +147,7 @@ fn hot_open(opened: Opened) -> Opened {
         let file = black_box(&opened.mounted.file);
         let open = opened
             .table
-            .open(black_box(&1), black_box(RDONLY), file, Access::ReadOnly);
+            .open(black_box(&1), black_box(RDONLY), for_reading(file));
         drop(black_box(open).expect("registered"));
     }
     opened
@@ -155,7 +159,7 @@ fn cold_open(opened: Opened) -> Opened {
         let file = black_box(&opened.mounted.file);
         let open = opened
             .table
-            .open(black_box(&2), black_box(RDONLY), file, Access::ReadOnly);
+            .open(black_box(&2), black_box(RDONLY), for_reading(file));
         drop(black_box(open).expect("registered"));
     }
     opened

@@ -38,7 +38,7 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use fuse_backing::{BackingFile, FuseDevice};
+use fuse_backing::{Access, BackingFile, FuseDevice};
 use libtest_mimic::Failed;
 
 use peers::{FuserSession, libc_ioctl, nix_macros};
@@ -155,7 +155,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
     let fuser_open = || session.open(backing);
     let our_open = || device.backing_open(backing).expect("registered");
     let our_close = |id| device.backing_close(id).expect("closed");
-    let guard_open = || BackingFile::open(device, backing).expect("registered");
+    let guard_open = || BackingFile::open(device, backing, Access::ReadWrite).expect("registered");
 
     let in_a_row = Contest::new(["BACKING_OPEN", "BACKING_CLOSE"])
         .way(BARE, apart(bare_open, bare_close))

@@ -30,7 +30,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile};
+use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile, ServerFile};
 use libtest_mimic::Failed;
 
 use fuse::{Connection, Init};
@@ -101,9 +101,7 @@ impl<'d> Open<'d> {
     fn grow(&mut self, inodes: u64) -> Result<(), Failed> {
         for inode in self.kept.len() as u64..inodes {
             let usual = self.usual.open(inode, &self.file)?;
-            let ours = self
-                .table
-                .open(&inode, RDONLY, &self.file, Access::ReadOnly)?;
+            let ours = self.table.open(&inode, RDONLY, for_reading(&self.file))?;
             assert!(ours.is_passthrough());
             self.kept.push((usual, ours));
         }
@@ -119,11 +117,13 @@ impl<'d> Open<'d> {
     }
 
     fn open(&self, inode: u64) {
-        let open = self
-            .table
-            .open(&inode, RDONLY, &self.file, Access::ReadOnly);
+        let open = self.table.open(&inode, RDONLY, for_reading(&self.file));
         let _ = black_box(open.expect("registered"));
     }
+}
+
+fn for_reading(file: &File) -> ServerFile<'_> {
+    ServerFile::with_access(file, Access::ReadOnly)
 }
 
 /// Inodes in an order without a pattern.
@@ -189,7 +189,7 @@ fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
             .way("open", || each(&fresh, |inode| open.open(inode)))
             .way("open, where idle ids are kept", || {
                 each(&fresh, |inode| {
-                    let opened = idle.open(&inode, RDONLY, &open.file, Access::ReadOnly);
+                    let opened = idle.open(&inode, RDONLY, for_reading(&open.file));
                     let _ = black_box(opened.expect("registered"));
                 })
             })

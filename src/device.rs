@@ -1,19 +1,19 @@
 //! [`FuseDevice`]: a file descriptor known to be `/dev/fuse`.
 
-use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, major, minor, open};
-use rustix::io::Errno;
-use static_assertions::{assert_eq_size, assert_impl_all};
-use thiserror::Error;
+use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
-use crate::diagnose;
 use crate::error::{
-    BackingCloseCause, BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError,
-    SyncInitError,
+    BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError, NotFuseDevice,
+    NotFuseDeviceReason, SyncInitError,
 };
-use crate::{BackingId, ioctl};
+use crate::id::BackingId;
+use crate::{diagnose, ioctl};
 
 /// `MISC_MAJOR` and `FUSE_MINOR` of the kernel's `linux/major.h` and `linux/miscdevice.h`.
 const DEVICE_NUMBER: (u32, u32) = (10, 229);
@@ -23,12 +23,11 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// A FUSE *connection* is what a mount and its server share. A device fd is attached to one when it
 /// is handed to mount(2), and stays so for good; [`clone_connection`](Self::clone_connection) attaches further ones.
 ///
-/// `Fd` is whatever holds the fd: an [`OwnedFd`], a [`File`](std::fs::File), a [`BorrowedFd`], or a
-/// reference or [`Arc`](std::sync::Arc) of one of these, so that a server lends what it already
-/// has. The fd is only ever borrowed; dropping the handle drops the `Fd`.
+/// `Fd` is whatever holds the fd, see [`DeviceFd`]; it lends what the server already has. Dropping
+/// the handle drops the `Fd`.
 ///
-/// The check is made once, by [`new`](Self::new). It guards against mistakes, not against an `Fd`
-/// whose [`AsFd`] names a different fd each time, or one closed behind its owner's back.
+/// The check is made once, by [`new`](Self::new), and stays true: a `DeviceFd` cannot come to name
+/// another file.
 ///
 /// # Examples
 ///
@@ -43,10 +42,57 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// device.backing_close(id)?;
 /// # Ok(()) }
 /// ```
-#[derive(Debug)]
-pub struct FuseDevice<Fd: AsFd> {
+#[derive(Clone, Debug)]
+pub struct FuseDevice<Fd: DeviceFd> {
+    // `check` has passed for it.
     fd: Fd,
 }
+
+/// What a [`FuseDevice`] can hold: an [`OwnedFd`], a [`File`], a [`BorrowedFd`], or a reference,
+/// [`Arc`], [`Rc`] or [`Box`] of one of these.
+///
+/// The trait is sealed. An arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant
+/// for `/dev/fuse` would reach another driver.
+///
+/// # Examples
+///
+/// Lend the fd of a holder that is none of these:
+///
+/// ```no_run
+/// # fn f(session: impl std::os::fd::AsFd) -> std::io::Result<()> {
+/// let device = fuse_backing::FuseDevice::new(session.as_fd()).map_err(|refused| refused.reason())?;
+/// # Ok(()) }
+/// ```
+///
+/// ```compile_fail,E0277
+/// let device = fuse_backing::FuseDevice::new(std::io::stdin());
+/// ```
+pub trait DeviceFd: AsFd + sealed::Sealed {}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// Only for types whose `as_fd` names the same open file for as long as the value lives, by the
+/// rules of I/O safety.
+macro_rules! device_fd {
+    ($([$($generics:tt)*] $holder:ty,)*) => { $(
+        impl<$($generics)*> sealed::Sealed for $holder {}
+        impl<$($generics)*> DeviceFd for $holder {}
+    )* };
+}
+
+device_fd! {
+    [] OwnedFd,
+    [] File,
+    [] BorrowedFd<'_>,
+    [Fd: DeviceFd] &Fd,
+    [Fd: DeviceFd] Arc<Fd>,
+    [Fd: DeviceFd] Rc<Fd>,
+    [Fd: DeviceFd] Box<Fd>,
+}
+
+assert_not_impl_any!(std::io::Stdin: DeviceFd);
 
 assert_impl_all!(FuseDevice<OwnedFd>: Send, Sync);
 // Nothing beside the fd: no lock, no cache, no state that could disagree with the kernel's.
@@ -72,11 +118,11 @@ impl FuseDevice<OwnedFd> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let fd =
             open("/dev/fuse", flags, Mode::empty()).map_err(DeviceOpenError::from_open_errno)?;
-        Self::new(fd).map_err(|refused| DeviceOpenError::NotFuse(refused.reason))
+        Self::new(fd).map_err(|refused| DeviceOpenError::NotFuse(refused.reason()))
     }
 }
 
-impl<Fd: AsFd> FuseDevice<Fd> {
+impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `fstat(fd)`, `fcntl(fd, F_GETFL)` — Takes an fd that must be the character device 10:229.
     ///
     /// Whether it is attached to a connection, and whether passthrough was negotiated there, shows
@@ -103,14 +149,8 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     pub fn new(fd: Fd) -> Result<Self, NotFuseDevice<Fd>> {
         match check(fd.as_fd()) {
             Ok(()) => Ok(Self { fd }),
-            Err(reason) => Err(NotFuseDevice { fd, reason }),
+            Err(reason) => Err(NotFuseDevice::new(fd, reason)),
         }
-    }
-
-    #[cfg(test)]
-    #[cfg(fuse_backing_modelled)]
-    pub(crate) fn unchecked(fd: Fd) -> Self {
-        Self { fd }
     }
 
     /// Gives the `Fd` back.
@@ -175,7 +215,11 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     #[doc(alias = "FUSE_DEV_IOC_BACKING_OPEN")]
     #[inline]
     pub fn backing_open(&self, fd: impl AsFd) -> Result<BackingId, BackingOpenError> {
-        backing_open(self.fd.as_fd(), fd.as_fd())
+        let (device, backing) = (self.fd.as_fd(), fd.as_fd());
+        match ioctl::backing_open(device, backing) {
+            Ok(raw) => BackingId::from_raw(raw).ok_or(BackingOpenError::InvalidId(raw)),
+            Err(errno) => Err(diagnose::open(device, backing, errno)),
+        }
     }
 
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Gives a backing id back.
@@ -227,7 +271,9 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     #[doc(alias = "FUSE_DEV_IOC_BACKING_CLOSE")]
     #[inline]
     pub fn backing_close(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
-        backing_close(self.fd.as_fd(), &id).map_err(|cause| BackingCloseError::new(id, cause))
+        let device = self.fd.as_fd();
+        ioctl::backing_close(device, id.as_raw())
+            .map_err(|errno| BackingCloseError::new(id, diagnose::close(device, errno)))
     }
 
     /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — A further device fd, attached to
@@ -308,30 +354,31 @@ impl<Fd: AsFd> FuseDevice<Fd> {
     }
 }
 
-/// For whoever has the device's fd in a holder of its own.
-#[inline]
-pub(crate) fn backing_open(
-    device: BorrowedFd<'_>,
-    backing: BorrowedFd<'_>,
-) -> Result<BackingId, BackingOpenError> {
-    match ioctl::backing_open(device, backing) {
-        Ok(raw) => BackingId::from_raw(raw).ok_or(BackingOpenError::InvalidId(raw)),
-        Err(errno) => Err(diagnose::open(device, backing, errno)),
+impl<Fd: DeviceFd> AsFd for FuseDevice<Fd> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
-/// Whoever calls this lets no other alias of the id be closed.
-#[inline]
-pub(crate) fn backing_close(
-    device: BorrowedFd<'_>,
-    id: &BackingId,
-) -> Result<(), BackingCloseCause> {
-    ioctl::backing_close(device, id.as_raw()).map_err(|errno| diagnose::close(device, errno))
+impl<Fd: DeviceFd> AsRawFd for FuseDevice<Fd> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_fd().as_raw_fd()
+    }
 }
 
-impl<Fd: AsFd> AsFd for FuseDevice<Fd> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+/// [`FuseDevice::new`].
+impl TryFrom<OwnedFd> for FuseDevice<OwnedFd> {
+    type Error = NotFuseDevice<OwnedFd>;
+
+    fn try_from(fd: OwnedFd) -> Result<Self, Self::Error> {
+        Self::new(fd)
+    }
+}
+
+/// [`FuseDevice::into_inner`].
+impl From<FuseDevice<OwnedFd>> for OwnedFd {
+    fn from(device: FuseDevice<OwnedFd>) -> Self {
+        device.fd
     }
 }
 
@@ -350,82 +397,4 @@ fn check(fd: BorrowedFd<'_>) -> Result<(), NotFuseDeviceReason> {
         return Err(NotFuseDeviceReason::PathOnly);
     }
     Ok(())
-}
-
-/// An fd that [`FuseDevice::new`] refused, with the reason.
-#[derive(Error)]
-#[error("not a FUSE device: {reason}")]
-pub struct NotFuseDevice<Fd> {
-    fd: Fd,
-    reason: NotFuseDeviceReason,
-}
-
-impl<Fd> NotFuseDevice<Fd> {
-    /// What the fd is instead.
-    #[must_use]
-    pub fn reason(&self) -> NotFuseDeviceReason {
-        self.reason
-    }
-
-    /// That of the [reason](NotFuseDeviceReason::errno).
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        self.reason.errno()
-    }
-
-    /// Gives the fd back, as it was.
-    #[must_use]
-    pub fn into_fd(self) -> Fd {
-        self.fd
-    }
-}
-
-// Without a bound, so that `unwrap` and `?` work for every holder of an fd.
-impl<Fd> fmt::Debug for NotFuseDevice<Fd> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NotFuseDevice")
-            .field("reason", &self.reason)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Why an fd is not usable as a FUSE device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum NotFuseDeviceReason {
-    /// It is not a character device.
-    #[error("it is no character device but {}", crate::error::kind_of_file(*.file_type))]
-    #[non_exhaustive]
-    NotCharacterDevice {
-        /// What it is.
-        file_type: FileType,
-    },
-    /// It is another character device than 10:229.
-    #[error("it is the character device {major}:{minor}, not 10:229")]
-    #[non_exhaustive]
-    OtherDevice {
-        /// Its major number.
-        major: u32,
-        /// Its minor number.
-        minor: u32,
-    },
-    /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
-    #[error("it was opened with O_PATH, which permits no ioctl")]
-    PathOnly,
-    /// `fstat` or `fcntl` failed.
-    #[error("it cannot be looked at: {0}")]
-    Unreadable(Errno),
-}
-
-impl NotFuseDeviceReason {
-    /// What an ioctl on the fd would have given: `EBADF` for an `O_PATH` fd, else `ENOTTY`; or what
-    /// the kernel gave when the fd was looked at.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match *self {
-            Self::NotCharacterDevice { .. } | Self::OtherDevice { .. } => Errno::NOTTY,
-            Self::PathOnly => Errno::BADF,
-            Self::Unreadable(errno) => errno,
-        }
-    }
 }

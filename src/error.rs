@@ -9,7 +9,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::device::{NotFuseDevice, NotFuseDeviceReason};
+use crate::access::Access;
 
 /// What an error means for the next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +20,12 @@ pub enum Scope {
     File,
     /// Every attempt on this connection will fail like this one until its cause is removed.
     ///
-    /// A missing capability counts as well, although it belongs to the thread: the threads of a server
-    /// have the same ones most often. So after one such failure [`BackingTable`](crate::BackingTable)
-    /// registers nothing, on any thread, until [`reset`](crate::BackingTable::reset).
+    /// After such a failure [`BackingTable`](crate::BackingTable) registers nothing, on any thread, until
+    /// [`reset`](crate::BackingTable::reset).
     Connection,
+    /// Every attempt of the *calling thread* will fail like this one; another thread may succeed, since
+    /// capabilities belong to threads.
+    Thread,
     /// The same call may succeed when it is made again.
     Transient,
 }
@@ -62,6 +64,18 @@ pub enum NotPermitted {
     Undetermined,
 }
 
+impl NotPermitted {
+    /// User namespaces belong to processes, capabilities to threads. Where the cause is not known it
+    /// counts for the thread. [`NotNegotiatedOrDenied`](Self::NotNegotiatedOrDenied) counts for the
+    /// connection: a policy for some threads of a server alone is a seccomp filter of its own making.
+    fn scope(self) -> Scope {
+        match self {
+            Self::NotInInitialUserNamespace | Self::NotNegotiatedOrDenied => Scope::Connection,
+            Self::MissingCapability | Self::Undetermined => Scope::Thread,
+        }
+    }
+}
+
 /// [`FuseDevice::backing_open`](crate::FuseDevice::backing_open) failed.
 ///
 /// # Examples
@@ -98,7 +112,6 @@ pub enum BackingOpenError {
     /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first
     /// releases with passthrough `EINVAL`.
     #[error("the device is not attached to a FUSE mount")]
-    #[non_exhaustive]
     NotAttached {
         /// The raw errno.
         errno: Errno,
@@ -109,7 +122,6 @@ pub enum BackingOpenError {
     /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8 and 6.17 on
     /// refuse all others; before 6.12 some are refused, with `EOPNOTSUPP`.
     #[error("a backing file must be a regular file, this is {}", kind_of_file(*.file_type))]
-    #[non_exhaustive]
     NotRegularFile {
         /// What the backing fd is.
         file_type: FileType,
@@ -143,6 +155,14 @@ pub enum BackingOpenError {
     /// positive. No such id exists; nothing was registered under it.
     #[error("the ioctl returned {0}, which is no backing id")]
     InvalidId(i32),
+    /// Not the kernel but the [`Register`](crate::Register) refuses: its policy, its limit, or its end.
+    #[error("the registrar refuses: {errno}")]
+    Registrar {
+        /// What it gives as the reason.
+        errno: Errno,
+        /// What it means for the next attempt.
+        scope: Scope,
+    },
     /// An errno whose cause is not known.
     #[error("unknown cause: {0}")]
     Other(Errno),
@@ -159,6 +179,7 @@ impl BackingOpenError {
             Self::DisabledInKernel | Self::FileNotSupported => Errno::OPNOTSUPP,
             Self::NotAttached { errno }
             | Self::NotRegularFile { errno, .. }
+            | Self::Registrar { errno, .. }
             | Self::Other(errno) => errno,
             Self::NotPermitted(_) => Errno::PERM,
             Self::StackedTooDeep => Errno::LOOP,
@@ -174,11 +195,12 @@ impl BackingOpenError {
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self {
+            Self::NotPermitted(why) => why.scope(),
+            Self::Registrar { scope, .. } => *scope,
             Self::UnsupportedKernel
             | Self::Unimplemented
             | Self::DisabledInKernel
             | Self::NotAttached { .. }
-            | Self::NotPermitted(_)
             | Self::InvalidId(_) => Scope::Connection,
             Self::FileNotSupported
             | Self::NotRegularFile { .. }
@@ -204,7 +226,8 @@ pub struct BackingCloseError<T> {
 }
 
 impl<T> BackingCloseError<T> {
-    pub(crate) fn new(inner: T, cause: BackingCloseCause) -> Self {
+    /// For a [`Register`](crate::Register) of one's own, which gives back what it could not close.
+    pub fn new(inner: T, cause: BackingCloseCause) -> Self {
         Self { inner, cause }
     }
 
@@ -252,7 +275,6 @@ pub enum BackingCloseCause {
     /// The device is not attached to a connection. `EPERM`, in the first releases with passthrough
     /// `EINVAL`.
     #[error("the device is not attached to a FUSE mount")]
-    #[non_exhaustive]
     NotAttached {
         /// The raw errno.
         errno: Errno,
@@ -272,6 +294,15 @@ pub enum BackingCloseCause {
     /// `EINTR`: a signal arrived while the call waited for the mount to complete.
     #[error("interrupted by a signal while waiting for the mount")]
     Interrupted,
+    /// Not the kernel but the [`Register`](crate::Register) refuses, or failed; the id may still be
+    /// registered.
+    #[error("the registrar refuses: {errno}")]
+    Registrar {
+        /// What it gives as the reason.
+        errno: Errno,
+        /// What it means for the next attempt.
+        scope: Scope,
+    },
     /// An errno whose cause is not known.
     #[error("unknown cause: {0}")]
     Other(Errno),
@@ -283,7 +314,9 @@ impl BackingCloseCause {
     pub fn errno(&self) -> Errno {
         match *self {
             Self::UnknownId => Errno::NOENT,
-            Self::NotAttached { errno } | Self::Other(errno) => errno,
+            Self::NotAttached { errno } | Self::Registrar { errno, .. } | Self::Other(errno) => {
+                errno
+            }
             Self::NotPermitted(_) => Errno::PERM,
             Self::UnsupportedKernel => Errno::NOTTY,
             Self::Unimplemented => Errno::NOSYS,
@@ -296,9 +329,10 @@ impl BackingCloseCause {
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self {
+            Self::NotPermitted(why) => why.scope(),
+            Self::Registrar { scope, .. } => *scope,
             Self::UnknownId | Self::Other(_) => Scope::File,
             Self::NotAttached { .. }
-            | Self::NotPermitted(_)
             | Self::UnsupportedKernel
             | Self::Unimplemented
             | Self::DisabledInKernel => Scope::Connection,
@@ -365,6 +399,88 @@ impl DeviceOpenError {
         match self.errno() {
             Errno::INTR | Errno::MFILE | Errno::NFILE | Errno::NOMEM => Scope::Transient,
             _ => Scope::Connection,
+        }
+    }
+}
+
+/// An fd that [`FuseDevice::new`](crate::FuseDevice::new) refused, with the reason.
+#[derive(Error)]
+#[error("not a FUSE device: {reason}")]
+pub struct NotFuseDevice<Fd> {
+    fd: Fd,
+    reason: NotFuseDeviceReason,
+}
+
+impl<Fd> NotFuseDevice<Fd> {
+    pub(crate) fn new(fd: Fd, reason: NotFuseDeviceReason) -> Self {
+        Self { fd, reason }
+    }
+
+    /// What the fd is instead.
+    #[must_use]
+    pub fn reason(&self) -> NotFuseDeviceReason {
+        self.reason
+    }
+
+    /// That of the [reason](NotFuseDeviceReason::errno).
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        self.reason.errno()
+    }
+
+    /// Gives the fd back, as it was.
+    #[must_use]
+    pub fn into_fd(self) -> Fd {
+        self.fd
+    }
+}
+
+// Without a bound, so that `unwrap` and `?` work for every holder of an fd.
+impl<Fd> fmt::Debug for NotFuseDevice<Fd> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NotFuseDevice")
+            .field("reason", &self.reason)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why an fd is not usable as a FUSE device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NotFuseDeviceReason {
+    /// It is not a character device.
+    #[error("it is no character device but {}", kind_of_file(*.file_type))]
+    #[non_exhaustive]
+    NotCharacterDevice {
+        /// What it is.
+        file_type: FileType,
+    },
+    /// It is another character device than 10:229.
+    #[error("it is the character device {major}:{minor}, not 10:229")]
+    #[non_exhaustive]
+    OtherDevice {
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
+    /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
+    #[error("it was opened with O_PATH, which permits no ioctl")]
+    PathOnly,
+    /// `fstat` or `fcntl` failed.
+    #[error("it cannot be looked at: {0}")]
+    Unreadable(Errno),
+}
+
+impl NotFuseDeviceReason {
+    /// What an ioctl on the fd would have given: `EBADF` for an `O_PATH` fd, else `ENOTTY`; or what
+    /// the kernel gave when the fd was looked at.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::NotCharacterDevice { .. } | Self::OtherDevice { .. } => Errno::NOTTY,
+            Self::PathOnly => Errno::BADF,
+            Self::Unreadable(errno) => errno,
         }
     }
 }
@@ -474,6 +590,101 @@ impl SyncInitError {
     }
 }
 
+/// Why an inode is in server mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ServerReason {
+    /// Registering its file failed.
+    #[error("{0}")]
+    Refused(BackingOpenError),
+    /// Registering another file failed, for a cause that concerns the connection. See
+    /// [`BackingTable::reset`](crate::BackingTable::reset).
+    #[error("not tried again: {0}")]
+    Remembered(BackingOpenError),
+    /// The table's limit on ids was reached, and none was idle.
+    #[error("the limit on backing ids is reached")]
+    LimitReached,
+    /// [`BackingTable::serve`](crate::BackingTable::serve).
+    #[error("the server's choice")]
+    Chosen,
+    /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). Passed through, a client could clear
+    /// `O_APPEND` and overwrite it: Linux before 7.3.4 does not check.
+    #[error("the file is append-only, which the kernel does not enforce in passthrough mode")]
+    AppendOnly,
+    /// `statx` failed, so that it is not known whether the file is append-only.
+    #[error("the file's attributes cannot be read: {0}")]
+    Unreadable(Errno),
+    /// There is no fd to be kept with the id, see
+    /// [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds); `EMFILE` most likely.
+    #[error("no fd can be kept with the backing id: {0}")]
+    NoFd(Errno),
+}
+
+/// [`BackingTable::open`](crate::BackingTable::open) failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum TableOpenError {
+    /// The client's open asks for more than the server grants through the fd. Answer `EACCES`, or
+    /// `EROFS`.
+    #[error("the client asks for {wanted} access, {granted} is granted")]
+    AccessExceeded {
+        /// What the server grants.
+        granted: Access,
+        /// What the client's open flags ask for.
+        wanted: Access,
+    },
+    /// The inode is open and registered for less than the client asks for, by a registrar that
+    /// [enforces](crate::Register::enforces_grant) it. Once it has been released, it is registered for more.
+    /// Answer `EBUSY`; or say what it will be granted at the first open already, by
+    /// [`ServerFile::grant`](crate::ServerFile::grant).
+    #[error(
+        "the client asks for {wanted} access, the inode is open and registered for {registered}"
+    )]
+    GrantExceeded {
+        /// What it is registered for.
+        registered: Access,
+        /// What the client's open flags ask for.
+        wanted: Access,
+    },
+    /// The inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
+    /// All opens of an inode have one id, and so one file. Answer `EIO`. Where the kernel had forgotten
+    /// the inode before its number was given to another file, the server has not said so with
+    /// [`forget`](crate::BackingTable::forget).
+    #[error("the inode is open with another backing file")]
+    DifferentFile,
+    /// `fstat` of the fd failed.
+    #[error("the backing file cannot be looked at: {0}")]
+    Unreadable(Errno),
+}
+
+impl TableOpenError {
+    /// The errno to answer the client with.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::AccessExceeded { .. } => Errno::ACCESS,
+            Self::GrantExceeded { .. } => Errno::BUSY,
+            Self::DifferentFile => Errno::IO,
+            Self::Unreadable(errno) => errno,
+        }
+    }
+}
+
+/// [`BackingTable::invalidate`](crate::BackingTable::invalidate) of an inode that is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("the inode is open {opens} times")]
+#[non_exhaustive]
+pub struct Busy {
+    /// How many opens there are.
+    pub opens: u64,
+}
+
+impl From<Busy> for io::Error {
+    fn from(busy: Busy) -> Self {
+        Self::new(io::ErrorKind::ResourceBusy, busy)
+    }
+}
+
 /// The error becomes the payload of an [`io::Error`] of the errno's kind: its message is kept, and
 /// it can be had back with [`io::Error::get_ref`] and `downcast_ref`. A raw errno beside it is not
 /// possible in an `io::Error`.
@@ -496,6 +707,7 @@ into_io_error! {
     [] DeviceOpenError,
     [] CloneConnectionError,
     [] SyncInitError,
+    [] TableOpenError,
 }
 
 pub(crate) fn kind_of_file(file_type: FileType) -> &'static str {

@@ -21,19 +21,17 @@
 //!    opening the file through the table while that handle is open gives the client `EIO`.
 //!
 //! ```no_run
-//! use fuse_backing::{Access, BackingTable, FuseDevice, OpenFlags};
+//! use fuse_backing::{BackingTable, FuseDevice, OpenFlags, ServerFile};
 //! use std::fs::File;
-//! use std::sync::Arc;
 //! # fn send(_: &[u8]) {}
 //! # fn serve(mounted_device: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 //!
-//! let device = Arc::new(FuseDevice::new(mounted_device)?);
-//! let table = BackingTable::new(device);
+//! let table = BackingTable::new(FuseDevice::new(mounted_device)?);
 //!
 //! // OPEN of inode 2, with the client's flags; here O_RDONLY.
 //! let client_flags = 0;
 //! let file = File::open("/srv/data/file")?;
-//! let open = table.open(&2, client_flags, &file, Access::of(&file)?)?;
+//! let open = table.open(&2, client_flags, ServerFile::of(&file)?)?;
 //! let fh = 1; // under which `open` is kept
 //! send(&open.reply(OpenFlags::empty())?.to_fuse_open_out(fh).to_bytes());
 //!
@@ -109,32 +107,39 @@ compile_error!(
      cfg(any(target_os = \"linux\", target_os = \"android\")) only"
 );
 
+mod access;
 mod backing;
 mod device;
 mod diagnose;
 mod error;
+mod file;
+mod id;
 mod init;
 mod ioctl;
 #[cfg(test)]
 #[cfg(fuse_backing_modelled)]
 mod model;
-mod open;
+mod register;
+mod reply;
 mod sync;
 mod table;
 pub mod uapi;
 
-pub use backing::{BackingFile, BackingId};
-pub use device::{FuseDevice, NotFuseDevice, NotFuseDeviceReason};
+pub use access::{Access, AccessError};
+pub use backing::BackingFile;
+pub use device::{DeviceFd, FuseDevice};
 pub use error::{
-    BackingCloseCause, BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError,
-    NotPermitted, Scope, SyncInitError,
+    BackingCloseCause, BackingCloseError, BackingOpenError, Busy, CloneConnectionError,
+    DeviceOpenError, NotFuseDevice, NotFuseDeviceReason, NotPermitted, Scope, ServerReason,
+    SyncInitError, TableOpenError,
 };
+pub use file::ServerFile;
+pub use id::BackingId;
 pub use init::{InitFlags, MaxStackDepth, NegotiateError, Negotiated, negotiate};
-pub use open::{Access, AccessError, OpenFlags, OpenReply, OpenReplyError};
+pub use register::Register;
+pub use reply::{OpenFlags, OpenReply, OpenReplyError};
 pub use rustix::{fs::FileType, io::Errno};
-pub use table::{
-    BackingTable, Busy, Entry, Listing, OpenFile, ServerReason, TableOpenError, TableStats,
-};
+pub use table::{BackingTable, Entry, Listing, OpenFile, TableStats};
 
 /// The README's examples are compiled with the documentation's.
 #[cfg(doctest)]

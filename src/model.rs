@@ -6,22 +6,28 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::Arc;
 use shuttle::thread;
 
-use crate::FuseDevice;
-use crate::backing::BackingId;
-use crate::error::{BackingCloseCause, BackingOpenError, NotPermitted};
-use crate::open::{Access, OpenFlags};
-use crate::table::{BackingTable, OpenFile, ServerReason, TableOpenError};
+use crate::access::Access;
+use crate::error::{
+    BackingCloseCause, BackingCloseError, BackingOpenError, NotPermitted, ServerReason,
+    TableOpenError,
+};
+use crate::file::ServerFile;
+use crate::id::BackingId;
+use crate::register::Register;
+use crate::reply::OpenFlags;
+use crate::table::{BackingTable, OpenFile};
 
-/// By the device's fd, which is unique while it is open. std's lock: not a point where threads switch,
-/// and never held across one.
-static KERNELS: std::sync::Mutex<Option<HashMap<RawFd, Kernel>>> = std::sync::Mutex::new(None);
+/// A registrar that stands for the kernel. std's lock: not a point where threads switch, and never held
+/// across one.
+#[derive(Default)]
+struct Model(std::sync::Mutex<Kernel>);
 
 #[derive(Default)]
 struct Kernel {
@@ -32,103 +38,93 @@ struct Kernel {
     open: HashMap<u64, (Option<i32>, usize)>,
     /// The results of the next registrations; then they succeed.
     errors: VecDeque<BackingOpenError>,
-    /// Whether the capability to close is there.
-    may_close: bool,
+    /// Whether the capability to close is missing.
+    may_not_close: bool,
     most_ids: usize,
 }
 
-fn kernel<T>(device: RawFd, f: impl FnOnce(&mut Kernel) -> T) -> T {
-    let mut kernels = KERNELS
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    f(kernels.get_or_insert_default().entry(device).or_default())
+impl Model {
+    fn kernel<T>(&self, f: impl FnOnce(&mut Kernel) -> T) -> T {
+        f(&mut self
+            .0
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
 }
 
-/// Stands for `device::backing_open`.
-pub(crate) fn backing_open(
-    device: BorrowedFd<'_>,
-    backing: BorrowedFd<'_>,
-) -> Result<BackingId, BackingOpenError> {
-    thread::yield_now();
-    let inode = rustix::fs::fstat(backing).unwrap().st_ino;
-    let result = kernel(device.as_raw_fd(), |kernel| {
-        if let Some(error) = kernel.errors.pop_front() {
-            return Err(error);
-        }
-        kernel.last_id += 1;
-        kernel.ids.insert(kernel.last_id, inode);
-        kernel.most_ids = kernel.most_ids.max(kernel.ids.len());
-        Ok(BackingId::from_raw(kernel.last_id).unwrap())
-    });
-    thread::yield_now();
-    result
+impl Register for Model {
+    fn register(&self, file: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+        thread::yield_now();
+        let inode = rustix::fs::fstat(file).unwrap().st_ino;
+        let result = self.kernel(|kernel| {
+            if let Some(error) = kernel.errors.pop_front() {
+                return Err(error);
+            }
+            kernel.last_id += 1;
+            kernel.ids.insert(kernel.last_id, inode);
+            kernel.most_ids = kernel.most_ids.max(kernel.ids.len());
+            Ok(BackingId::from_raw(kernel.last_id).unwrap())
+        });
+        thread::yield_now();
+        result
+    }
+
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        thread::yield_now();
+        let result = self.kernel(|kernel| {
+            if kernel.may_not_close {
+                return Err(BackingCloseCause::NotPermitted(
+                    NotPermitted::MissingCapability,
+                ));
+            }
+            match kernel.ids.remove(&id.as_raw()) {
+                Some(_) => Ok(()),
+                None => Err(BackingCloseCause::UnknownId),
+            }
+        });
+        thread::yield_now();
+        result.map_err(|cause| BackingCloseError::new(id, cause))
+    }
 }
 
-/// Stands for `device::backing_close`.
-pub(crate) fn backing_close(
-    device: BorrowedFd<'_>,
-    id: &BackingId,
-) -> Result<(), BackingCloseCause> {
-    thread::yield_now();
-    let result = kernel(device.as_raw_fd(), |kernel| {
-        if !kernel.may_close {
-            return Err(BackingCloseCause::NotPermitted(
-                NotPermitted::MissingCapability,
-            ));
-        }
-        match kernel.ids.remove(&id.as_raw()) {
-            Some(_) => Ok(()),
-            None => Err(BackingCloseCause::UnknownId),
-        }
-    });
-    thread::yield_now();
-    result
-}
+type Registrar = std::sync::Arc<Model>;
+type Table = BackingTable<Registrar>;
 
-type Device = std::sync::Arc<FuseDevice<File>>;
-type Table = BackingTable<Device>;
-
-/// A device, two backing files, and what a server and its clients do with them.
+/// A table, three backing files, and what a server and its clients do with them.
 #[derive(Clone)]
 struct World {
     table: Arc<Table>,
-    handle: Device,
-    device: RawFd,
+    model: Registrar,
     files: std::sync::Arc<[File; 3]>,
 }
 
 impl World {
     fn new() -> Self {
-        // Not a FUSE device: nothing but its number is looked at.
-        let device = FuseDevice::unchecked(File::open("/dev/null").unwrap());
-        let number = device.as_fd().as_raw_fd();
-        kernel(number, |kernel| {
-            *kernel = Kernel {
-                may_close: true,
-                ..Kernel::default()
-            };
-        });
+        let model = Registrar::default();
         let file = || tempfile::tempfile().unwrap();
-        let handle = std::sync::Arc::new(device);
         Self {
-            table: Arc::new(BackingTable::new(std::sync::Arc::clone(&handle))),
-            handle,
-            device: number,
+            table: Arc::new(BackingTable::new(std::sync::Arc::clone(&model))),
+            model,
             files: std::sync::Arc::new([file(), file(), file()]),
         }
     }
 
     fn kernel<T>(&self, f: impl FnOnce(&mut Kernel) -> T) -> T {
-        kernel(self.device, f)
+        self.model.kernel(f)
     }
 
-    fn open(&self, inode: u64) -> OpenFile<Device> {
-        let file = &self.files[inode as usize];
-        self.table.open(&inode, 0, file, Access::ReadOnly).unwrap()
+    fn file(&self, n: usize) -> ServerFile<'_> {
+        ServerFile::with_access(&self.files[n], Access::ReadOnly)
+    }
+
+    fn open(&self, inode: u64) -> OpenFile<Registrar> {
+        self.table
+            .open(&inode, 0, self.file(inode as usize))
+            .unwrap()
     }
 
     /// The kernel reads the reply: the rules that it answers with EIO.
-    fn reply(&self, inode: u64, open: &OpenFile<Device>) {
+    fn reply(&self, inode: u64, open: &OpenFile<Registrar>) {
         thread::yield_now();
         let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
         let id = (id != 0).then_some(id);
@@ -150,7 +146,7 @@ impl World {
     }
 
     /// close(2), upon which the kernel counts and sends RELEASE.
-    fn release(&self, inode: u64, open: OpenFile<Device>) {
+    fn release(&self, inode: u64, open: OpenFile<Registrar>) {
         thread::yield_now();
         self.kernel(|kernel| {
             let (_, opens) = kernel.open.get_mut(&inode).unwrap();
@@ -169,20 +165,18 @@ impl World {
     }
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        if Arc::strong_count(&self.table) == 1 {
-            kernel(self.device, |kernel| *kernel = Kernel::default());
-        }
-    }
+fn explore(test: impl Fn() + Send + Sync + 'static) {
+    explore_times(
+        if cfg!(debug_assertions) {
+            1_500
+        } else {
+            20_000
+        },
+        test,
+    );
 }
 
-fn explore(test: impl Fn() + Send + Sync + 'static) {
-    let iterations = if cfg!(debug_assertions) {
-        1_500
-    } else {
-        20_000
-    };
+fn explore_times(iterations: usize, test: impl Fn() + Send + Sync + 'static) {
     let test = std::sync::Arc::new(test);
     let again = std::sync::Arc::clone(&test);
     shuttle::check_random(move || test(), iterations);
@@ -287,10 +281,7 @@ fn forgotten_numbers() {
             thread::spawn(move || {
                 world.table.forget(&0);
                 // From here on the number is another inode, with another file.
-                let open = world
-                    .table
-                    .open(&0, 0, &world.files[1], Access::ReadOnly)
-                    .unwrap();
+                let open = world.table.open(&0, 0, world.file(1)).unwrap();
                 world.reply(10, &open);
                 world.release(10, open);
                 world.table.forget(&0);
@@ -333,7 +324,7 @@ fn failing_closes() {
     explore(|| {
         let world = World::new();
         world.table.set_limit(3);
-        world.kernel(|kernel| kernel.may_close = false);
+        world.kernel(|kernel| kernel.may_not_close = true);
         threads(&world, 3, |world, n| {
             let inode = (n % 2) as u64;
             for round in 0..2 {
@@ -354,7 +345,7 @@ fn failing_closes() {
         let registered = world.kernel(|kernel| kernel.ids.len());
         assert_eq!(world.table.stats().ids, registered);
         assert_eq!(world.table.list().len(), registered);
-        world.kernel(|kernel| kernel.may_close = true);
+        world.kernel(|kernel| kernel.may_not_close = false);
         world.table.retry_closes().unwrap();
         world.assert_empty();
     });
@@ -373,22 +364,20 @@ fn forgetting_meets_releasing_and_opening() {
         let forgetting = spawn(Box::new(|world| world.table.forget(&0)));
         let releasing = spawn(Box::new(move |_| drop(held)));
         let fresh = (0..3).find_map(|_| {
-            let open = world.table.open(&0, 0, &world.files[1], Access::ReadOnly);
+            let open = world.table.open(&0, 0, world.file(1));
             thread::yield_now();
             open.ok()
         });
         forgetting.join().unwrap();
         if let Some(fresh) = fresh {
-            let id = |open: &OpenFile<Device>| open.reply(OpenFlags::empty()).unwrap().backing_id();
+            let id =
+                |open: &OpenFile<Registrar>| open.reply(OpenFlags::empty()).unwrap().backing_id();
             let forgotten = world
                 .table
                 .list()
                 .iter()
                 .any(|entry| entry.id == Some(id(&fresh)) && entry.forgotten);
-            let again = world
-                .table
-                .open(&0, 0, &world.files[1], Access::ReadOnly)
-                .unwrap();
+            let again = world.table.open(&0, 0, world.file(1)).unwrap();
             assert_ne!(id(&again) == id(&fresh), forgotten);
         }
         releasing.join().unwrap();
@@ -404,14 +393,14 @@ fn nothing_comes_back_idle() {
             let world = World::new();
             world.table.set_idle_limit(1);
             let held = [world.open(0), world.open(1)];
-            world.kernel(|kernel| kernel.may_close = !failing);
+            world.kernel(|kernel| kernel.may_not_close = failing);
             let releasing = thread::spawn(move || drop(held));
             world.table.forget(&0);
             let busy = world.table.invalidate(&1);
             releasing.join().unwrap();
             assert!(world.table.share(&0, 0).is_none());
             assert_eq!(world.table.share(&1, 0).is_none(), busy.is_ok());
-            world.kernel(|kernel| kernel.may_close = true);
+            world.kernel(|kernel| kernel.may_not_close = false);
             world.table.set_idle_limit(0);
             world.table.retry_closes().unwrap();
             world.assert_empty();
@@ -422,42 +411,39 @@ fn nothing_comes_back_idle() {
 #[test]
 fn table_is_dropped_before_its_files() {
     explore(|| {
-        let mut world = World::new();
-        world.table.set_idle_limit(1);
-        let idle = world.open(1);
-        drop(idle);
-        let open = world.open(0);
-        let device = world.device;
-        let fresh = World::new();
-        let table = std::mem::replace(&mut world.table, Arc::clone(&fresh.table));
+        let World {
+            table,
+            model,
+            files,
+        } = World::new();
+        table.set_idle_limit(1);
+        let file = |n: usize| ServerFile::with_access(&files[n], Access::ReadOnly);
+        drop(table.open(&1, 0, file(1)).unwrap());
+        let open = table.open(&0, 0, file(0)).unwrap();
         let dropping = thread::spawn(move || drop(table));
         drop(open);
         dropping.join().unwrap();
-        // Looked at after the guard is gone, so through the registry.
-        assert_eq!(kernel(device, |kernel| kernel.ids.len()), 0);
+        assert_eq!(model.kernel(|kernel| kernel.ids.len()), 0);
     });
 }
 
 #[test]
-fn the_device_is_let_go() {
-    for may_close in [false, true] {
+fn the_registrar_is_let_go() {
+    for may_not_close in [false, true] {
         explore(move || {
-            let device = FuseDevice::unchecked(File::open("/dev/null").unwrap());
-            kernel(device.as_fd().as_raw_fd(), |kernel| {
-                *kernel = Kernel {
-                    may_close,
-                    ..Kernel::default()
-                };
-            });
-            let device = std::sync::Arc::new(device);
-            let table = Table::new(std::sync::Arc::clone(&device));
+            let World {
+                table,
+                model,
+                files,
+            } = World::new();
+            model.kernel(|kernel| kernel.may_not_close = may_not_close);
             table.set_idle_limit(1);
-            let file = tempfile::tempfile().unwrap();
-            let open = table.open(&0, 0, &file, Access::ReadOnly).unwrap();
+            let file = ServerFile::with_access(&files[0], Access::ReadOnly);
+            let open = table.open(&0, 0, file).unwrap();
             let dropping = thread::spawn(move || drop(table));
             drop(open);
             dropping.join().unwrap();
-            assert_eq!(std::sync::Arc::strong_count(&device), 1);
+            assert_eq!(std::sync::Arc::strong_count(&model), 1);
         });
     }
 }
@@ -479,9 +465,9 @@ fn a_lower_limit_holds() {
 fn retrying_meets_opening() {
     explore(|| {
         let world = World::new();
-        world.kernel(|kernel| kernel.may_close = false);
+        world.kernel(|kernel| kernel.may_not_close = true);
         drop(world.open(0));
-        world.kernel(|kernel| kernel.may_close = true);
+        world.kernel(|kernel| kernel.may_not_close = false);
         let retrying = {
             let world = world.clone();
             thread::spawn(move || world.table.retry_closes().unwrap())
@@ -494,53 +480,9 @@ fn retrying_meets_opening() {
     });
 }
 
-/// A key whose hash panics at its third call.
-#[derive(Clone)]
-struct Fused(u64, Option<std::sync::Arc<std::sync::atomic::AtomicUsize>>);
-
-impl PartialEq for Fused {
-    fn eq(&self, other: &Self) -> bool {
-        self.0 == other.0
-    }
-}
-
-impl Eq for Fused {}
-
-impl std::hash::Hash for Fused {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        let order = std::sync::atomic::Ordering::SeqCst;
-        if self
-            .1
-            .as_ref()
-            .is_some_and(|calls| calls.fetch_add(1, order) == 2)
-        {
-            std::panic::resume_unwind(Box::new("a key that cannot be hashed"));
-        }
-        self.0.hash(state);
-    }
-}
-
-/// Where a panic would drop the last reference under the shard's lock, which the drop takes.
-#[test]
-fn invalidate_runs_no_code_of_the_key_with_a_reference() {
-    explore(|| {
-        let world = World::new();
-        let table = BackingTable::<Device, Fused>::new(std::sync::Arc::clone(&world.handle));
-        let file = &world.files[0];
-        let held = table
-            .open(&Fused(0, None), 0, file, Access::ReadOnly)
-            .unwrap();
-        let releasing = thread::spawn(move || drop(held));
-        let key = Fused(0, Some(std::sync::Arc::default()));
-        let invalidate = std::panic::AssertUnwindSafe(|| table.invalidate(&key));
-        let _ = std::panic::catch_unwind(invalidate);
-        releasing.join().unwrap();
-    });
-}
-
 /// A listing that is made meanwhile is in nobody's way, and lists what it should.
 mod listing {
-    use super::{Access, World, explore, thread};
+    use super::{World, explore, thread};
 
     fn meanwhile(world: &World) -> thread::JoinHandle<()> {
         let world = world.clone();
@@ -565,13 +507,13 @@ mod listing {
         explore(|| {
             let world = World::new();
             world.table.set_idle_limit(1);
-            world.kernel(|kernel| kernel.may_close = false);
+            world.kernel(|kernel| kernel.may_not_close = true);
             let open = world.open(0);
             // So that it is not idle but fails to be closed.
             world.table.set_limit(0);
             drop(open);
             world.table.set_limit(1);
-            world.kernel(|kernel| kernel.may_close = true);
+            world.kernel(|kernel| kernel.may_not_close = false);
             let listing = meanwhile(&world);
             world.table.retry_closes().unwrap();
             listing.join().unwrap();
@@ -597,10 +539,7 @@ mod listing {
     fn has_none_that_is_released() {
         explore(|| {
             let world = World::new();
-            let held = world
-                .table
-                .open(&0, 0, &world.files[0], Access::ReadOnly)
-                .unwrap();
+            let held = world.table.open(&0, 0, world.file(0)).unwrap();
             let releasing = thread::spawn(move || drop(held));
             assert!(world.table.list().iter().all(|entry| entry.opens == 1));
             releasing.join().unwrap();
@@ -608,12 +547,12 @@ mod listing {
     }
 }
 
-/// What the connection cannot do is found out once.
+/// What no thread can do is found out once.
 #[test]
 fn refusals_are_remembered() {
     explore(|| {
         let world = World::new();
-        let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+        let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
         world.kernel(|kernel| kernel.errors.extend([error; 3]));
         threads(&world, 2, |world, n| {
             let open = world.open(n as u64);
@@ -633,12 +572,34 @@ fn refusals_are_remembered() {
     });
 }
 
+/// What this thread cannot do, another can.
+#[test]
+fn a_refusal_of_a_thread_is_not_remembered() {
+    explore(|| {
+        let world = World::new();
+        let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+        world.kernel(|kernel| kernel.errors.push_back(error));
+        let reason = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let reasons = std::sync::Arc::clone(&reason);
+        threads(&world, 2, move |world, n| {
+            let open = world.open(n as u64);
+            reasons.lock().unwrap().push(open.server_reason());
+            world.reply(n as u64, &open);
+            world.release(n as u64, open);
+        });
+        let reasons = reason.lock().unwrap();
+        assert!(reasons.contains(&None), "{reasons:?}");
+        assert!(reasons.contains(&Some(ServerReason::Refused(error))));
+        world.assert_empty();
+    });
+}
+
 /// Also where they come from an ioctl that began before the table was told to forget them.
 #[test]
 fn a_reset_is_not_undone() {
     explore(|| {
         let world = World::new();
-        let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+        let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
         world.kernel(|kernel| kernel.errors.push_back(error));
         let opening = {
             let world = world.clone();
@@ -654,6 +615,175 @@ fn a_reset_is_not_undone() {
     });
 }
 
+/// One thread opens and releases, and nothing that others do meanwhile may be seen there: with nothing
+/// open, an open is the first.
+mod beside {
+    use super::{Arc, BackingOpenError, Errno, World, explore_times, thread};
+
+    fn sequential(prepare: fn(&World), open: fn(&World, u64), meanwhile: fn(&World)) {
+        // Ten times for each test.
+        explore_times(300, move || {
+            let world = World::new();
+            prepare(&world);
+            let other = {
+                let world = world.clone();
+                thread::spawn(move || (0..2).for_each(|_| meanwhile(&world)))
+            };
+            for round in 0..3 {
+                open(&world, round);
+            }
+            other.join().unwrap();
+            world.table.set_idle_limit(0);
+            world.assert_empty();
+            assert_eq!(Arc::strong_count(&world.table), 1);
+        });
+    }
+
+    /// In turn with two files, of which the second would be `DifferentFile` while the first is open.
+    fn with_another_file(world: &World, round: u64) {
+        let file = world.file(round as usize % 2);
+        let open = world.table.open(&0, 0, file).expect("nothing is open");
+        assert!(open.is_passthrough());
+    }
+
+    fn served(world: &World, _: u64) {
+        drop(world.open(0));
+        assert!(world.table.serve(&0).is_some(), "nothing is open");
+    }
+
+    fn invalidated(world: &World, _: u64) {
+        drop(world.open(0));
+        world.table.invalidate(&0).expect("nothing is open");
+    }
+
+    /// At a limit of one id.
+    fn within_the_limit(world: &World, round: u64) {
+        assert_eq!(world.open(round % 2).server_reason(), None);
+    }
+
+    /// Each first open of an inode tries anew.
+    fn after_a_failure(world: &World, _: u64) {
+        world.table.invalidate(&0).expect("nothing is open");
+        world.kernel(|kernel| {
+            kernel
+                .errors
+                .push_back(BackingOpenError::Other(Errno::ACCESS));
+        });
+        assert!(!world.open(0).is_passthrough());
+        assert!(world.open(0).is_passthrough());
+    }
+
+    const OPENS: [fn(&World, u64); 5] = [
+        with_another_file,
+        served,
+        invalidated,
+        within_the_limit,
+        after_a_failure,
+    ];
+
+    fn keeping(idle: usize) -> fn(&World) {
+        match idle {
+            0 => |world| world.table.set_limit(1),
+            _ => |world| {
+                world.table.set_limit(1);
+                world.table.set_idle_limit(1);
+            },
+        }
+    }
+
+    fn all_beside(meanwhile: fn(&World)) {
+        for open in OPENS {
+            for idle in [0, 1] {
+                sequential(keeping(idle), open, meanwhile);
+            }
+        }
+    }
+
+    #[test]
+    fn share_that_refuses() {
+        // It asks to write, which nobody is granted.
+        all_beside(|world| assert!(world.table.share(&0, 1).is_none()));
+    }
+
+    #[test]
+    fn list() {
+        all_beside(|world| {
+            for entry in world.table.list() {
+                assert!(entry.opens <= 1, "{entry:?}");
+            }
+        });
+    }
+
+    #[test]
+    fn trimming() {
+        all_beside(|world| {
+            world.table.set_idle_limit(0);
+            world.table.set_idle_limit(1);
+        });
+    }
+
+    #[test]
+    fn invalidate() {
+        all_beside(|world| {
+            // It may meet an open.
+            let _busy = world.table.invalidate(&0);
+            let _busy = world.table.invalidate(&1);
+        });
+    }
+}
+
+/// A grant that the registrar enforces.
+mod grants {
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Enforcing(Registrar);
+
+    impl Register for Enforcing {
+        fn register(
+            &self,
+            file: BorrowedFd<'_>,
+            grant: Access,
+        ) -> Result<BackingId, BackingOpenError> {
+            self.0.register(file, grant)
+        }
+
+        fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+            self.0.unregister(id)
+        }
+
+        fn enforces_grant(&self) -> bool {
+            true
+        }
+    }
+
+    /// Whoever decides, none gets more than was registered.
+    #[test]
+    fn meet_wider_opens() {
+        explore(|| {
+            let registrar = Enforcing::default();
+            let table = Arc::new(BackingTable::<_, u64>::new(registrar.clone()));
+            let file = std::sync::Arc::new(tempfile::tempfile().unwrap());
+            let open = |access, flags| {
+                let (table, file) = (Arc::clone(&table), std::sync::Arc::clone(&file));
+                thread::spawn(move || {
+                    let file = ServerFile::with_access(&*file, access);
+                    table.open(&0, flags, file).map(drop)
+                })
+            };
+            let reading = open(Access::ReadOnly, 0);
+            let writing = open(Access::ReadWrite, 2);
+            reading.join().unwrap().unwrap();
+            match writing.join().unwrap() {
+                Ok(()) => {}
+                Err(error) => assert_eq!(error.errno(), Errno::BUSY),
+            }
+            assert!(table.list().is_empty());
+            assert!(registrar.0.kernel(|kernel| kernel.ids.is_empty()));
+        });
+    }
+}
+
 /// Everything at once, at random.
 #[test]
 fn anything() {
@@ -661,7 +791,7 @@ fn anything() {
         let world = World::new();
         world.table.set_idle_limit(1);
         threads(&world, 3, |world, _| {
-            let mut held: Vec<(u64, OpenFile<Device>)> = Vec::new();
+            let mut held: Vec<(u64, OpenFile<Registrar>)> = Vec::new();
             for _ in 0..6 {
                 let inode = thread_rng().gen_range(0..2);
                 match thread_rng().gen_range(0..10) {
@@ -699,7 +829,7 @@ fn another_file() {
     explore(|| {
         let world = World::new();
         threads(&world, 2, |world, n| {
-            match world.table.open(&0, 0, &world.files[n], Access::ReadOnly) {
+            match world.table.open(&0, 0, world.file(n)) {
                 Ok(open) => {
                     world.reply(0, &open);
                     world.release(0, open);
@@ -733,11 +863,10 @@ mod controls {
     fn two_tables_for_one_connection() {
         explore(|| {
             let world = World::new();
-            let second = crate::BackingTable::new(std::sync::Arc::clone(&world.handle));
+            let second = crate::BackingTable::new(std::sync::Arc::clone(&world.model));
             let first = world.open(0);
             world.reply(0, &first);
-            let file = &world.files[0];
-            let open = second.open(&0, 0, file, crate::Access::ReadOnly).unwrap();
+            let open = second.open(&0, 0, world.file(0)).unwrap();
             world.reply(0, &open);
         });
     }

@@ -11,16 +11,26 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use fuse_backing::{
-    AccessError, BackingCloseCause, BackingOpenError, CloneConnectionError, DeviceOpenError, Errno,
-    FuseDevice, NegotiateError, NotFuseDeviceReason, NotPermitted, Scope, SyncInitError,
+    Access, AccessError, BackingCloseCause, BackingOpenError, CloneConnectionError,
+    DeviceOpenError, Errno, FileType, FuseDevice, NegotiateError, NotFuseDeviceReason,
+    NotPermitted, Scope, SyncInitError, TableOpenError,
 };
 use rustix::fs::{Mode, OFlags};
 
-const NOT_PERMITTED: [NotPermitted; 4] = [
-    NotPermitted::NotInInitialUserNamespace,
-    NotPermitted::MissingCapability,
-    NotPermitted::NotNegotiatedOrDenied,
-    NotPermitted::Undetermined,
+/// Each with whom it concerns: what may be the thread's own is not said of the connection.
+const NOT_PERMITTED: [(NotPermitted, Scope); 4] = [
+    (NotPermitted::NotInInitialUserNamespace, Scope::Connection),
+    (NotPermitted::MissingCapability, Scope::Thread),
+    (NotPermitted::NotNegotiatedOrDenied, Scope::Connection),
+    (NotPermitted::Undetermined, Scope::Thread),
+];
+
+/// A registrar says itself what its error is, and what it means.
+const BY_REGISTRAR: [(Errno, Scope); 4] = [
+    (Errno::ACCESS, Scope::File),
+    (Errno::PIPE, Scope::Connection),
+    (Errno::PERM, Scope::Thread),
+    (Errno::AGAIN, Scope::Transient),
 ];
 
 /// Each has its errno and its scope, and is told apart from the others.
@@ -69,6 +79,29 @@ fn backing_open() {
         (E::Unimplemented, Errno::NOSYS, Scope::Connection),
         (E::DisabledInKernel, Errno::OPNOTSUPP, Scope::Connection),
         (E::FileNotSupported, Errno::OPNOTSUPP, Scope::File),
+        (
+            E::NotAttached {
+                errno: Errno::INVAL,
+            },
+            Errno::INVAL,
+            Scope::Connection,
+        ),
+        (
+            E::NotRegularFile {
+                file_type: FileType::Directory,
+                errno: Errno::ISDIR,
+            },
+            Errno::ISDIR,
+            Scope::File,
+        ),
+        (
+            E::NotRegularFile {
+                file_type: FileType::Fifo,
+                errno: Errno::OPNOTSUPP,
+            },
+            Errno::OPNOTSUPP,
+            Scope::File,
+        ),
         (E::StackedTooDeep, Errno::LOOP, Scope::File),
         (E::PathOnlyFd, Errno::BADF, Scope::File),
         (E::BadFd, Errno::BADF, Scope::File),
@@ -79,8 +112,9 @@ fn backing_open() {
         (E::InvalidId(-2), Errno::PROTO, Scope::Connection),
         (E::Other(OTHER), OTHER, Scope::File),
     ];
+    expected.extend(NOT_PERMITTED.map(|(why, scope)| (E::NotPermitted(why), Errno::PERM, scope)));
     expected
-        .extend(NOT_PERMITTED.map(|why| (E::NotPermitted(why), Errno::PERM, Scope::Connection)));
+        .extend(BY_REGISTRAR.map(|(errno, scope)| (E::Registrar { errno, scope }, errno, scope)));
     each_has(&expected, |error| (error.errno(), error.scope()));
 }
 
@@ -89,14 +123,20 @@ fn backing_close() {
     use BackingCloseCause as E;
     let mut expected = vec![
         (E::UnknownId, Errno::NOENT, Scope::File),
+        (
+            E::NotAttached { errno: Errno::PERM },
+            Errno::PERM,
+            Scope::Connection,
+        ),
         (E::UnsupportedKernel, Errno::NOTTY, Scope::Connection),
         (E::Unimplemented, Errno::NOSYS, Scope::Connection),
         (E::DisabledInKernel, Errno::OPNOTSUPP, Scope::Connection),
         (E::Interrupted, Errno::INTR, Scope::Transient),
         (E::Other(OTHER), OTHER, Scope::File),
     ];
+    expected.extend(NOT_PERMITTED.map(|(why, scope)| (E::NotPermitted(why), Errno::PERM, scope)));
     expected
-        .extend(NOT_PERMITTED.map(|why| (E::NotPermitted(why), Errno::PERM, Scope::Connection)));
+        .extend(BY_REGISTRAR.map(|(errno, scope)| (E::Registrar { errno, scope }, errno, scope)));
     each_has(&expected, |error| (error.errno(), error.scope()));
 }
 
@@ -173,7 +213,26 @@ fn negotiation() {
         (NegotiateError::NotOffered, Errno::OPNOTSUPP),
         (NegotiateError::WritebackCacheWanted, Errno::INVAL),
     ];
-    expected.extend(NOT_PERMITTED.map(|why| (NegotiateError::NotPermitted(why), Errno::PERM)));
+    expected.extend(NOT_PERMITTED.map(|(why, _)| (NegotiateError::NotPermitted(why), Errno::PERM)));
+    told_apart(&expected);
+}
+
+/// What to answer the client.
+#[test]
+fn table_open() {
+    use TableOpenError as E;
+    let granted = Access::ReadOnly;
+    let registered = granted;
+    let wanted = Access::ReadWrite;
+    let expected = [
+        (E::AccessExceeded { granted, wanted }, Errno::ACCESS),
+        (E::GrantExceeded { registered, wanted }, Errno::BUSY),
+        (E::DifferentFile, Errno::IO),
+        (E::Unreadable(OTHER), OTHER),
+    ];
+    for (error, errno) in expected {
+        assert_eq!(error.errno(), errno, "{error:?}");
+    }
     told_apart(&expected);
 }
 
@@ -229,7 +288,7 @@ fn causes_are_told_once() {
             "{outer:?}: {outer_text}"
         );
     }
-    for why in NOT_PERMITTED {
+    for (why, _) in NOT_PERMITTED {
         once(&BackingOpenError::NotPermitted(why), &why);
         once(&BackingCloseCause::NotPermitted(why), &why);
         once(&NegotiateError::NotPermitted(why), &why);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fuse_backing::{Access, BackingFile, BackingTable, OpenFile, OpenFlags};
+use fuse_backing::{Access, BackingFile, BackingTable, OpenFile, OpenFlags, ServerFile};
 use libtest_mimic::Failed;
 
 use crate::server::{Answer, Device, Opens};
@@ -51,7 +51,7 @@ pub struct HardCoded {
 impl HardCoded {
     pub fn new(device: &Device, path: &Path, own_open: bool) -> Result<Self, Failed> {
         Ok(Self {
-            id: BackingFile::open(Arc::clone(device), file(path)?)?,
+            id: BackingFile::open(Arc::clone(device), file(path)?, Access::ReadWrite)?,
             own: own_open.then(|| path.to_owned()),
             opened: Handles::default(),
         })
@@ -92,7 +92,9 @@ impl EveryOpen {
 
 impl Opens for EveryOpen {
     fn open(&mut self, _: i32) -> Answer {
-        let backing = BackingFile::open(Arc::clone(&self.device), &self.file).expect("registered");
+        let device = Arc::clone(&self.device);
+        let backing = BackingFile::open(device, &self.file, Access::ReadWrite);
+        let backing = backing.expect("registered");
         let id = backing.id().as_raw();
         answer(self.opened.add(backing), OpenFlags::PASSTHROUGH.bits(), id)
     }
@@ -132,7 +134,8 @@ impl Table {
             table.set_idle_limit(1);
         }
         let hot = matches!(usage, Use::Share | Use::OwnOpen);
-        let held = hot.then(|| table.open(&INODE, libc::O_RDWR, &file, Access::ReadWrite));
+        let known = ServerFile::with_access(&file, Access::ReadWrite);
+        let held = hot.then(|| table.open(&INODE, libc::O_RDWR, known));
         Ok(Self {
             _held: held.transpose()?,
             table,
@@ -146,17 +149,19 @@ impl Table {
     fn answer(&mut self, client_flags: i32) -> (OpenFile<Device>, Option<File>) {
         if self.usage == Use::OwnOpen {
             let own = File::open(&self.path).expect("it opens");
-            let access = Access::of(&own).expect("it has an access mode");
-            return (self.by_open(client_flags, &own, access), Some(own));
+            let opened = ServerFile::of(&own).expect("it has an access mode");
+            return (self.by_open(client_flags, opened), Some(own));
         }
         let shared = self.table.share(&INODE, client_flags);
-        let open =
-            shared.unwrap_or_else(|| self.by_open(client_flags, &self.file, Access::ReadWrite));
+        let open = shared.unwrap_or_else(|| {
+            let known = ServerFile::with_access(&self.file, Access::ReadWrite);
+            self.by_open(client_flags, known)
+        });
         (open, None)
     }
 
-    fn by_open(&self, client_flags: i32, file: &File, access: Access) -> OpenFile<Device> {
-        let open = self.table.open(&INODE, client_flags, file, access);
+    fn by_open(&self, client_flags: i32, file: ServerFile<'_>) -> OpenFile<Device> {
+        let open = self.table.open(&INODE, client_flags, file);
         open.expect("the table answers")
     }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use fuse_backing::{BackingFile, BackingOpenError};
+use fuse_backing::{Access, BackingFile, BackingOpenError};
 
 use crate::Device;
 
@@ -32,7 +32,7 @@ impl<'d> Usual<'d> {
         if let Some(backing) = by_inode.get(&inode).and_then(Weak::upgrade) {
             return Ok(backing);
         }
-        let backing = Arc::new(BackingFile::open(self.device, file)?);
+        let backing = Arc::new(BackingFile::open(self.device, file, Access::ReadOnly)?);
         by_inode.insert(inode, Arc::downgrade(&backing));
         Ok(backing)
     }

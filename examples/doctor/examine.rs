@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use fuse_backing::{
-    BackingFile, BackingOpenError, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
+    Access, BackingFile, BackingOpenError, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
     NotPermitted, SyncInitError, negotiate,
 };
 use rustix::fs::OFlags;
@@ -236,7 +236,7 @@ fn register(scratch: &Scratch) -> Found<()> {
         tmpfs, connection, ..
     } = scratch;
     let file = tmpfs.open(OFlags::RDONLY).map_err(cannot_open_backing)?;
-    let backing = BackingFile::open(Arc::clone(&connection.device), file)?;
+    let backing = BackingFile::open(Arc::clone(&connection.device), file, Access::ReadOnly)?;
     let found = format!("backing id {}", backing.id().as_raw());
     connection.shared.swap_backing(Some(backing));
     Ok((found, ()))
@@ -337,7 +337,7 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
         Ok(file) => file,
         Err(errno) => return Feature::unknown(cannot_open_backing(errno).cause),
     };
-    match BackingFile::open(&*connection.device, file) {
+    match BackingFile::open(&*connection.device, file, Access::ReadOnly) {
         Ok(backing) => {
             drop(backing);
             Feature::present("O_PATH fds can be registered (Linux 6.12)")

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use fuse_backing::{BackingFile, BackingOpenError, FuseDevice};
+use fuse_backing::{Access, BackingFile, BackingOpenError, DeviceFd, FuseDevice};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, fstatfs, openat,
     openat2, statx,
@@ -75,7 +75,8 @@ pub(crate) fn probe(path: &Path) -> io::Result<()> {
         }
     };
     print(FILESYSTEM, filesystem(&place))?;
-    let Ok(device) = FuseDevice::new(io::stdin()) else {
+    let stdin = io::stdin();
+    let Ok(device) = FuseDevice::new(stdin.as_fd()) else {
         return Ok(());
     };
     match file_at(place).and_then(|file| register(&device, file)) {
@@ -204,13 +205,13 @@ fn file_type(file: &OwnedFd) -> FileType {
 }
 
 /// Registers it for a moment. `Some` if it is stacked too deep.
-fn register(device: &FuseDevice<impl AsFd>, file: OwnedFd) -> Result<Option<Failure>, Failure> {
+fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<Failure>, Failure> {
     let regular = file_type(&file) == FileType::RegularFile;
-    let backing = match BackingFile::open(device, &file) {
+    let backing = match BackingFile::open(device, &file, Access::ReadOnly) {
         // Before Linux 6.12.
         Err(BackingOpenError::PathOnlyFd) if regular => {
             let file = for_reading(&file)?;
-            BackingFile::open(device, file)
+            BackingFile::open(device, file, Access::ReadOnly)
         }
         answer => answer,
     };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use fuse_backing::BackingFile;
+use fuse_backing::{Access, BackingFile};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -226,7 +226,8 @@ impl Running {
             return Err(why.to_string().into());
         }
         let file = File::open(source.join("readme"))?;
-        BackingFile::open(Arc::clone(&self.device), file)?.close()?;
+        let device = Arc::clone(&self.device);
+        BackingFile::open(device, file, Access::ReadOnly)?.close()?;
         Ok(())
     }
 

@@ -148,7 +148,7 @@ impl Mirror {
             source::server_flags(flags),
             Mode::empty(),
         )?;
-        self.opened(nodeid, file, flags)
+        self.opened(nodeid, &inode, file, flags)
     }
 
     fn create_file(
@@ -185,13 +185,21 @@ impl Mirror {
         source::give_to_client(req, parent, &file, &rustix::fs::fstat(&file)?)?;
         let attr = self.remember(source::path_fd_of(&file)?)?;
         let opened = self
-            .opened(attr.ino, file, flags)
+            .inodes
+            .get(attr.ino)
+            .and_then(|inode| self.opened(attr.ino, &inode, file, flags))
             .inspect_err(|_| self.inodes.forget(attr.ino, 1))?;
         Ok((attr, opened))
     }
 
-    fn opened(&self, nodeid: INodeNo, file: OwnedFd, flags: OFlags) -> Result<Opened> {
-        let (answer, counted) = self.opens.open(nodeid, &file, flags)?;
+    fn opened(
+        &self,
+        nodeid: INodeNo,
+        inode: &Inode,
+        file: OwnedFd,
+        flags: OFlags,
+    ) -> Result<Opened> {
+        let (answer, counted) = self.opens.open(nodeid, inode, &file, flags)?;
         // The server reads and writes what the page cache asks for, at any alignment and offset.
         // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
         if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {

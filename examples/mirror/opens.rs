@@ -6,12 +6,13 @@ use std::sync::{Arc, Once};
 
 use fuse_backing::{
     Access, AccessError, BackingTable, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
-    OpenFlags, Scope, ServerReason, TableOpenError, negotiate,
+    OpenFlags, Scope, ServerFile, ServerReason, negotiate,
 };
 use fuser::{INodeNo, KernelConfig};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use crate::inodes::Inode;
 use crate::status::Status;
 
 pub(crate) type Device = Arc<FuseDevice<OwnedFd>>;
@@ -82,6 +83,7 @@ impl Opens {
     pub(crate) fn open(
         &self,
         nodeid: INodeNo,
+        inode: &Inode,
         file: &OwnedFd,
         client_flags: OFlags,
     ) -> Result<(Answer, Option<TableOpen>), Errno> {
@@ -90,14 +92,11 @@ impl Opens {
             return Ok((self.by_server(client_flags), None));
         };
         let flags = client_flags.bits() as i32;
-        let open =
-            table
-                .open(&nodeid, flags, file, granted(file)?)
-                .map_err(|error| match error {
-                    TableOpenError::AccessExceeded { .. } => Errno::ACCESS,
-                    TableOpenError::Unreadable(errno) => errno,
-                    _ => Errno::IO,
-                })?;
+        // The inode's own fd is registered, so that the table has none to open.
+        let opened = ServerFile::with_access(file, granted(file)?).path_fd(inode);
+        let open = table
+            .open(&nodeid, flags, opened)
+            .map_err(|error| error.errno())?;
         if !open.is_passthrough() {
             self.tell(&open);
             return Ok((self.by_server(client_flags), Some(open)));
@@ -120,10 +119,10 @@ impl Opens {
         })
     }
 
-    /// What goes for the whole connection is worth a line, once.
+    /// What goes for more than this file is worth a line, once.
     fn tell(&self, open: &TableOpen) {
         if let Some(ServerReason::Refused(error)) = open.server_reason() {
-            if error.scope() == Scope::Connection {
+            if matches!(error.scope(), Scope::Connection | Scope::Thread) {
                 self.told
                     .call_once(|| eprintln!("mirror: serving without passthrough: {error}"));
             }

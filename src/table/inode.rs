@@ -1,242 +1,151 @@
-//! One inode: its mode, and what the last release does.
+//! One inode, and the inodes of a shard.
 
+use std::collections::HashMap;
 use std::hash::Hash;
-use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
-use std::time::Duration;
 
-use rustix::fs::fstat;
-use rustix::io::Errno;
+use super::hash::Seeds;
+use super::mode::Mode;
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Mutex, Ordering};
 
-use super::shared::Shared;
-use super::{Entry, ServerReason, kernel};
-use crate::backing::BackingId;
-use crate::error::BackingCloseCause;
-use crate::open::Access;
-use crate::sync::{Arc, AtomicU8, AtomicUsize, Mutex, Ordering, Weak, lock, write};
-
-// In this order what an open looks at is on one or two cache lines, with the reference count.
-#[repr(C)]
-pub(super) struct Inode<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    /// Set once, with `deciding` locked.
-    pub(super) mode: OnceLock<Mode>,
-    /// Grows only. Empty in server mode, and for a moment after passthrough was decided.
-    pub(super) granted: AtomicU8,
+/// An inode of a table, whose shared part is `S`.
+///
+/// It is open; or parked, in the ledger, where it can be opened again; or, if it is neither, its id is
+/// being closed and no open finds it. The lock of its shard protects what tells these apart. That it is
+/// atomic is for the sake of safe code only.
+pub(super) struct Inode<K, S> {
+    /// Set once, under `deciding`.
+    mode: OnceLock<Mode>,
+    pub(super) deciding: Mutex<()>,
+    /// Opens that have not been released. Under the shard lock.
+    opens: AtomicUsize,
+    /// LRU sequence number while parked, else 0. Under the shard lock.
+    parked: AtomicUsize,
+    /// No key leads here any more: it was forgotten, invalidated or replaced. Under the shard lock.
+    detached: AtomicBool,
+    pub(super) shard: u8,
     /// Seconds after the table's start.
     pub(super) since: u32,
-    /// Its number in `Parked`; 0 if somebody opened it since, or nobody parked it. Not 0 at the last
-    /// drop: it was taken from there to be closed.
-    pub(super) parked: AtomicUsize,
-    /// 0 if the map has it; else its address, if `Shared::strays` has, or `NOWHERE`.
-    pub(super) stray: AtomicUsize,
-    pub(super) deciding: Mutex<()>,
     pub(super) key: K,
-    pub(super) shared: Arc<Shared<D, K>>,
-    /// To tell its own entry in the map from a later one, also when it was moved out of its `Arc`.
-    pub(super) me: Weak<Self>,
+    pub(super) table: Arc<S>,
 }
 
-/// No address: inodes are aligned.
-pub(super) const NOWHERE: usize = usize::MAX;
-
-#[derive(Debug)]
-pub(super) enum Mode {
-    Passthrough { id: BackingId, file: FileId },
-    Server(ServerReason),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FileId {
-    device: u64,
-    inode: u64,
-}
-
-impl FileId {
-    pub(super) fn of(fd: BorrowedFd<'_>) -> Result<Self, Errno> {
-        let stat = fstat(fd)?;
-        #[allow(clippy::unnecessary_cast, reason = "the types differ between targets")]
-        Ok(Self {
-            device: stat.st_dev as u64,
-            inode: stat.st_ino as u64,
-        })
-    }
-}
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Inode<D, K> {
-    /// The mode, decided now if it is not yet; waits for whoever is deciding.
-    pub(super) fn decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
-        self.mode.get().unwrap_or_else(|| {
-            let _deciding = lock(&self.deciding);
-            self.mode.get_or_init(mode)
-        })
-    }
-
-    pub(super) fn grants(&self, wanted: Access) -> bool {
-        self.granted().is_some_and(|granted| granted.allows(wanted))
-    }
-
-    fn granted(&self) -> Option<Access> {
-        Access::from_bits(self.granted.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn grant(&self, access: Access) {
-        if !self.grants(access) {
-            self.granted.fetch_or(access.bits(), Ordering::Relaxed);
-        }
-    }
-
-    /// For whoever has the lock of the shard: whether nobody has opened it since it was parked.
-    pub(super) fn is_parked(&self) -> bool {
-        self.parked.load(Ordering::Relaxed) != 0
-    }
-
-    /// For whoever has the lock of the shard: it is open from now on. Its number in `Parked`, or 0.
-    pub(super) fn unpark(&self) -> usize {
-        // Seldom other than 0, and a swap costs.
-        if self.is_parked() {
-            self.parked.swap(0, Ordering::Relaxed)
-        } else {
-            0
-        }
-    }
-
-    pub(super) fn is_stray(&self) -> bool {
-        self.stray.load(Ordering::Relaxed) != 0
-    }
-
-    /// How many there are, for whoever has one reference that is none.
-    pub(super) fn opens(self: &Arc<Self>) -> u64 {
-        if self.is_parked() {
-            0
-        } else {
-            Arc::strong_count(self).saturating_sub(1) as u64
-        }
-    }
-
-    /// Of the last reference: closes the id. One that cannot be closed is parked, to be opened again
-    /// or retried.
-    pub(super) fn close(&mut self) -> Result<(), BackingCloseCause> {
-        let Some(Mode::Passthrough { id, .. }) = self.mode.get() else {
-            return Ok(());
-        };
-        let shared = &self.shared;
-        if let Err(cause) = kernel::backing_close((*shared.device).as_fd(), id) {
-            shared.close_failures.fetch_add(1, Ordering::Relaxed);
-            // Somebody else closed it: nothing is left to be tried again.
-            if cause != BackingCloseCause::UnknownId {
-                self.park(Some(cause));
-                self.mode.take();
-                return Err(cause);
-            }
-        }
-        shared.ids.fetch_sub(1, Ordering::Relaxed);
-        self.mode.take();
-        Ok(())
-    }
-
-    /// Of the last reference: leaves it idle, if that is wanted; else it is still to be closed.
-    fn idle(&mut self) {
-        let shared = &self.shared;
-        let wanted = !self.is_parked()
-            && matches!(self.mode.get(), Some(Mode::Passthrough { .. }))
-            && shared.idle_limit.load(Ordering::Relaxed) > 0
-            && shared.ids.load(Ordering::Relaxed) <= shared.limit.load(Ordering::Relaxed);
-        if wanted && self.park(None) {
-            self.shared.trim();
-        }
-    }
-
-    /// Of the last reference: moves what is registered to an inode in `Parked`, and back into the map
-    /// with it. Where the number was forgotten, or names another inode by now, it is kept only if
-    /// closing failed. False if it is not kept.
-    fn park(&mut self, failed: Option<BackingCloseCause>) -> bool {
-        let shared = Arc::clone(&self.shared);
-        let key = self.key.clone();
-        let mut map = write(shared.shard(&key));
-        let entry = map.get_mut(&key);
-        let entry = entry.filter(|inode| Weak::ptr_eq(inode, &self.me));
-        let mut parked = lock(&shared.parked);
-        if parked.orphaned || (entry.is_none() && failed.is_none()) {
-            return false;
-        }
-        // From here on no code of the key's is run, which could panic.
-        let number = parked.number();
-        let inode = Arc::new_cyclic(|me| Self {
-            mode: self.mode.take().map_or_else(OnceLock::new, OnceLock::from),
-            granted: AtomicU8::new(self.granted.load(Ordering::Relaxed)),
-            since: self.since,
-            parked: AtomicUsize::new(number),
-            stray: AtomicUsize::new(if entry.is_some() { 0 } else { NOWHERE }),
+impl<K, S> Inode<K, S> {
+    /// Opened once, and its mode still to be decided.
+    pub(super) fn new(key: K, shard: u8, since: u32, table: Arc<S>) -> Self {
+        Self {
+            mode: OnceLock::new(),
             deciding: Mutex::new(()),
+            opens: AtomicUsize::new(1),
+            parked: AtomicUsize::new(0),
+            detached: AtomicBool::new(false),
+            shard,
+            since,
             key,
-            shared: Arc::clone(&shared),
-            me: Weak::clone(me),
-        });
-        if let Some(entry) = entry {
-            *entry = Arc::downgrade(&inode);
-            *self.stray.get_mut() = NOWHERE;
-        }
-        match failed {
-            None => drop(parked.idle.insert(number, inode)),
-            Some(cause) => drop(parked.unclosed.insert(number, (inode, cause))),
-        }
-        true
-    }
-
-    /// Out of the map, or wherever else the table finds it.
-    fn leave(&mut self) {
-        match *self.stray.get_mut() {
-            NOWHERE => {}
-            0 => {
-                let mut map = write(self.shared.shard(&self.key));
-                let found = map.get(&self.key);
-                if found.is_some_and(|inode| Weak::ptr_eq(inode, &self.me)) {
-                    map.remove(&self.key);
-                }
-            }
-            address => drop(lock(&self.shared.strays).remove(&address)),
+            table,
         }
     }
 
-    /// With its number in `Parked`, or 0. None for one whose mode is not decided.
-    pub(super) fn row(self: &Arc<Self>, now: u32) -> Option<(usize, Entry<K>)> {
-        let (id, file, reason) = match self.mode.get()? {
-            Mode::Passthrough { id, file } => (Some(id.as_raw()), Some(*file), None),
-            Mode::Server(reason) => (None, None, Some(*reason)),
-        };
-        let entry = Entry {
-            inode: self.key.clone(),
-            id,
-            backing_device: file.map(|file| file.device),
-            backing_inode: file.map(|file| file.inode),
-            access: self.granted(),
-            opens: self.opens(),
-            forgotten: self.is_stray(),
-            server_reason: reason,
-            close_failed: None,
-            age: Duration::from_secs(u64::from(now.saturating_sub(self.since))),
-        };
-        Some((self.parked.load(Ordering::Relaxed), entry))
+    /// `None` until it is decided.
+    #[inline]
+    pub(super) fn mode(&self) -> Option<&Mode> {
+        self.mode.get()
+    }
+
+    /// Caller must hold `deciding`.
+    pub(super) fn mode_or_decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
+        self.mode.get_or_init(mode)
+    }
+
+    // Caller must hold the shard lock for each of these.
+
+    #[inline]
+    pub(super) fn opens(&self) -> usize {
+        self.opens.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(super) fn set_opens(&self, opens: usize) {
+        self.opens.store(opens, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(super) fn parked(&self) -> usize {
+        self.parked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_parked(&self, parked: usize) {
+        self.parked.store(parked, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::Relaxed)
+    }
+
+    /// Whether it can be opened.
+    #[inline]
+    pub(super) fn is_live(&self) -> bool {
+        self.opens() > 0 || self.parked() != 0
     }
 }
 
-/// Closes an inode, also when a key's own code panics in between.
-struct Closing<'a, D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(&'a mut Inode<D, K>);
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Closing<'_, D, K> {
-    fn drop(&mut self) {
-        // A failure is counted, and kept in `Parked`.
-        let _ = self.0.close();
-    }
+/// The inodes of a shard: what its lock protects.
+pub(super) struct Inodes<K, S> {
+    by_key: HashMap<K, Arc<Inode<K, S>>, Seeds>,
+    detached: Vec<Arc<Inode<K, S>>>,
 }
 
-/// The last release, or that of what was parked.
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Drop for Inode<D, K> {
-    fn drop(&mut self) {
-        let closing = Closing(self);
-        closing.0.idle();
-        drop(closing);
-        self.leave();
+impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
+    pub(super) fn new(seeds: Seeds) -> Self {
+        Self {
+            by_key: HashMap::with_hasher(seeds),
+            detached: Vec::new(),
+        }
+    }
+
+    /// The inode under this key, if it can be opened.
+    #[inline]
+    pub(super) fn find(&self, key: &K) -> Option<&Arc<Inode<K, S>>> {
+        self.by_key.get(key).filter(|inode| inode.is_live())
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Inode<K, S>>> {
+        self.by_key.values().chain(&self.detached)
+    }
+
+    /// In place of the one under its key.
+    pub(super) fn insert(&mut self, inode: Arc<Inode<K, S>>) {
+        // If the key's own code panics here, nothing has changed.
+        if let Some(replaced) = self.by_key.insert(inode.key.clone(), inode) {
+            self.add_detached(replaced);
+        }
+    }
+
+    /// Takes an inode from its key.
+    pub(super) fn detach(&mut self, key: &K) -> Option<&Arc<Inode<K, S>>> {
+        let inode = self.by_key.remove(key)?;
+        Some(self.add_detached(inode))
+    }
+
+    fn add_detached(&mut self, inode: Arc<Inode<K, S>>) -> &Arc<Inode<K, S>> {
+        inode.detached.store(true, Ordering::Relaxed);
+        self.detached.push(inode);
+        &self.detached[self.detached.len() - 1]
+    }
+
+    /// Lets go of an inode that was closed.
+    pub(super) fn remove(&mut self, inode: &Arc<Inode<K, S>>) {
+        if !inode.is_detached() {
+            self.by_key.remove(&inode.key);
+        } else if let Some(at) = self.detached.iter().position(|one| Arc::ptr_eq(one, inode)) {
+            self.detached.swap_remove(at);
+        }
+    }
+
+    /// Lets go of all that are not open: none can be opened any more. That includes those for which
+    /// `remove` panicked in the key's own code.
+    pub(super) fn retain_open(&mut self) {
+        self.by_key.retain(|_, inode| inode.opens() > 0);
+        self.detached.retain(|inode| inode.opens() > 0);
     }
 }

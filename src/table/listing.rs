@@ -4,9 +4,8 @@ use std::fmt;
 use std::ops::Deref;
 use std::time::Duration;
 
-use super::ServerReason;
-use crate::error::{BackingCloseCause, BackingOpenError};
-use crate::open::Access;
+use crate::access::Access;
+use crate::error::{BackingCloseCause, BackingOpenError, ServerReason};
 
 /// Figures of a [`BackingTable`](super::BackingTable).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +21,10 @@ pub struct TableStats {
     pub over_limit: u64,
     /// Closes that failed, so far, retries among them.
     pub close_failures: u64,
+    /// Registrations, so far, of the fd that [`open`](super::BackingTable::open) was given, because there
+    /// was no `O_PATH` fd of the same file, or the kernel is older than 6.12 and does not take one. Until
+    /// its id is closed, such a file has a writer if the fd can write, and keeps its leases and locks.
+    pub by_open_fd: u64,
     /// What is remembered of the connection: nothing is registered any more.
     pub refused: Option<BackingOpenError>,
 }
@@ -40,8 +43,7 @@ pub struct Entry<K> {
     pub backing_inode: Option<u64>,
     /// What has been granted so far.
     pub access: Option<Access>,
-    /// Opens that have not been released. 0: idle, or not closed because closing failed. Another thread
-    /// that looks at the inode in this moment counts as well.
+    /// Opens that have not been released. 0: idle, or not closed because closing failed.
     pub opens: u64,
     /// Whether its number names another inode by now, or none.
     pub forgotten: bool,

@@ -1,356 +1,388 @@
-//! What the opens of a table share: the map, what is parked, and the figures.
+//! What the opens of a table share: the inodes in their shards, and the ledger.
 
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
-use std::ops::Deref;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, getrlimit};
+use rustix::io::Errno;
 
-use super::ServerReason;
 use super::hash::Seeds;
-use super::inode::{FileId, Inode, Mode, NOWHERE};
-use super::kernel;
-use crate::error::{BackingCloseCause, BackingOpenError, Scope};
-use crate::sync::{
-    Arc, AtomicBool, AtomicU8, AtomicUsize, Mutex, Ordering, RwLock, Weak, lock, read, write,
-};
+use super::inode::{self, Inodes};
+use super::ledger::{Claim, Ledger, Room};
+use super::listing::Entry;
+use super::mode::{Mode, Registered};
+use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
+use crate::file::{Backing, FileId, ServerFile};
+use crate::register::Register;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 
-/// Enough that threads seldom meet, in 4 KiB of empty maps.
-const SHARDS: usize = 64;
+/// Enough that threads seldom meet, in 8 KiB of empty maps.
+const SHARDS: u8 = 64;
 
-pub(super) struct Shared<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    pub(super) device: D,
+pub(super) struct Shared<R: Register, K: Hash + Eq + Clone> {
+    pub(super) registrar: R,
     seeds: Seeds,
-    pub(super) shards: Box<[Shard<D, K>]>,
-    /// By address: open, and not in the map any more.
-    pub(super) strays: Mutex<BTreeMap<usize, Weak<Inode<D, K>>>>,
-    pub(super) parked: Mutex<Parked<D, K>>,
-    /// Ids that are registered, parked ones among them.
-    pub(super) ids: AtomicUsize,
-    pub(super) limit: AtomicUsize,
-    pub(super) idle_limit: AtomicUsize,
-    /// Whether `refused` is worth a look.
-    pub(super) is_refused: AtomicBool,
-    pub(super) refused: Mutex<Option<BackingOpenError>>,
-    /// How often it was forgotten.
-    pub(super) resets: AtomicUsize,
-    pub(super) over_limit: AtomicUsize,
-    pub(super) close_failures: AtomicUsize,
+    shards: Box<[Shard<R, K>]>,
+    ledger: Mutex<Ledger<Arc<Inode<R, K>>>>,
+    /// With the lock of the ledger: an id is being closed no more.
+    closed: Condvar,
     start: Instant,
 }
 
-type Inodes<D, K> = HashMap<K, Weak<Inode<D, K>>, Seeds>;
+type Inode<R, K> = inode::Inode<K, Shared<R, K>>;
 
 /// On a cache line of its own.
 #[repr(align(64))]
-pub(super) struct Shard<D: Deref<Target: AsFd>, K: Hash + Eq + Clone>(
-    pub(super) RwLock<Inodes<D, K>>,
-);
+struct Shard<R: Register, K: Hash + Eq + Clone>(Mutex<Inodes<K, Shared<R, K>>>);
 
-/// Registered inodes without opens, by when they came here.
-pub(super) struct Parked<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> {
-    pub(super) idle: BTreeMap<usize, Arc<Inode<D, K>>>,
-    /// Closing them failed, for this cause.
-    pub(super) unclosed: BTreeMap<usize, (Arc<Inode<D, K>>, BackingCloseCause)>,
-    /// The number that was given last.
-    last: usize,
-    /// The table is gone, and with it whoever could open them or retry.
-    pub(super) orphaned: bool,
-}
+/// A shard, while its lock is held.
+type Locked<'a, R, K> = MutexGuard<'a, Inodes<K, Shared<R, K>>>;
 
-/// What is to be done about an inode that is found in the map.
-pub(super) enum Verdict {
-    Join,
-    /// It is parked, and stands in the way.
-    Replace,
-    Refuse,
-}
+/// An open that is counted; dropping it is the release.
+pub(super) struct Open<R: Register, K: Hash + Eq + Clone>(Arc<Inode<R, K>>);
 
-pub(super) enum Found<T> {
-    /// One open more.
-    Joined(T),
-    Refused,
-    Nothing,
-}
-
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Shared<D, K> {
-    pub(super) fn new(device: D) -> Self {
-        let limit = getrlimit(Resource::Nofile)
-            .current
-            .and_then(|limit| usize::try_from(limit).ok())
-            .unwrap_or(usize::MAX);
+impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
+    pub(super) fn new(registrar: R) -> Self {
         let seeds = Seeds::random();
-        let shard = || Shard(RwLock::new(HashMap::with_hasher(seeds)));
+        let shard = |_| Shard(Mutex::new(Inodes::new(seeds)));
         Self {
-            device,
+            registrar,
             seeds,
-            shards: (0..SHARDS).map(|_| shard()).collect(),
-            strays: Mutex::new(BTreeMap::new()),
-            parked: Mutex::new(Parked {
-                idle: BTreeMap::new(),
-                unclosed: BTreeMap::new(),
-                last: 0,
-                orphaned: false,
-            }),
-            ids: AtomicUsize::new(0),
-            limit: AtomicUsize::new(limit),
-            idle_limit: AtomicUsize::new(0),
-            is_refused: AtomicBool::new(false),
-            refused: Mutex::new(None),
-            resets: AtomicUsize::new(0),
-            over_limit: AtomicUsize::new(0),
-            close_failures: AtomicUsize::new(0),
+            shards: (0..SHARDS).map(shard).collect(),
+            ledger: Mutex::new(Ledger::new()),
+            closed: Condvar::new(),
             start: Instant::now(),
         }
     }
 
-    #[inline]
-    pub(super) fn shard(&self, key: &K) -> &RwLock<Inodes<D, K>> {
-        let index = self.seeds.part(key, SHARDS);
-        &self.shards[index].0
+    pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger<Arc<Inode<R, K>>>> {
+        lock(&self.ledger)
     }
 
-    /// The inode under this number, if there is one that `judge` lets in.
     #[inline]
-    pub(super) fn find(
-        &self,
-        key: &K,
-        judge: impl FnOnce(&Inode<D, K>) -> Verdict,
-    ) -> Found<Arc<Inode<D, K>>> {
-        let map = read(self.shard(key));
-        let Some(inode) = map.get(key).and_then(Weak::upgrade) else {
-            return Found::Nothing;
-        };
-        let found = match judge(&inode) {
-            Verdict::Join => {
-                let parked = inode.unpark();
-                drop(map);
-                self.take_parked(parked);
-                return Found::Joined(inode);
-            }
-            Verdict::Replace => Found::Nothing,
-            Verdict::Refuse => Found::Refused,
-        };
-        let last = Arc::into_inner(inode);
-        drop(map);
-        drop(last);
-        found
+    fn lock_of(&self, key: &K) -> (u8, Locked<'_, R, K>) {
+        let shard = self.seeds.part(key, SHARDS);
+        (shard, self.lock(shard))
     }
 
-    /// The same, or a new one, whose mode is still to be decided; `None` if it is refused.
-    pub(super) fn find_or_insert(
+    #[inline]
+    fn lock(&self, shard: u8) -> Locked<'_, R, K> {
+        lock(&self.shards[usize::from(shard)].0)
+    }
+
+    /// One open more of an inode that is open or parked, if `admits` its mode.
+    #[inline]
+    pub(super) fn join(&self, key: &K, admits: impl FnOnce(&Mode) -> bool) -> Option<Open<R, K>> {
+        let (_, inodes) = self.lock_of(key);
+        let inode = inodes.find(key)?;
+        inode.mode().is_some_and(admits).then(|| self.count(inode))
+    }
+
+    /// The same, or the first open of a new one, whose mode is still to be decided. An inode that is
+    /// parked in a mode that `admits` refuses is replaced.
+    pub(super) fn join_or_insert<E>(
         self: &Arc<Self>,
         key: &K,
-        judge: impl Fn(&Inode<D, K>) -> Verdict,
-    ) -> Option<Arc<Inode<D, K>>> {
-        match self.find(key, &judge) {
-            Found::Joined(inode) => return Some(inode),
-            Found::Refused => return None,
-            Found::Nothing => {}
+        admits: impl FnOnce(&Mode) -> Result<(), E>,
+    ) -> Result<Open<R, K>, E> {
+        let (shard, mut inodes) = self.lock_of(key);
+        let mut replaced = None;
+        if let Some(inode) = inodes.find(key) {
+            match inode.mode().map_or(Ok(()), admits) {
+                Ok(()) => return Ok(self.count(inode)),
+                Err(error) if inode.opens() > 0 => return Err(error),
+                Err(_) => replaced = Some(Arc::clone(inode)),
+            }
         }
-        let fresh = Arc::new_cyclic(|me| Inode {
-            mode: OnceLock::new(),
-            granted: AtomicU8::new(0),
-            since: self.seconds(),
-            parked: AtomicUsize::new(0),
-            stray: AtomicUsize::new(NOWHERE),
-            deciding: Mutex::new(()),
-            key: key.clone(),
-            shared: Arc::clone(self),
-            me: Weak::clone(me),
-        });
-        let mut map = write(self.shard(key));
-        // From here on no code of the key's is run, which could panic with a reference under the lock.
-        let (found, entry) = match map.entry(fresh.key.clone()) {
-            Entry::Occupied(entry) => (entry.get().upgrade(), entry.into_mut()),
-            Entry::Vacant(entry) => (None, entry.insert(Weak::new())),
-        };
-        match found.as_deref().map(judge) {
-            // It came, or was parked, in between.
-            Some(Verdict::Join) => {
-                let found = found?;
-                let parked = found.unpark();
-                drop(map);
-                self.take_parked(parked);
-                Some(found)
-            }
-            Some(Verdict::Refuse) => {
-                let last = found.and_then(Arc::into_inner);
-                drop(map);
-                drop(last);
-                None
-            }
-            Some(Verdict::Replace) | None => {
-                *entry = Arc::downgrade(&fresh);
-                fresh.stray.store(0, Ordering::Relaxed);
-                drop(map);
-                if let Some(found) = found {
-                    self.evict(found);
-                }
-                Some(fresh)
-            }
+        let inode = Inode::new(key.clone(), shard, self.seconds(), Arc::clone(self));
+        let inode = Arc::new(inode);
+        inodes.insert(Arc::clone(&inode));
+        let open = Open(inode);
+        if let Some(replaced) = replaced {
+            self.claim(&replaced);
+            drop(inodes);
+            // A failure is counted, and listed.
+            let _ = self.close(&replaced);
+        }
+        Ok(open)
+    }
+
+    /// One open more. Caller must hold the shard lock.
+    #[inline]
+    fn count(&self, inode: &Arc<Inode<R, K>>) -> Open<R, K> {
+        inode.set_opens(inode.opens() + 1);
+        if inode.parked() != 0 {
+            self.unpark(inode);
+        }
+        Open(Arc::clone(inode))
+    }
+
+    /// Caller must hold the shard lock.
+    #[cold]
+    fn unpark(&self, inode: &Inode<R, K>) {
+        self.ledger().unpark(inode.parked());
+        inode.set_parked(0);
+    }
+
+    /// Takes a parked inode from the ledger, to be closed. Caller must hold the shard lock.
+    fn claim(&self, inode: &Inode<R, K>) {
+        self.ledger().claim(inode.parked());
+        inode.set_parked(0);
+    }
+
+    /// Detaches an inode from its key, and closes it if it is parked. One that is open stays as it is
+    /// unless `also_open`: `Err` is how often it is open.
+    pub(super) fn detach(&self, key: &K, also_open: bool) -> Result<(), usize> {
+        let (_, mut inodes) = self.lock_of(key);
+        let opens = inodes.find(key).map_or(0, |inode| inode.opens());
+        if opens > 0 && !also_open {
+            return Err(opens);
+        }
+        let parked = inodes.detach(key).filter(|inode| inode.parked() != 0);
+        if let Some(inode) = parked.cloned() {
+            self.claim(&inode);
+            drop(inodes);
+            // A failure is counted, and listed.
+            let _ = self.close(&inode);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn release(&self, inode: &Arc<Inode<R, K>>) {
+        let inodes = self.lock(inode.shard);
+        let opens = inode.opens() - 1;
+        inode.set_opens(opens);
+        if opens == 0 {
+            self.last_release(inodes, inode);
         }
     }
 
-    pub(super) fn register(&self, fd: BorrowedFd<'_>, file: FileId) -> Mode {
-        if let Some(error) = self.refused() {
-            return Mode::Server(ServerReason::Remembered(error));
+    // Apart, so that what is before it is inlined.
+    #[cold]
+    fn last_release(&self, mut inodes: Locked<'_, R, K>, inode: &Arc<Inode<R, K>>) {
+        if !matches!(inode.mode(), Some(Mode::Passthrough(_))) {
+            return inodes.remove(inode);
         }
-        if !self.make_room() {
-            self.over_limit.fetch_add(1, Ordering::Relaxed);
-            return Mode::Server(ServerReason::LimitReached);
-        }
-        let resets = self.resets.load(Ordering::Acquire);
-        match kernel::backing_open((*self.device).as_fd(), fd) {
-            Ok(id) => Mode::Passthrough { id, file },
-            Err(error) => {
-                self.ids.fetch_sub(1, Ordering::Relaxed);
-                if error.scope() == Scope::Connection {
-                    let mut refused = lock(&self.refused);
-                    if self.resets.load(Ordering::Relaxed) == resets {
-                        *refused = Some(error);
-                        self.is_refused.store(true, Ordering::Release);
-                    }
-                }
-                Mode::Server(ServerReason::Refused(error))
-            }
-        }
-    }
-
-    pub(super) fn refused(&self) -> Option<BackingOpenError> {
-        if self.is_refused.load(Ordering::Acquire) {
-            *lock(&self.refused)
+        let parked = self.ledger().park_or_close(inode, !inode.is_detached());
+        inode.set_parked(parked.unwrap_or(0));
+        drop(inodes);
+        if parked.is_some() {
+            self.trim();
         } else {
-            None
+            // A failure is counted, and listed.
+            let _ = self.close(inode);
         }
     }
 
-    /// Counts one id more, if the limit permits, or does once idle ones are closed.
-    fn make_room(&self) -> bool {
-        loop {
-            let limit = self.limit.load(Ordering::Relaxed);
-            let counted = self
-                .ids
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ids| {
-                    (ids < limit).then_some(ids + 1)
-                });
-            if counted.is_ok() {
-                return true;
-            }
-            if !self.close_oldest() {
-                return false;
-            }
+    /// Closes the id of an inode that the ledger counts as being closed, and that nobody can open.
+    /// Caller must hold no lock but the `deciding` of another inode.
+    fn close(&self, inode: &Arc<Inode<R, K>>) -> Result<(), BackingCloseCause> {
+        let Some(Mode::Passthrough(registered)) = inode.mode() else {
+            return Ok(());
+        };
+        let mut closing = Closing {
+            inode,
+            // That is what it comes to if the registrar panics.
+            result: Err(BackingCloseCause::Registrar {
+                errno: Errno::IO,
+                scope: Scope::File,
+            }),
+        };
+        let closed = self.registrar.unregister(registered.id.alias());
+        closing.result = closed.map_err(|failed| failed.cause());
+        closing.result
+    }
+
+    /// What a close has come to.
+    fn closed(&self, inode: &Arc<Inode<R, K>>, result: Result<(), BackingCloseCause>) {
+        let mut inodes = self.lock(inode.shard);
+        let parked = self.ledger().closed(inode, result);
+        self.closed.notify_all();
+        match parked {
+            Some(parked) => inode.set_parked(parked),
+            None => inodes.remove(inode),
         }
     }
 
-    /// Closes the inode that has been idle for longest; false if none is.
-    fn close_oldest(&self) -> bool {
-        let oldest = lock(&self.parked).idle.pop_first();
-        oldest.is_some_and(|(_, inode)| {
-            drop(self.unless_opened(inode));
-            true
-        })
+    /// Closes what was claimed, unless it was opened since.
+    pub(super) fn close_claimed(
+        &self,
+        claim: Claim<Arc<Inode<R, K>>>,
+    ) -> Result<(), BackingCloseCause> {
+        let Claim { inode, parked } = claim;
+        let inodes = self.lock(inode.shard);
+        if inode.parked() != parked {
+            self.ledger().unclaim();
+            self.closed.notify_all();
+            return Ok(());
+        }
+        inode.set_parked(0);
+        drop(inodes);
+        self.close(&inode)
     }
 
-    /// Of what was parked: the last reference, unless somebody has opened it. Whoever merely looks at
-    /// it has a reference too, but only under the lock of the shard.
-    pub(super) fn unless_opened(&self, inode: Arc<Inode<D, K>>) -> Option<Inode<D, K>> {
-        let map = write(self.shard(&inode.key));
-        let last = Arc::into_inner(inode);
-        drop(map);
-        last
+    /// Lets go of what is not open, and parks nothing any more.
+    pub(super) fn shut_down(&self) {
+        let claims = self.ledger().orphan();
+        for claim in claims {
+            // Whoever wants to know retries before: a destructor has nobody to tell.
+            let _ = self.close_claimed(claim);
+        }
+        for shard in 0..SHARDS {
+            self.lock(shard).retain_open();
+        }
     }
 
     /// Closes idle ones that are too many for either limit.
     pub(super) fn trim(&self) {
-        let too_many = || {
-            // Locked first: whoever parks one after this sees the limits that are seen here.
-            let idle = lock(&self.parked).idle.len();
-            idle > self.idle_limit.load(Ordering::Relaxed)
-                || self.ids.load(Ordering::Relaxed) > self.limit.load(Ordering::Relaxed)
-        };
-        while too_many() && self.close_oldest() {}
-    }
-
-    /// Closes an inode that is parked, and that nobody finds any more.
-    pub(super) fn evict(&self, inode: Arc<Inode<D, K>>) {
-        self.take_parked(inode.parked.load(Ordering::Relaxed));
-        // Now, unless another thread has taken it from there, which then does.
-        drop(inode);
-    }
-
-    /// Lets go of what is parked under this number, of which the caller has another reference.
-    #[inline]
-    pub(super) fn take_parked(&self, number: usize) {
-        // Seldom: apart, so that this is inlined.
-        if number != 0 {
-            self.remove_parked(number);
+        loop {
+            let Some(claim) = self.ledger().claim_surplus() else {
+                return;
+            };
+            // A failure is counted, and listed.
+            let _ = self.close_claimed(claim);
         }
     }
 
-    #[cold]
-    fn remove_parked(&self, number: usize) {
-        let mut parked = lock(&self.parked);
-        let idle = parked.idle.remove(&number);
-        let unclosed = parked.unclosed.remove(&number);
-        drop(parked);
-        drop((idle, unclosed));
+    /// The mode of an inode whose first open brings this file.
+    pub(super) fn register(&self, file: &ServerFile<'_>, id: FileId) -> Mode {
+        self.try_register(file, id)
+            .map_or_else(Mode::Server, Mode::Passthrough)
     }
 
-    pub(super) fn seconds(&self) -> u32 {
-        u32::try_from(self.start.elapsed().as_secs()).unwrap_or(u32::MAX)
+    fn try_register(&self, file: &ServerFile<'_>, id: FileId) -> Result<Registered, ServerReason> {
+        let (resets, keep_fds) = self.reserve()?;
+        let reserved = Reserved(self);
+        let by_path = self.registrar.takes_path_fd();
+        let mut backing = file
+            .backing(id, by_path)
+            .map_err(ServerReason::Unreadable)?;
+        if backing.append_only() {
+            return Err(ServerReason::AppendOnly);
+        }
+        let grant = file.at_most();
+        let result = loop {
+            if keep_fds {
+                backing.keep().map_err(ServerReason::NoFd)?;
+            }
+            match self.registrar.register(backing.as_fd(), grant) {
+                // Before Linux 6.12.
+                Err(BackingOpenError::PathOnlyFd) if backing.is_path() => {
+                    backing = Backing::lent(file);
+                }
+                result => break result,
+            }
+        };
+        let backing_id = result.map_err(|error| {
+            self.ledger().refused(error, resets);
+            ServerReason::Refused(error)
+        })?;
+        std::mem::forget(reserved);
+        if by_path && !backing.is_path() {
+            self.ledger().by_open_fd += 1;
+        }
+        let kept = if keep_fds { backing.into_kept() } else { None };
+        Ok(Registered::new(backing_id, id, grant, kept))
     }
-}
 
-impl<D: Deref<Target: AsFd>, K: Hash + Eq + Clone> Parked<D, K> {
-    /// One that is not in use: where a word has 32 bits they come round again.
-    pub(super) fn number(&mut self) -> usize {
+    /// Counts one id more, once idle ones are closed if need be. What the ledger's `Room::Reserved` has.
+    fn reserve(&self) -> Result<(usize, bool), ServerReason> {
+        let mut ledger = self.ledger();
         loop {
-            self.last = self.last.wrapping_add(1);
-            let taken =
-                self.idle.contains_key(&self.last) || self.unclosed.contains_key(&self.last);
-            if self.last != 0 && !taken {
-                return self.last;
+            match ledger.reserve() {
+                Room::Reserved { resets, keep_fds } => return Ok((resets, keep_fds)),
+                Room::None(reason) => return Err(reason),
+                Room::Wait => ledger = wait(&self.closed, ledger),
+                Room::Evict(claim) => {
+                    drop(ledger);
+                    // A failure is counted, and listed.
+                    let _ = self.close_claimed(claim);
+                    ledger = self.ledger();
+                }
             }
         }
     }
+
+    fn seconds(&self) -> u32 {
+        u32::try_from(self.start.elapsed().as_secs()).unwrap_or(u32::MAX)
+    }
+
+    /// All inodes that are open or parked, but for those whose mode is being decided.
+    pub(super) fn entries(&self) -> Vec<Entry<K>> {
+        let now = self.seconds();
+        let mut entries = Vec::new();
+        for shard in 0..SHARDS {
+            let inodes = self.lock(shard);
+            entries.extend(inodes.iter().filter_map(|inode| self.entry(inode, now)));
+        }
+        entries
+    }
+
+    /// Caller must hold the shard lock.
+    fn entry(&self, inode: &Inode<R, K>, now: u32) -> Option<Entry<K>> {
+        let (registered, server_reason) = match inode.mode()? {
+            _ if !inode.is_live() => return None,
+            Mode::Passthrough(registered) => (Some(registered), None),
+            Mode::Server(reason) => (None, Some(*reason)),
+        };
+        let close_failed = match inode.parked() {
+            0 => None,
+            parked => self.ledger().close_failed(parked),
+        };
+        Some(Entry {
+            inode: inode.key.clone(),
+            id: registered.map(|registered| registered.id.as_raw()),
+            backing_device: registered.map(|registered| registered.file.device),
+            backing_inode: registered.map(|registered| registered.file.inode),
+            access: registered.and_then(Registered::granted),
+            opens: inode.opens() as u64,
+            forgotten: inode.is_detached(),
+            server_reason,
+            close_failed,
+            age: Duration::from_secs(u64::from(now.saturating_sub(inode.since))),
+        })
+    }
 }
 
-#[cfg(test)]
-#[cfg(fuse_backing_modelled)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
+/// An id that is counted and not registered yet: given back on drop, also where the registrar panics.
+struct Reserved<'a, R: Register, K: Hash + Eq + Clone>(&'a Shared<R, K>);
 
-    use std::fs::File;
+impl<R: Register, K: Hash + Eq + Clone> Drop for Reserved<'_, R, K> {
+    fn drop(&mut self) {
+        self.0.ledger().unreserve();
+    }
+}
 
-    use super::*;
-    use crate::FuseDevice;
+/// An id for which the registrar was called: it is told to the books on drop, also where that panics.
+struct Closing<'a, R: Register, K: Hash + Eq + Clone> {
+    inode: &'a Arc<Inode<R, K>>,
+    result: Result<(), BackingCloseCause>,
+}
 
-    #[test]
-    fn numbers_come_round() {
-        shuttle::check_random(
-            || {
-                let device = FuseDevice::unchecked(File::open("/dev/null").unwrap());
-                let shared = Arc::new(Shared::<_, u64>::new(std::sync::Arc::new(device)));
-                let inode = |key| shared.find_or_insert(&key, |_| Verdict::Join).unwrap();
-                let (idle, unclosed) = (inode(1), inode(2));
-                let mut parked = lock(&shared.parked);
-                assert_eq!((parked.number(), parked.number()), (1, 2));
-                parked.last = usize::MAX - 1;
-                parked.idle.insert(usize::MAX, Arc::clone(&idle));
-                let cause = BackingCloseCause::UnknownId;
-                parked.unclosed.insert(1, (Arc::clone(&unclosed), cause));
-                // 0 is none.
-                assert_eq!(parked.number(), 2);
-                // They hold the table, which holds them.
-                parked.idle.clear();
-                parked.unclosed.clear();
-            },
-            1,
-        );
+impl<R: Register, K: Hash + Eq + Clone> Drop for Closing<'_, R, K> {
+    fn drop(&mut self) {
+        self.inode.table.closed(self.inode, self.result);
+    }
+}
+
+impl<R: Register, K: Hash + Eq + Clone> Open<R, K> {
+    /// `None` until it is decided.
+    pub(super) fn mode(&self) -> Option<&Mode> {
+        self.0.mode()
+    }
+
+    /// The mode, decided now if it is not yet; waits for another open that is deciding.
+    pub(super) fn decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
+        self.0.mode().unwrap_or_else(|| {
+            let _deciding = lock(&self.0.deciding);
+            self.0.mode_or_decide(mode)
+        })
+    }
+}
+
+impl<R: Register, K: Hash + Eq + Clone> Drop for Open<R, K> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.table.release(&self.0);
     }
 }

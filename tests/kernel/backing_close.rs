@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use fuse_backing::{
-    BackingCloseCause, BackingCloseError, BackingFile, BackingId, Errno, FuseDevice, NotPermitted,
-    Scope, uapi,
+    Access, BackingCloseCause, BackingCloseError, BackingFile, BackingId, Errno, FuseDevice,
+    NotPermitted, Scope, uapi,
 };
 use libtest_mimic::Failed;
 
@@ -152,7 +152,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let failed = without_cap_sys_admin(|| device.backing_close(id)).unwrap_err();
     let cause = BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
     assert_eq!((failed.cause(), failed.errno()), (cause, Errno::PERM));
-    assert_eq!(failed.scope(), Scope::Connection);
+    assert_eq!(failed.scope(), Scope::Thread);
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
 
     // Nothing is lost: the id is in the error, and this thread may close it.
@@ -301,7 +301,8 @@ fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
 /// In a process of a single thread, where fork is harmless.
 #[allow(unsafe_code)]
 fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let device = FuseDevice::new(std::io::stdin())?;
+    let stdin = std::io::stdin();
+    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
     let id = device.backing_open(tempfile::tempfile()?)?;
     // SAFETY: this process has one thread, so the child has no lock that nobody will release.
     let pid = unsafe { libc::fork() };
@@ -323,7 +324,7 @@ fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> 
 fn guard_closes_on_drop(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
-    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     drop(guard);
     tmpfs.unmount_when_idle()
@@ -334,7 +335,7 @@ fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let guard = {
         let device = Arc::new(connection.device());
-        BackingFile::open(device, tmpfs.file("file", "")?)?
+        BackingFile::open(device, tmpfs.file("file", "")?, Access::ReadWrite)?
     };
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     std::thread::spawn(move || drop(guard))
@@ -346,7 +347,7 @@ fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
 fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
-    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     let failed = without_cap_sys_admin(|| guard.close()).unwrap_err();
     assert_eq!(
         failed.cause(),
@@ -358,12 +359,12 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
 
     // An error that nobody looks into still holds the guard, which closes on drop.
     let tmpfs = sandbox.tmpfs()?;
-    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     drop(without_cap_sys_admin(|| guard.close()));
     tmpfs.unmount_when_idle()?;
 
     // Somebody closed the guard's id behind its back.
-    let guard = BackingFile::open(&device, tempfile::tempfile()?)?;
+    let guard = BackingFile::open(&device, tempfile::tempfile()?, Access::ReadWrite)?;
     let raw = guard.id().as_raw();
     device.backing_close(id(raw))?;
     let failed = guard.close().unwrap_err();
@@ -390,7 +391,7 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
 fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
-    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     let raw = guard.id().as_raw();
     without_cap_sys_admin(|| drop(guard));
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
@@ -398,35 +399,19 @@ fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> 
     tmpfs.unmount_when_idle()
 }
 
-/// A holder whose own `AsFd` names another device than it derefs to.
-struct TwoFaced<'a>(
-    &'a FuseDevice<Arc<std::os::fd::OwnedFd>>,
-    &'a FuseDevice<Arc<std::os::fd::OwnedFd>>,
-);
-
-impl std::ops::Deref for TwoFaced<'_> {
-    type Target = FuseDevice<Arc<std::os::fd::OwnedFd>>;
-    fn deref(&self) -> &Self::Target {
-        self.0
-    }
-}
-
-impl AsFd for TwoFaced<'_> {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.1.as_fd()
-    }
-}
-
-/// It closes where it opened.
+/// It closes where it opened, and not where another file has the same id.
 fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let (mine, tmpfs) = setup(sandbox)?;
     let (other, others_tmpfs) = setup(sandbox)?;
     let (device, others) = (mine.device(), other.device());
     let kept = others.backing_open(others_tmpfs.file("file", "")?)?;
-    BackingFile::open(TwoFaced(&device, &others), tmpfs.file("file", "")?)?.close()?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
+    assert_eq!(*guard.id(), kept);
+    guard.close()?;
     tmpfs.unmount_when_idle()?;
+    assert_eq!(others_tmpfs.unmount(), Err(Errno::BUSY));
     others.backing_close(kept)?;
-    Ok(())
+    others_tmpfs.unmount_when_idle()
 }
 
 /// As an `io::Error`, for a log: the message, the kind, and the error itself.
@@ -457,7 +442,7 @@ fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
 fn guard_to_id_and_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
-    let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+    let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     let raw = guard.into_id().into_raw();
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "nothing guards it");
     drop(BackingFile::from_id(&device, id(raw)));

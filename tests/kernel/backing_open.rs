@@ -1,15 +1,14 @@
 //! `FUSE_DEV_IOC_BACKING_OPEN`: which files and which connections, and the error for all others.
 
-use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use fuse_backing::{
-    BackingCloseCause, BackingId, BackingOpenError, Errno, FileType, FuseDevice,
+    BackingCloseCause, BackingId, BackingOpenError, DeviceFd, Errno, FileType, FuseDevice,
     NotFuseDeviceReason, NotPermitted, OpenFlags, OpenReply, Scope, uapi,
 };
 use libtest_mimic::Failed;
@@ -96,10 +95,11 @@ pub const TESTS: &[Test] = &[
 pub const ROLES: &[(&str, Role)] = &[
     ("register-in-user-namespace", register_in_user_namespace),
     ("register-without-proc", register_without_proc),
+    ("register-on-closed-device", register_on_closed_device),
 ];
 
 /// The error of registering `fd`; nothing is left registered if there is none.
-fn error(device: &FuseDevice<impl AsFd>, fd: impl AsFd) -> Option<BackingOpenError> {
+fn error(device: &FuseDevice<impl DeviceFd>, fd: impl AsFd) -> Option<BackingOpenError> {
     match device.backing_open(fd) {
         Ok(id) => {
             device.backing_close(id).expect("an id just registered");
@@ -420,7 +420,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
         refused,
         "NotPermitted(MissingCapability)",
         Errno::PERM,
-        Scope::Connection,
+        Scope::Thread,
     );
     assert_eq!(error(&device, &file), None, "this thread still has it");
 
@@ -448,7 +448,8 @@ fn in_a_user_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
 
 #[allow(unsafe_code)]
 fn register_in_user_namespace(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let device = FuseDevice::new(std::io::stdin())?;
+    let stdin = std::io::stdin();
+    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
     let file = tempfile::tempfile()?;
     // SAFETY: CLONE_NEWUSER does not touch the table of file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWUSER) }?;
@@ -560,44 +561,43 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// A device that is closed behind its handle's back: the backing file is not to blame for `EBADF`.
 fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
-    struct Device<'a> {
-        fd: BorrowedFd<'a>,
-        closed: &'a Cell<bool>,
-    }
-    impl AsFd for Device<'_> {
-        fn as_fd(&self) -> BorrowedFd<'_> {
-            if self.closed.get() {
-                Closed.as_fd()
-            } else {
-                self.fd
-            }
-        }
-    }
-    let never_open = FuseDevice::new(Closed).unwrap_err();
+    let never_open = FuseDevice::new(Closed.as_fd()).unwrap_err();
     assert_eq!(
         (never_open.reason(), never_open.errno()),
         (NotFuseDeviceReason::Unreadable(Errno::BADF), Errno::BADF)
     );
 
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let attached = connection.device();
-    let closed = &Cell::new(false);
-    let fd = attached.as_fd();
-    let device = FuseDevice::new(Device { fd, closed })?;
+    let device = connection.device().as_fd().try_clone_to_owned()?;
+    let child = Client::start_with_fd("register-on-closed-device", &[], device)?;
+    assert_eq!(child.finish()?, "ok");
+    Ok(())
+}
+
+/// In a process of a single thread, where nobody else gets the number of an fd that was closed.
+#[allow(unsafe_code)]
+fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let stdin = std::io::stdin();
+    let owned = stdin.as_fd().try_clone_to_owned()?;
+    // SAFETY: closed while it is borrowed, which is what is tried. Nothing is opened under its number
+    // in between: there is no other thread, and this one opens nothing.
+    let lent = unsafe { BorrowedFd::borrow_raw(owned.as_raw_fd()) };
+    let device = FuseDevice::new(lent).map_err(|refused| refused.reason())?;
     let file = tempfile::NamedTempFile::new()?;
     let path_only = open(file.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let id = device.backing_open(&file)?;
 
-    closed.set(true);
+    drop(owned);
     let unknown = Some(BackingOpenError::Other(Errno::BADF));
-    assert_eq!(error(&device, path_only), unknown);
+    assert_eq!(error(&device, &path_only), unknown);
     assert_eq!(error(&device, &file), unknown);
     let failed = device.backing_close(id).unwrap_err();
     assert_eq!(failed.cause(), BackingCloseCause::Other(Errno::BADF));
 
-    closed.set(false);
+    let again = rustix::io::fcntl_dupfd_cloexec(stdin.as_fd(), lent.as_raw_fd())?;
+    assert_eq!(again.as_raw_fd(), lent.as_raw_fd());
     device.backing_close(failed.into_inner())?;
-    Ok(())
+    Ok("ok".into())
 }
 
 /// Where the user namespace cannot be told, nothing is ruled out.
@@ -611,7 +611,8 @@ fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
 
 #[allow(unsafe_code)]
 fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let device = FuseDevice::new(std::io::stdin())?;
+    let stdin = std::io::stdin();
+    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
     let file = tempfile::tempfile()?;
     // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;

@@ -1,9 +1,8 @@
 //! A call through the crate is one system call, and nothing else.
 
 use std::hint::black_box;
-use std::os::fd::AsFd;
 
-use fuse_backing::{BackingFile, FuseDevice, uapi};
+use fuse_backing::{Access, BackingFile, DeviceFd, FuseDevice, uapi};
 use libtest_mimic::Failed;
 
 use crate::alloc;
@@ -26,12 +25,12 @@ pub const ROLES: &[(&str, Role)] = &[("open-and-close", open_and_close)];
 
 const ROUNDS: usize = 100;
 
-fn rounds(device: &FuseDevice<impl AsFd>, file: &std::fs::File) {
+fn rounds(device: &FuseDevice<impl DeviceFd>, file: &std::fs::File) {
     for _ in 0..ROUNDS {
         let id = device.backing_open(file).expect("registered");
         device.backing_close(id).expect("closed");
-        drop(BackingFile::open(device, file).expect("registered"));
-        let guard = BackingFile::open(device, file).expect("registered");
+        drop(BackingFile::open(device, file, Access::ReadWrite).expect("registered"));
+        let guard = BackingFile::open(device, file, Access::ReadWrite).expect("registered");
         guard.close().expect("closed");
     }
 }

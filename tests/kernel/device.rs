@@ -3,10 +3,12 @@
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use fuse_backing::{
-    CloneConnectionError, DeviceOpenError, Errno, FileType, FuseDevice, NotFuseDeviceReason, Scope,
+    CloneConnectionError, DeviceFd, DeviceOpenError, Errno, FileType, FuseDevice,
+    NotFuseDeviceReason, Scope,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{CWD, Mode, OFlags, makedev, mknodat, open};
@@ -21,7 +23,7 @@ use crate::{Needs, Test};
 
 pub const TESTS: &[Test] = &[
     ("opens_the_node", Needs::Nothing, opens_the_node),
-    ("takes_any_holder", Needs::Passthrough, takes_any_holder),
+    ("takes_each_holder", Needs::Passthrough, takes_each_holder),
     (
         "takes_a_node_elsewhere",
         Needs::Nothing,
@@ -50,8 +52,8 @@ fn opens_the_node(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-fn takes_any_holder(sandbox: &Sandbox) -> Result<(), Failed> {
-    fn register<Fd: AsFd>(holder: Fd) -> i32 {
+fn takes_each_holder(sandbox: &Sandbox) -> Result<(), Failed> {
+    fn register<Fd: DeviceFd>(holder: Fd) -> i32 {
         let device = FuseDevice::new(holder).expect("a FUSE device");
         let id = device
             .backing_open(tempfile::tempfile().unwrap())
@@ -65,8 +67,10 @@ fn takes_any_holder(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(register(&owned), 1);
     assert_eq!(register(owned.as_fd()), 2);
     assert_eq!(register(Arc::new(owned.try_clone()?)), 3);
-    assert_eq!(register(connection.device()), 4);
-    assert_eq!(register(File::from(owned)), 5);
+    assert_eq!(register(Rc::new(owned.as_fd())), 4);
+    assert_eq!(register(Box::new(File::from(owned.try_clone()?))), 5);
+    assert_eq!(register(File::from(owned.try_clone()?)), 6);
+    assert_eq!(register(owned), 7);
     Ok(())
 }
 

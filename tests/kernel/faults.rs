@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use fuse_backing::{
     Access, BackingCloseCause, BackingFile, BackingId, BackingOpenError, BackingTable,
-    CloneConnectionError, Errno, FuseDevice, NotPermitted, OpenFlags, Scope, ServerReason, uapi,
+    CloneConnectionError, Errno, FuseDevice, NotPermitted, OpenFlags, Scope, ServerFile,
+    ServerReason, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -311,7 +312,13 @@ fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let table: Table = BackingTable::new(Arc::new(connection.device()));
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", "")?;
-    let open = |inode| table.open(&inode, RDWR, &file, Access::ReadWrite);
+    let open = |inode| {
+        table.open(
+            &inode,
+            RDWR,
+            ServerFile::with_access(&file, Access::ReadWrite),
+        )
+    };
     for (errno, error) in [
         (Errno::INTR, BackingOpenError::Interrupted),
         (Errno::NOMEM, BackingOpenError::OutOfMemory),
@@ -357,7 +364,9 @@ fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let table: Table = BackingTable::new(Arc::new(connection.device()));
     for (errno, cause) in CLOSES {
         let tmpfs = sandbox.tmpfs()?;
-        let open = table.open(&1, RDWR, tmpfs.file("file", "")?, Access::ReadWrite)?;
+        let file = tmpfs.file("file", "")?;
+        let open = table.open(&1, RDWR, ServerFile::of(&file)?)?;
+        drop(file);
         with(CLOSE, Forged::Error(errno), || drop(open));
         assert_eq!(table.stats().ids, 1, "{errno:?}");
         assert_eq!(table.list()[0].close_failed, Some(cause));
@@ -375,7 +384,7 @@ fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let device = connection.device();
     for (errno, cause) in CLOSES {
         let tmpfs = sandbox.tmpfs()?;
-        let guard = BackingFile::open(&device, tmpfs.file("file", "")?)?;
+        let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
         let failed = with(CLOSE, Forged::Error(errno), || guard.close()).expect_err("forged");
         assert_eq!((failed.cause(), failed.errno()), (cause, errno));
         assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "{errno:?}");
@@ -391,11 +400,11 @@ fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
     let (mine, others) = (sandbox.tmpfs()?, sandbox.tmpfs()?);
-    let live = BackingFile::open(&device, others.file("file", "")?)?;
+    let live = BackingFile::open(&device, others.file("file", "")?, Access::ReadWrite)?;
     let file = mine.file("file", "")?;
     let raw = live.id().as_raw();
     let forged = with(OPEN, Forged::Value(raw), || {
-        BackingFile::open(&device, &file)
+        BackingFile::open(&device, &file, Access::ReadWrite)
     })?;
     assert_eq!(forged.id().as_raw(), raw);
     drop(file);
@@ -419,10 +428,10 @@ fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Fail
         open.reply(OpenFlags::empty())
             .map(|reply| reply.backing_id())
     };
-    let live = table.open(&1, RDWR, &one, Access::ReadWrite)?;
+    let live = table.open(&1, RDWR, ServerFile::of(&one)?)?;
     let raw = id(&live)?;
     let forged = with(OPEN, Forged::Value(raw), || {
-        table.open(&2, RDWR, &two, Access::ReadWrite)
+        table.open(&2, RDWR, ServerFile::with_access(&two, Access::ReadWrite))
     })?;
     assert_eq!(id(&forged)?, raw);
     assert_eq!((table.stats().ids, table.stats().close_failures), (2, 0));
@@ -432,7 +441,7 @@ fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Fail
     assert!(table.list().is_empty());
 
     // And goes on as if nothing had been.
-    let again = table.open(&2, RDWR, &two, Access::ReadWrite)?;
+    let again = table.open(&2, RDWR, ServerFile::of(&two)?)?;
     assert_ne!(id(&again)?, raw);
     let unknown = BackingId::from_raw(raw).ok_or("positive")?;
     let failed = connection.device().backing_close(unknown);

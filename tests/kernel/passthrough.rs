@@ -211,12 +211,13 @@ fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> 
         &tmpfs,
         Arc::new(move |device, fh, flags| {
             let file = File::options().read(true).write(true).open(&path).unwrap();
+            let granted = Access::of(&file).unwrap();
             let mut opens = kept.lock().unwrap();
             if opens.is_empty() {
                 let device = FuseDevice::new(device.as_fd().try_clone_to_owned().unwrap().into());
-                opens.push(BackingFile::open(Arc::new(device.unwrap()), &file).unwrap());
+                let device = Arc::new(device.unwrap());
+                opens.push(BackingFile::open(device, &file, granted).unwrap());
             }
-            let granted = Access::of(&file).unwrap();
             let reply = OpenReply::passthrough(&opens[0], granted, flags, OpenFlags::NOFLUSH);
             Ok(reply.unwrap().to_fuse_open_out(fh))
         }),

@@ -114,6 +114,7 @@ const EXPECTED: &[&str] = &[
     "closed and opened at once",
     "created",
     "created what was there",
+    "denied",
     "different file",
     "direct",
     "forgotten while open",

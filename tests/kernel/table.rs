@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use fuse_backing::{
     Access, BackingCloseCause, BackingOpenError, BackingTable, Errno, FuseDevice, InitFlags,
-    MaxStackDepth, NegotiateError, NotPermitted, OpenFile, OpenFlags, ServerReason, TableOpenError,
-    negotiate, uapi,
+    MaxStackDepth, NegotiateError, NotPermitted, OpenFile, OpenFlags, Scope, ServerFile,
+    ServerReason, TableOpenError, negotiate, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::fs::OFlags;
@@ -25,10 +25,10 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::alloc;
 use crate::client::{self, Role};
-use crate::expect::fail_nth;
-use crate::fuse::{Connection, Init, Node, mounted};
+use crate::expect::{fail_nth, path_only_files};
+use crate::fuse::{Connection, Init, Node, handshake, mounted};
 use crate::sandbox::{Sandbox, Tmpfs, patience_times};
-use crate::thread::without_cap_sys_admin;
+use crate::thread::{apart, without_cap_sys_admin};
 use crate::trace;
 use crate::{Needs, Test};
 
@@ -57,6 +57,11 @@ pub const TESTS: &[Test] = &[
         "a_refusal_is_remembered",
         Needs::Passthrough,
         a_refusal_is_remembered,
+    ),
+    (
+        "a_missing_capability_is_of_its_thread",
+        Needs::Passthrough,
+        a_missing_capability_is_of_its_thread,
     ),
     (
         "access_widens_with_proof",
@@ -137,7 +142,10 @@ struct Setup {
 
 impl Setup {
     fn new(sandbox: &Sandbox) -> Result<Self, Failed> {
-        let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+        Self::on(sandbox, Connection::mount(sandbox, Init::passthrough(1))?)
+    }
+
+    fn on(sandbox: &Sandbox, connection: Connection) -> Result<Self, Failed> {
         Ok(Self {
             table: BackingTable::new(Arc::new(connection.device())),
             tmpfs: sandbox.tmpfs()?,
@@ -152,15 +160,21 @@ impl Setup {
     /// Of the file by the inode's number.
     fn open(&self, inode: u64) -> OpenFile<Device> {
         let file = self.file(&inode.to_string());
-        self.table
-            .open(&inode, RDWR, file, Access::ReadWrite)
-            .unwrap()
+        self.table.open(&inode, RDWR, for_both(&file)).unwrap()
     }
 
     /// `Mutex`, idle lists and the like aside, only ids pin the filesystem.
     fn pinned(&self) -> bool {
         self.tmpfs.unmount() == Err(Errno::BUSY)
     }
+}
+
+fn for_reading(file: &File) -> ServerFile<'_> {
+    ServerFile::with_access(file, Access::ReadOnly)
+}
+
+fn for_both(file: &File) -> ServerFile<'_> {
+    ServerFile::with_access(file, Access::ReadWrite)
 }
 
 fn id(open: &OpenFile<Device>) -> i32 {
@@ -235,6 +249,9 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
         [1, 1, 1, 2]
     );
     assert_eq!(setup.table.stats().ids, 2);
+    // Both by an O_PATH fd, where the kernel takes such.
+    let by_path = path_only_files(setup.connection.offer());
+    assert_eq!(setup.table.stats().by_open_fd, if by_path { 0 } else { 2 });
 
     drop((first, third, other));
     assert!(setup.pinned());
@@ -250,14 +267,14 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let good = setup.file("1");
     let refused = setup
         .table
-        .open(&1, RDONLY, File::open("/proc/version")?, Access::ReadOnly)?;
+        .open(&1, RDONLY, for_reading(&File::open("/proc/version")?))?;
     let reason = ServerReason::Refused(BackingOpenError::StackedTooDeep);
     assert_eq!(refused.server_reason(), Some(reason));
     assert_eq!(refused.reply(OpenFlags::KEEP_CACHE)?.open_flags(), 2);
     assert_eq!(id(&refused), 0);
 
     // This inode stays in server mode whatever is brought, others do not care.
-    let again = setup.table.open(&1, RDONLY, &good, Access::ReadOnly)?;
+    let again = setup.table.open(&1, RDONLY, for_reading(&good))?;
     assert_eq!(again.server_reason(), Some(reason));
     assert!(setup.table.share(&1, RDONLY).is_none());
     assert!(setup.open(2).is_passthrough());
@@ -266,27 +283,32 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(
         !setup
             .table
-            .open(&1, RDONLY, &good, Access::ReadOnly)?
+            .open(&1, RDONLY, for_reading(&good))?
             .is_passthrough()
     );
     drop(again);
     assert!(
         setup
             .table
-            .open(&1, RDONLY, &good, Access::ReadOnly)?
+            .open(&1, RDONLY, for_reading(&good))?
             .is_passthrough()
     );
     assert_eq!(setup.table.stats().refused, None);
     Ok(())
 }
 
+/// One that concerns the connection, for every thread.
 fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
-    let setup = Setup::new(sandbox)?;
-    let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
-    let refused = without_cap_sys_admin(|| setup.open(1));
+    let connection = Connection::unanswered(sandbox, FuseDevice::open()?.into_inner())?;
+    let setup = Setup::on(sandbox, connection)?;
+    let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+    assert_eq!(error.scope(), Scope::Connection);
+    let refused = apart(|| setup.open(1));
     assert_eq!(refused.server_reason(), Some(ServerReason::Refused(error)));
     assert_eq!(setup.table.stats().refused, Some(error));
-    // This thread could.
+    // From here on it could be registered.
+    let device: Arc<OwnedFd> = setup.connection.device().into_inner();
+    handshake(&device, Init::passthrough(1))?;
     let remembered = ServerReason::Remembered(error);
     assert_eq!(setup.open(2).server_reason(), Some(remembered));
     setup.table.reset();
@@ -299,6 +321,34 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+/// Other inodes are none the worse for it, if another thread opens them.
+fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
+    let setup = Setup::new(sandbox)?;
+    let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+    assert_eq!(error.scope(), Scope::Thread);
+    let reason = Some(ServerReason::Refused(error));
+    let refused = without_cap_sys_admin(|| setup.open(1));
+    assert_eq!(refused.server_reason(), reason);
+    assert_eq!(
+        (setup.table.stats().ids, setup.table.stats().refused),
+        (0, None)
+    );
+    let other = setup.open(2);
+    assert!(other.is_passthrough());
+    // Nor is the thread remembered: each of its attempts is one.
+    let again = without_cap_sys_admin(|| setup.open(3));
+    assert_eq!(again.server_reason(), reason);
+
+    // The inode stays as it is, whoever opens it, until its last release.
+    let further = setup.open(1);
+    assert_eq!(further.server_reason(), reason);
+    drop(refused);
+    assert_eq!(setup.open(1).server_reason(), reason);
+    drop(further);
+    assert!(setup.open(1).is_passthrough());
+    Ok(())
+}
+
 fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let both = setup.file("1");
@@ -306,7 +356,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let exceeded = |granted, wanted| TableOpenError::AccessExceeded { granted, wanted };
 
     // Nothing is counted or registered for an open that asks for too much.
-    let refused = setup.table.open(&1, RDWR, &read, Access::of(&read)?);
+    let refused = setup.table.open(&1, RDWR, ServerFile::of(&read)?);
     assert_eq!(
         refused.err(),
         Some(exceeded(Access::ReadOnly, Access::ReadWrite))
@@ -314,29 +364,30 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(setup.table.list().len(), 0);
     assert_eq!(setup.table.stats().ids, 0);
 
-    let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
     assert!(setup.table.share(&1, RDONLY).is_some());
     assert!(setup.table.share(&1, WRONLY).is_none());
     assert!(setup.table.share(&1, RDWR).is_none());
     // Somebody else's registration does not help.
-    let refused = setup.table.open(&1, WRONLY, &read, Access::of(&read)?);
+    let refused = setup.table.open(&1, WRONLY, ServerFile::of(&read)?);
     assert_eq!(
         refused.err(),
         Some(exceeded(Access::ReadOnly, Access::WriteOnly))
     );
 
-    let writer = setup.table.open(&1, RDWR, &both, Access::of(&both)?)?;
+    let writer = setup.table.open(&1, RDWR, ServerFile::of(&both)?)?;
     assert_eq!(id(&reader), id(&writer));
     assert!(setup.table.share(&1, RDWR).is_some());
     assert_eq!(setup.table.list()[0].access, Some(Access::ReadWrite));
 
     // The grant ends with the registration.
     drop((reader, writer));
-    let writer = setup.table.open(&1, WRONLY, &both, Access::WriteOnly)?;
+    let write = ServerFile::with_access(&both, Access::WriteOnly);
+    let writer = setup.table.open(&1, WRONLY, write)?;
     assert!(setup.table.share(&1, WRONLY).is_some());
     assert!(setup.table.share(&1, RDONLY).is_none());
     drop(writer);
-    let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
     assert!(setup.table.share(&1, RDWR).is_none());
 
     // What is kept, idle or because it cannot be closed, grants no more than it did.
@@ -345,7 +396,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.table.share(&1, RDWR).is_none());
     assert!(setup.table.share(&1, RDONLY).is_some());
     setup.table.set_idle_limit(0);
-    let reader = setup.table.open(&1, RDONLY, &read, Access::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
     without_cap_sys_admin(|| drop(reader));
     assert!(setup.table.share(&1, RDWR).is_none());
     assert!(setup.table.share(&1, RDONLY).is_some());
@@ -370,9 +421,12 @@ fn serve(
     let on_open = move |nodeid, flags: i32| {
         let table = table.get().ok_or(Errno::IO)?;
         let file = File::open(&path).map_err(|_| Errno::IO)?;
-        let granted = access.unwrap_or(Access::of(&file).map_err(|_| Errno::BADF)?);
+        let opened = match access {
+            Some(access) => ServerFile::with_access(&file, access),
+            None => ServerFile::of(&file).map_err(|_| Errno::BADF)?,
+        };
         let open = table
-            .open(&nodeid, flags, &file, granted)
+            .open(&nodeid, flags, opened)
             .map_err(|error| match error {
                 TableOpenError::AccessExceeded { .. } => Errno::ACCESS,
                 _ => Errno::IO,
@@ -451,13 +505,13 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let other = setup.file("other");
     let open = setup.open(1);
-    let refused = setup.table.open(&1, RDONLY, &other, Access::ReadOnly);
+    let refused = setup.table.open(&1, RDONLY, for_reading(&other));
     assert_eq!(refused.err(), Some(TableOpenError::DifferentFile));
     // A second name of the same file is the same file.
     std::fs::hard_link(setup.tmpfs.path().join("1"), setup.tmpfs.path().join("1b"))?;
     let link = File::open(setup.tmpfs.path().join("1b"))?;
     assert_eq!(
-        id(&setup.table.open(&1, RDONLY, link, Access::ReadOnly)?),
+        id(&setup.table.open(&1, RDONLY, ServerFile::of(&link)?)?),
         id(&open)
     );
 
@@ -465,7 +519,7 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.table.set_idle_limit(1);
     drop(open);
     assert_eq!(setup.table.stats().idle, 1);
-    let open = setup.table.open(&1, RDONLY, &other, Access::ReadOnly)?;
+    let open = setup.table.open(&1, RDONLY, for_reading(&other))?;
     assert_eq!(id(&open), 2);
     assert_eq!((setup.table.stats().ids, setup.table.stats().idle), (1, 0));
     Ok(())
@@ -580,7 +634,7 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.table.forget(&1);
     assert!(setup.table.share(&1, RDONLY).is_none());
     let other = setup.file("other");
-    let new = setup.table.open(&1, RDONLY, &other, Access::ReadOnly)?;
+    let new = setup.table.open(&1, RDONLY, for_reading(&other))?;
     assert_eq!((id(&old), id(&new)), (1, 2));
     let mut listed: Vec<_> = setup
         .table
@@ -672,7 +726,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(setup.table.stats().ids, 1);
     let other = setup
         .table
-        .open(&3, RDONLY, setup.file("other"), Access::ReadOnly)?;
+        .open(&3, RDONLY, for_reading(&setup.file("other")))?;
     assert_eq!(setup.table.list().len(), 2);
     drop(other);
     setup.table.retry_closes()?;
@@ -700,9 +754,12 @@ fn dropped_before_its_files(sandbox: &Sandbox) -> Result<(), Failed> {
         connection,
     } = Setup::new(sandbox)?;
     table.set_idle_limit(5);
-    let file = |name| tmpfs.file(name, "");
-    let open = table.open(&1, RDWR, file("1")?, Access::ReadWrite)?;
-    drop(table.open(&2, RDWR, file("2")?, Access::ReadWrite)?);
+    let opened = |inode: u64| -> Result<_, Failed> {
+        let file = tmpfs.file(&inode.to_string(), "")?;
+        Ok(table.open(&inode, RDWR, for_both(&file))?)
+    };
+    let open = opened(1)?;
+    drop(opened(2)?);
     assert_eq!(table.stats().ids, 2);
     drop(table);
     assert_eq!(id(&open), 1);
@@ -721,7 +778,7 @@ fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
         connection,
     } = Setup::new(sandbox)?;
     table.set_idle_limit(5);
-    drop(table.open(&1, RDWR, tmpfs.file("1", "")?, Access::ReadWrite)?);
+    drop(table.open(&1, RDWR, for_both(&tmpfs.file("1", "")?))?);
     without_cap_sys_admin(|| drop(table));
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     drop(connection);
@@ -735,7 +792,7 @@ fn released_without_capability_and_table(sandbox: &Sandbox) -> Result<(), Failed
         tmpfs,
         connection,
     } = Setup::new(sandbox)?;
-    let open = table.open(&1, RDWR, tmpfs.file("1", "")?, Access::ReadWrite)?;
+    let open = table.open(&1, RDWR, for_both(&tmpfs.file("1", "")?))?;
     drop(table);
     without_cap_sys_admin(|| drop(open));
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
@@ -749,7 +806,7 @@ fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     setup.table.set_idle_limit(1);
     let file = setup.file("1");
-    let _open = setup.table.open(&1, RDONLY, &file, Access::ReadOnly)?;
+    let _open = setup.table.open(&1, RDONLY, for_reading(&file))?;
     let _again = setup.table.share(&1, RDONLY);
     drop(setup.open(2));
     let _served = setup.table.serve(&3);
@@ -822,7 +879,7 @@ fn debug(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(printed, format!("BackingTable({stats:?})"));
     let printed = format!("{open:?} {served:?}");
     assert!(
-        printed.contains("Passthrough { id: BackingId(1)"),
+        printed.contains("Passthrough(Registered { id: BackingId(1), "),
         "{printed}"
     );
     assert!(printed.contains("Server(Chosen)"), "{printed}");
@@ -852,7 +909,7 @@ fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: BackingTable<Device, Key> = BackingTable::new(Arc::new(connection.device()));
     let file = tempfile::tempfile()?;
-    let open = |key| table.open(&Key(key), RDONLY, &file, Access::ReadOnly);
+    let open = |key| table.open(&Key(key), RDONLY, for_reading(&file));
     // So many that every shard is met.
     for key in 0..2_000 {
         for calls in 0..2 {
@@ -862,7 +919,7 @@ fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
             assert!(panicked.is_err(), "{calls}");
         }
     }
-    // In a release, which leaves the inode in the map.
+    // In a release, which leaves the key in the map.
     for key in 0..2_000 {
         let opened = open(key)?;
         FUSE.set(Some(0));
@@ -883,7 +940,7 @@ const SHARES: usize = 100;
 fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table: BackingTable<_> = BackingTable::new(&device);
-    let _open = table.open(&1, RDWR, tempfile::tempfile()?, Access::ReadWrite)?;
+    let _open = table.open(&1, RDWR, for_both(&tempfile::tempfile()?))?;
     trace::traced(|| {
         for _ in 0..SHARES {
             assert!(black_box(table.share(&1, RDWR)).is_some());
@@ -923,7 +980,7 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
         setup.table.set_limit(usize::MAX);
         setup
             .table
-            .open(&inode, RDONLY, &file, Access::ReadOnly)
+            .open(&inode, RDONLY, for_reading(&file))
             .expect("opened")
     };
     let before = alloc::live_bytes();

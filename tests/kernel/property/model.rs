@@ -14,6 +14,8 @@ pub enum Thread {
     Incapable,
     /// Its registrations fail with `ENOMEM`.
     OutOfMemory,
+    /// Its registrations are denied by a policy, which counts for the whole connection.
+    Denied,
 }
 
 /// The file behind a fd that is handed to the table.
@@ -68,6 +70,8 @@ pub const NOT_CLOSED: BackingCloseCause =
     BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
 const NOT_REGISTERED: BackingOpenError =
     BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+const DENIED: BackingOpenError =
+    BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
 
 impl Model {
     pub fn new(limit: usize) -> Self {
@@ -339,9 +343,10 @@ impl Model {
             }
         }
         match thread {
-            Thread::Incapable => {
-                self.refused = Some(NOT_REGISTERED);
-                Err(ServerReason::Refused(NOT_REGISTERED))
+            Thread::Incapable => Err(ServerReason::Refused(NOT_REGISTERED)),
+            Thread::Denied => {
+                self.refused = Some(DENIED);
+                Err(ServerReason::Refused(DENIED))
             }
             Thread::OutOfMemory => Err(ServerReason::Refused(BackingOpenError::OutOfMemory)),
             Thread::Able if !file.registrable => {

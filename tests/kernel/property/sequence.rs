@@ -263,6 +263,7 @@ fn open() -> impl Strategy<Value = Op> {
             25 => Just(Thread::Able),
             1 => Just(Thread::Incapable),
             1 => Just(Thread::OutOfMemory),
+            1 => Just(Thread::Denied),
         ],
     );
     let plan = plan.prop_map(|(first, fd, direct, noflush, parallel, thread)| Plan {

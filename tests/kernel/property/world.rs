@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use fuse_backing::{
-    Access, BackingId, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, TableOpenError, uapi,
+    Access, BackingId, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, ServerFile,
+    TableOpenError, uapi,
 };
 
 use super::model::{FileId, Model, Thread, Uid, rows};
@@ -173,12 +174,18 @@ fn on<T: Send>(thread: Thread, f: impl FnOnce() -> T + Send) -> T {
     match thread {
         Thread::Able => f(),
         Thread::Incapable => without_cap_sys_admin(f),
-        Thread::OutOfMemory => apart(|| {
-            let error = Forged::Error(Errno::NOMEM);
-            forge(&[(uapi::FUSE_DEV_IOC_BACKING_OPEN, error)]).expect("a filter");
-            f()
-        }),
+        Thread::OutOfMemory => registering_fails(Errno::NOMEM, f),
+        Thread::Denied => registering_fails(Errno::PERM, f),
     }
+}
+
+/// From a thread whose registrations fail so.
+fn registering_fails<T: Send>(errno: Errno, f: impl FnOnce() -> T + Send) -> T {
+    apart(|| {
+        let error = Forged::Error(errno);
+        forge(&[(uapi::FUSE_DEV_IOC_BACKING_OPEN, error)]).expect("a filter");
+        f()
+    })
 }
 
 impl World {
@@ -761,7 +768,8 @@ impl World {
         let id = file_id(&file, plan.fd != Fd::Unfit).map_err(errno)?;
         let expected = self.model.open(nodeid, flags, id, access, plan.thread);
         let got = on(plan.thread, || {
-            self.table().open(&nodeid, flags, &file, access)
+            let opened = ServerFile::with_access(&file, access);
+            self.table().open(&nodeid, flags, opened)
         });
         match (expected, got) {
             (Ok(uid), Ok(open)) => {
@@ -857,10 +865,13 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: T, got: T) -> Resu
 }
 
 fn reason_name(reason: fuse_backing::ServerReason) -> &'static str {
-    use fuse_backing::{BackingOpenError, ServerReason};
+    use fuse_backing::{BackingOpenError, NotPermitted, ServerReason};
     match reason {
         ServerReason::Refused(BackingOpenError::StackedTooDeep) => "refused",
-        ServerReason::Refused(BackingOpenError::NotPermitted(_)) => "not permitted",
+        ServerReason::Refused(BackingOpenError::NotPermitted(NotPermitted::MissingCapability)) => {
+            "not permitted"
+        }
+        ServerReason::Refused(BackingOpenError::NotPermitted(_)) => "denied",
         ServerReason::Refused(BackingOpenError::OutOfMemory) => "out of memory",
         ServerReason::Remembered(_) => "remembered",
         ServerReason::LimitReached => "limit reached",

@@ -1,0 +1,89 @@
+//! [`BackingId`]: the token for a registration.
+
+use std::num::NonZeroI32;
+
+use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
+
+/// What the kernel knows a backing file by: 1 ..= `i32::MAX`, one table of ids for each connection.
+///
+/// A token to be closed once: it cannot be copied, and [`FuseDevice::backing_close`] consumes it.
+/// The kernel hands ids out cyclically, so that a closed one is not reused soon.
+///
+/// # What the type does not rule out
+///
+/// [`BackingFile`] rules out the first two.
+///
+/// - **Dropping it leaks the registration**: the file, and the mount it is on, stay pinned until the
+///   FUSE mount and every fd of its connection are gone.
+/// - **It is not tied to its connection.** Ids of all connections start at 1, so one that is closed
+///   on the wrong device closes somebody else's file there.
+/// - **[`from_raw`](Self::from_raw) can forge one**, or make a second one for the same registration.
+/// - **After fork(2) there are two**, in two processes, for one registration; one alone may close.
+///
+/// `tests/kernel/backing_close.rs` shows each of them happen.
+///
+/// # Examples
+///
+/// ```
+/// use fuse_backing::BackingId;
+///
+/// assert!(BackingId::from_raw(0).is_none());
+/// assert!(BackingId::from_raw(-1).is_none());
+/// let id = BackingId::from_raw(3).ok_or("positive")?;
+/// assert_eq!(id.as_raw(), 3);
+/// assert_eq!(id.into_raw(), 3);
+/// # Ok::<(), &str>(())
+/// ```
+///
+/// ```compile_fail,E0599
+/// # fn f(id: fuse_backing::BackingId) {
+/// let copy = id.clone();
+/// # }
+/// ```
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "dropping a BackingId leaves the file registered; close it, or use BackingFile"]
+#[repr(transparent)]
+pub struct BackingId(
+    // Positive: `from_raw` is the only place that makes one.
+    NonZeroI32,
+);
+
+assert_not_impl_any!(BackingId: Clone, Copy);
+assert_impl_all!(BackingId: Send, Sync);
+assert_eq_size!(Option<BackingId>, i32);
+
+impl BackingId {
+    /// Takes a raw id, as the kernel returned it or a predecessor of this process handed it over;
+    /// `None` unless it is positive.
+    ///
+    /// Nothing else is checked. An id that is not registered is found out when it is used: closing
+    /// it fails with [`UnknownId`](crate::BackingCloseCause::UnknownId), a reply with it gives
+    /// the client `EIO`.
+    #[inline]
+    #[must_use]
+    pub const fn from_raw(raw: i32) -> Option<Self> {
+        match NonZeroI32::new(raw) {
+            Some(id) if id.get() > 0 => Some(Self(id)),
+            _ => None,
+        }
+    }
+
+    /// The id as the `backing_id` of a reply has it.
+    #[inline]
+    #[must_use]
+    pub const fn as_raw(&self) -> i32 {
+        self.0.get()
+    }
+
+    /// The raw id; whoever has it is in charge of closing it.
+    #[inline]
+    #[must_use = "the raw id is all that can close the registration"]
+    pub const fn into_raw(self) -> i32 {
+        self.0.get()
+    }
+
+    /// A second token for the same registration.
+    pub(crate) const fn alias(&self) -> Self {
+        Self(self.0)
+    }
+}

@@ -1,0 +1,152 @@
+//! [`Register`]: who asks the kernel to register a file, and with whose rights.
+
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::access::Access;
+use crate::device::{DeviceFd, FuseDevice};
+use crate::error::{BackingCloseError, BackingOpenError};
+use crate::id::BackingId;
+
+/// Who registers backing files, and closes their ids.
+///
+/// A [`FuseDevice`] does it with the ioctls, in the calling thread and with all of its rights, which the
+/// kernel records: it reads and writes the file with them. Another registrar can lower them, ask another
+/// thread or process, or stand for the kernel in a test. [`BackingFile`](crate::BackingFile) and
+/// [`BackingTable`](crate::BackingTable) work with any.
+///
+/// An id belongs to the connection of the registrar that gave it. [`BackingTable`](crate::BackingTable)
+/// calls a registrar from whichever thread opens or releases an inode, and holds no lock over the call but
+/// that of the inode which is being opened. If a call panics, nothing counts as registered by it, and an
+/// id that was to be closed counts as not closed.
+///
+/// # Examples
+///
+/// A server tested without root and without `/dev/fuse`. This registrar knows what is registered:
+///
+/// ```
+/// use fuse_backing::{
+///     Access, BackingCloseCause, BackingCloseError, BackingId, BackingOpenError, BackingTable, Errno,
+///     OpenFlags, Register, Scope, ServerFile,
+/// };
+/// use std::collections::BTreeSet;
+/// use std::os::fd::BorrowedFd;
+/// use std::sync::{Mutex, PoisonError};
+///
+/// #[derive(Default)]
+/// struct Kernel {
+///     registered: Mutex<BTreeSet<i32>>,
+/// }
+///
+/// impl Register for Kernel {
+///     fn register(&self, _: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+///         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+///         let next = registered.last().map_or(1, |last| last + 1);
+///         registered.insert(next);
+///         // What a registrar itself refuses has a variant of its own.
+///         BackingId::from_raw(next).ok_or(BackingOpenError::Registrar {
+///             errno: Errno::NOSPC,
+///             scope: Scope::Transient,
+///         })
+///     }
+///
+///     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+///         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
+///         if registered.remove(&id.as_raw()) {
+///             Ok(())
+///         } else {
+///             Err(BackingCloseError::new(id, BackingCloseCause::UnknownId))
+///         }
+///     }
+/// }
+///
+/// let kernel = Kernel::default();
+/// let table = BackingTable::new(&kernel);
+/// let file = std::fs::File::open("/dev/null")?;
+///
+/// let open = table.open(&2, 0, ServerFile::of(&file)?)?;
+/// assert_eq!(open.reply(OpenFlags::empty())?.backing_id(), 1);
+/// drop(open);
+/// assert!(kernel.registered.lock().unwrap_or_else(PoisonError::into_inner).is_empty());
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub trait Register {
+    /// Registers a file.
+    ///
+    /// `grant` is the most that will ever be granted through this id; a registrar that
+    /// [enforces](Self::enforces_grant) it registers for no more.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingOpenError`]; nothing stays registered. What the registrar itself refuses is
+    /// [`BackingOpenError::Registrar`].
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError>;
+
+    /// Closes an id that [`register`](Self::register) gave.
+    ///
+    /// # Errors
+    ///
+    /// [`BackingCloseError`] gives the id back. It counts as registered still, unless the cause is
+    /// [`UnknownId`](crate::BackingCloseCause::UnknownId).
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>>;
+
+    /// Whether [`BackingTable`](crate::BackingTable) is to register an `O_PATH` fd of the file. False: it
+    /// hands over the fd that the server opened, for a registrar that checks what the fd permits.
+    fn takes_path_fd(&self) -> bool {
+        true
+    }
+
+    /// Whether an id gives clients no more than its `grant`, whatever a reply says. False: a client
+    /// gets what it asks for, and the grant is the table's to keep to.
+    fn enforces_grant(&self) -> bool {
+        false
+    }
+}
+
+/// The ioctls, in the calling thread. The kernel enforces no grant.
+impl<Fd: DeviceFd> Register for FuseDevice<Fd> {
+    #[inline]
+    fn register(&self, file: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+        self.backing_open(file)
+    }
+
+    #[inline]
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        self.backing_close(id)
+    }
+}
+
+macro_rules! forward {
+    ($($holder:ty),*) => { $(
+        impl<R: Register + ?Sized> Register for $holder {
+            #[inline]
+            fn register(
+                &self,
+                file: BorrowedFd<'_>,
+                grant: Access,
+            ) -> Result<BackingId, BackingOpenError> {
+                (**self).register(file, grant)
+            }
+
+            #[inline]
+            fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+                (**self).unregister(id)
+            }
+
+            #[inline]
+            fn takes_path_fd(&self) -> bool {
+                (**self).takes_path_fd()
+            }
+
+            #[inline]
+            fn enforces_grant(&self) -> bool {
+                (**self).enforces_grant()
+            }
+        }
+    )* };
+}
+
+forward!(&R, Arc<R>, Rc<R>, Box<R>);
+
+static_assertions::assert_impl_all!(Box<dyn Register + Send + Sync>: Register, Send, Sync);

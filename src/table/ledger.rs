@@ -1,0 +1,256 @@
+//! The table's books: how many ids there are, which are parked, and what is remembered.
+
+use std::collections::BTreeMap;
+
+use rustix::process::{Resource, getrlimit};
+
+use super::listing::TableStats;
+use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
+
+/// What the ledger's lock protects. `T` is a reference to an inode.
+#[derive(Debug)]
+pub(super) struct Ledger<T> {
+    /// Ids that are registered, or just being registered.
+    ids: usize,
+    /// How many of them are just being closed.
+    closing: usize,
+    pub(super) limit: usize,
+    pub(super) idle_limit: usize,
+    pub(super) keep_fds: bool,
+    /// Registered without opens, by LRU sequence number.
+    idle: BTreeMap<usize, T>,
+    /// The same for those whose close failed, with the cause.
+    unclosed: BTreeMap<usize, (T, BackingCloseCause)>,
+    last: usize,
+    /// The table is gone, and with it whoever could reopen what is parked, or retry.
+    orphaned: bool,
+    refused: Option<BackingOpenError>,
+    /// How often `refused` was forgotten.
+    resets: usize,
+    over_limit: u64,
+    close_failures: u64,
+    pub(super) by_open_fd: u64,
+}
+
+/// Whether an id may be registered.
+pub(super) enum Room<T> {
+    /// It is counted.
+    Reserved {
+        /// How often `reset` was called before.
+        resets: usize,
+        keep_fds: bool,
+    },
+    /// The limit is reached: close this one, which is idle, and ask again.
+    Evict(Claim<T>),
+    /// The limit is reached, and another thread is closing one: wait, and ask again.
+    Wait,
+    None(ServerReason),
+}
+
+/// A parked inode that was taken from the ledger to be closed, and counts as being closed. An open of
+/// it in the meantime makes the claim void: the slot has another `parked` then.
+#[derive(Debug)]
+pub(super) struct Claim<T> {
+    pub(super) inode: T,
+    pub(super) parked: usize,
+}
+
+impl<T> Ledger<T> {
+    pub(super) fn new() -> Self {
+        let limit = getrlimit(Resource::Nofile).current;
+        Self {
+            ids: 0,
+            closing: 0,
+            limit: limit
+                .and_then(|limit| usize::try_from(limit).ok())
+                .unwrap_or(usize::MAX),
+            idle_limit: 0,
+            keep_fds: false,
+            idle: BTreeMap::new(),
+            unclosed: BTreeMap::new(),
+            last: 0,
+            orphaned: false,
+            refused: None,
+            resets: 0,
+            over_limit: 0,
+            close_failures: 0,
+            by_open_fd: 0,
+        }
+    }
+
+    pub(super) fn reserve(&mut self) -> Room<T> {
+        if let Some(error) = self.refused {
+            Room::None(ServerReason::Remembered(error))
+        } else if self.ids < self.limit {
+            self.ids += 1;
+            Room::Reserved {
+                resets: self.resets,
+                keep_fds: self.keep_fds,
+            }
+        } else if let Some(claim) = self.claim_oldest() {
+            Room::Evict(claim)
+        } else if self.closing > 0 {
+            Room::Wait
+        } else {
+            self.over_limit += 1;
+            Room::None(ServerReason::LimitReached)
+        }
+    }
+
+    /// What was reserved is not used.
+    pub(super) fn unreserve(&mut self) {
+        self.ids -= 1;
+    }
+
+    /// Registering failed; `resets` is what it was reserved with. What holds for every thread is
+    /// remembered, unless `reset` was called after the attempt began.
+    pub(super) fn refused(&mut self, error: BackingOpenError, resets: usize) {
+        if error.scope() == Scope::Connection && resets == self.resets {
+            self.refused = Some(error);
+        }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.refused = None;
+        self.resets += 1;
+    }
+
+    /// At the last release: parks the inode, and says under which number, or counts it as being closed.
+    pub(super) fn park_or_close(&mut self, inode: &T, may_park: bool) -> Option<usize>
+    where
+        T: Clone,
+    {
+        if may_park
+            && self.idle_limit > 0
+            && self.ids - self.closing <= self.limit
+            && !self.orphaned
+        {
+            let number = self.next();
+            self.idle.insert(number, inode.clone());
+            Some(number)
+        } else {
+            self.closing += 1;
+            None
+        }
+    }
+
+    /// One that is not in use: where a word has 32 bits they come round again.
+    fn next(&mut self) -> usize {
+        loop {
+            self.last = self.last.wrapping_add(1).max(1);
+            if !self.idle.contains_key(&self.last) && !self.unclosed.contains_key(&self.last) {
+                return self.last;
+            }
+        }
+    }
+
+    /// An inode that was parked is open again.
+    pub(super) fn unpark(&mut self, parked: usize) {
+        // One of both; or neither, if another thread has just claimed it.
+        self.idle.remove(&parked);
+        self.unclosed.remove(&parked);
+    }
+
+    /// An inode that was parked is to be closed.
+    pub(super) fn claim(&mut self, parked: usize) {
+        self.unpark(parked);
+        self.closing += 1;
+    }
+
+    fn claim_oldest(&mut self) -> Option<Claim<T>> {
+        let (parked, inode) = self.idle.pop_first()?;
+        self.closing += 1;
+        Some(Claim { inode, parked })
+    }
+
+    /// An idle one too many for either limit.
+    pub(super) fn claim_surplus(&mut self) -> Option<Claim<T>> {
+        if self.idle.len() > self.idle_limit || self.ids - self.closing > self.limit {
+            self.claim_oldest()
+        } else {
+            None
+        }
+    }
+
+    pub(super) fn claim_unclosed(&mut self) -> Vec<Claim<T>> {
+        let unclosed = std::mem::take(&mut self.unclosed);
+        self.closing += unclosed.len();
+        let claim = |(parked, (inode, _))| Claim { inode, parked };
+        unclosed.into_iter().map(claim).collect()
+    }
+
+    /// From here on nothing is parked: it would keep the registrar, and so the connection.
+    pub(super) fn orphan(&mut self) -> Vec<Claim<T>> {
+        self.orphaned = true;
+        let mut claims = self.claim_unclosed();
+        claims.extend(std::iter::from_fn(|| self.claim_oldest()));
+        claims
+    }
+
+    /// A claim was void.
+    pub(super) fn unclaim(&mut self) {
+        self.closing -= 1;
+    }
+
+    /// What was counted as being closed is closed, or failed to be. In the latter case it is parked again,
+    /// under the number returned, unless nobody could retry.
+    pub(super) fn closed(
+        &mut self,
+        inode: &T,
+        result: Result<(), BackingCloseCause>,
+    ) -> Option<usize>
+    where
+        T: Clone,
+    {
+        self.closing -= 1;
+        self.close_failures += u64::from(result.is_err());
+        match result {
+            Err(cause) if cause != BackingCloseCause::UnknownId => {
+                if self.orphaned {
+                    return None;
+                }
+                let number = self.next();
+                self.unclosed.insert(number, (inode.clone(), cause));
+                Some(number)
+            }
+            // After `UnknownId` nothing is left to be tried again: somebody else has closed it.
+            _ => {
+                self.ids -= 1;
+                None
+            }
+        }
+    }
+
+    pub(super) fn close_failed(&self, parked: usize) -> Option<BackingCloseCause> {
+        self.unclosed.get(&parked).map(|(_, cause)| *cause)
+    }
+
+    pub(super) fn stats(&self) -> TableStats {
+        TableStats {
+            ids: self.ids,
+            limit: self.limit,
+            idle: self.idle.len(),
+            over_limit: self.over_limit,
+            close_failures: self.close_failures,
+            by_open_fd: self.by_open_fd,
+            refused: self.refused,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_come_round() {
+        let mut ledger = Ledger::new();
+        let cause = BackingCloseCause::UnknownId;
+        assert_eq!((ledger.next(), ledger.next()), (1, 2));
+        ledger.last = usize::MAX - 1;
+        ledger.idle.insert(usize::MAX, ());
+        ledger.unclosed.insert(1, ((), cause));
+        // 0 is none.
+        assert_eq!(ledger.next(), 2);
+    }
+}

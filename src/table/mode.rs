@@ -1,0 +1,62 @@
+//! The two modes of an inode.
+
+use std::os::fd::OwnedFd;
+
+use crate::access::Access;
+use crate::error::ServerReason;
+use crate::file::FileId;
+use crate::id::BackingId;
+use crate::sync::{AtomicU8, Ordering};
+
+#[derive(Debug)]
+pub(super) enum Mode {
+    Passthrough(Registered),
+    Server(ServerReason),
+}
+
+/// A registration, until it is closed.
+#[derive(Debug)]
+pub(super) struct Registered {
+    pub(super) id: BackingId,
+    pub(super) file: FileId,
+    /// The most that the registrar was asked to permit.
+    pub(super) grant: Access,
+    /// [`Access`] as bits: what opens have been granted so far. It grows only.
+    granted: AtomicU8,
+    /// What `keep_fds` keeps; closed with the last reference to the inode.
+    _kept: Option<OwnedFd>,
+}
+
+impl Registered {
+    pub(super) fn new(id: BackingId, file: FileId, grant: Access, kept: Option<OwnedFd>) -> Self {
+        Self {
+            id,
+            file,
+            grant,
+            granted: AtomicU8::new(0),
+            _kept: kept,
+        }
+    }
+
+    /// `None` until its first open got it.
+    pub(super) fn granted(&self) -> Option<Access> {
+        Access::from_bits(self.granted.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn has_granted(&self, wanted: Access) -> bool {
+        self.granted().is_some_and(|granted| granted.allows(wanted))
+    }
+
+    /// One open more was granted `access`. No more of it counts than was registered, if that is `enforced`.
+    pub(super) fn add(&self, access: Access, enforced: bool) {
+        let at_most = if enforced {
+            self.grant
+        } else {
+            Access::ReadWrite
+        };
+        let bits = access.bits() & at_most.bits();
+        if self.granted.load(Ordering::Relaxed) & bits != bits {
+            self.granted.fetch_or(bits, Ordering::Relaxed);
+        }
+    }
+}

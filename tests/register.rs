@@ -1,0 +1,499 @@
+//! The table on registrars of one's own: no root, no `/dev/fuse`.
+
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use fuse_backing::{
+    Access, BackingCloseCause, BackingCloseError, BackingFile, BackingId, BackingOpenError,
+    BackingTable, Errno, OpenFile, OpenFlags, Register, Scope, ServerFile, ServerReason,
+    TableOpenError,
+};
+use rustix::fs::{Mode, OFlags, fcntl_getfl, fstat, open};
+
+/// Stands for the kernel.
+#[derive(Debug, Default)]
+struct Fake {
+    /// What was registered, by id.
+    registered: Mutex<BTreeMap<i32, Registration>>,
+    /// All that ever was.
+    past: Mutex<Vec<Registration>>,
+    /// Refuse the next call with this.
+    refusal: Mutex<Option<(Errno, Scope)>>,
+    panics: AtomicBool,
+    enforces_grant: bool,
+    takes_open_fd: bool,
+    /// As before Linux 6.12.
+    refuses_path_fds: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Registration {
+    ino: u64,
+    grant: Access,
+    is_path: bool,
+}
+
+impl Fake {
+    fn ids(&self) -> Vec<i32> {
+        self.registered.lock().unwrap().keys().copied().collect()
+    }
+
+    fn past(&self) -> Vec<Registration> {
+        self.past.lock().unwrap().clone()
+    }
+
+    fn refuse_next(&self, errno: Errno, scope: Scope) {
+        *self.refusal.lock().unwrap() = Some((errno, scope));
+    }
+
+    fn fuse(&self) {
+        if self.panics.swap(false, Ordering::SeqCst) {
+            resume_unwind(Box::new("a registrar that panics"));
+        }
+    }
+}
+
+impl Register for Fake {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError> {
+        self.fuse();
+        if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
+            return Err(BackingOpenError::Registrar { errno, scope });
+        }
+        let is_path = fcntl_getfl(file).unwrap().contains(OFlags::PATH);
+        if is_path && self.refuses_path_fds {
+            return Err(BackingOpenError::PathOnlyFd);
+        }
+        let registration = Registration {
+            ino: fstat(file).unwrap().st_ino,
+            grant,
+            is_path,
+        };
+        let mut past = self.past.lock().unwrap();
+        past.push(registration);
+        let id = i32::try_from(past.len()).unwrap();
+        self.registered.lock().unwrap().insert(id, registration);
+        Ok(BackingId::from_raw(id).unwrap())
+    }
+
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        self.fuse();
+        if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
+            let cause = BackingCloseCause::Registrar { errno, scope };
+            return Err(BackingCloseError::new(id, cause));
+        }
+        match self.registered.lock().unwrap().remove(&id.as_raw()) {
+            Some(_) => Ok(()),
+            None => Err(BackingCloseError::new(id, BackingCloseCause::UnknownId)),
+        }
+    }
+
+    fn takes_path_fd(&self) -> bool {
+        !self.takes_open_fd
+    }
+
+    fn enforces_grant(&self) -> bool {
+        self.enforces_grant
+    }
+}
+
+const RDONLY: i32 = 0;
+const RDWR: i32 = 2;
+
+fn file() -> File {
+    tempfile::tempfile().unwrap()
+}
+
+fn both(file: &File) -> ServerFile<'_> {
+    ServerFile::with_access(file, Access::ReadWrite)
+}
+
+fn id<R: Register>(open: &OpenFile<R>) -> i32 {
+    open.reply(OpenFlags::empty()).unwrap().backing_id()
+}
+
+/// What a server's author writes: the server, and a test of it.
+mod server {
+    use super::*;
+
+    struct Server<R: Register> {
+        table: BackingTable<R>,
+        root: tempfile::TempDir,
+        open: Mutex<BTreeMap<u64, OpenFile<R>>>,
+    }
+
+    impl<R: Register> Server<R> {
+        fn open(&self, name: &str, ino: u64, flags: OFlags) -> Result<(u32, i32), Errno> {
+            let file = open(self.root.path().join(name), flags, Mode::empty())?;
+            let file = ServerFile::of(&file).map_err(|error| error.errno())?;
+            let opened = self.table.open(&ino, flags.bits() as i32, file);
+            let opened = opened.map_err(|error| error.errno())?;
+            let reply = opened
+                .reply(OpenFlags::empty())
+                .map_err(|error| error.errno())?;
+            let fields = (reply.open_flags(), reply.backing_id());
+            let mut open = self.open.lock().unwrap();
+            let fh = open.last_key_value().map_or(1, |(last, _)| last + 1);
+            open.insert(fh, opened);
+            Ok(fields)
+        }
+
+        fn release(&self, fh: u64) {
+            let released = self.open.lock().unwrap().remove(&fh);
+            drop(released);
+        }
+    }
+
+    #[test]
+    fn is_tested_without_root() {
+        let kernel = Arc::new(Fake::default());
+        let server = Server {
+            // As `Box<dyn Register>`, so that the server need not be generic.
+            table: BackingTable::new(
+                Box::new(Arc::clone(&kernel)) as Box<dyn Register + Send + Sync>
+            ),
+            root: tempfile::tempdir().unwrap(),
+            open: Mutex::default(),
+        };
+        std::fs::write(server.root.path().join("a"), "content").unwrap();
+        assert_eq!(server.open("a", 2, OFlags::RDONLY), Ok((0x80, 1)));
+        assert_eq!(server.open("a", 2, OFlags::RDWR), Ok((0x80, 1)));
+        assert_eq!(server.open("b", 3, OFlags::RDWR), Err(Errno::NOENT));
+        server.release(1);
+        assert_eq!(kernel.ids(), [1]);
+        server.release(2);
+        assert_eq!(kernel.ids(), [] as [i32; 0]);
+        kernel.refuse_next(Errno::DQUOT, Scope::Transient);
+        assert_eq!(server.open("a", 2, OFlags::RDONLY), Ok((0, 0)));
+    }
+}
+
+#[test]
+fn every_holder_of_a_registrar_is_one() {
+    fn register(registrar: impl Register) {
+        let guard = BackingFile::open(&registrar, file(), Access::ReadOnly).unwrap();
+        assert!(registrar.takes_path_fd() && registrar.enforces_grant());
+        guard.close().unwrap();
+    }
+    let fake = || Fake {
+        enforces_grant: true,
+        ..Fake::default()
+    };
+    register(fake());
+    register(&fake() as &dyn Register);
+    register(Arc::new(fake()));
+    register(Rc::new(fake()));
+    register(Box::new(fake()) as Box<dyn Register>);
+    register(Arc::new(fake()) as Arc<dyn Register + Send + Sync>);
+}
+
+/// What the registrar says of itself is what the table goes by.
+#[test]
+fn refusals_have_the_scope_that_the_registrar_gives() {
+    let fake = Fake::default();
+    let table = BackingTable::<_, u64>::new(&fake);
+    let file = file();
+    let refused = |scope| {
+        let errno = Errno::DQUOT;
+        fake.refuse_next(errno, scope);
+        let open = table.open(&1, RDONLY, both(&file)).unwrap();
+        let error = BackingOpenError::Registrar { errno, scope };
+        assert_eq!((error.errno(), error.scope()), (errno, scope));
+        assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
+        error
+    };
+    for scope in [Scope::File, Scope::Thread, Scope::Transient] {
+        refused(scope);
+        assert_eq!(table.stats().refused, None);
+        assert!(
+            table
+                .open(&1, RDONLY, both(&file))
+                .unwrap()
+                .is_passthrough()
+        );
+    }
+    let error = refused(Scope::Connection);
+    assert_eq!(table.stats().refused, Some(error));
+    let open = table.open(&1, RDONLY, both(&file)).unwrap();
+    assert_eq!(open.server_reason(), Some(ServerReason::Remembered(error)));
+    drop(open);
+
+    table.reset();
+    let open = table.open(&1, RDONLY, both(&file)).unwrap();
+    fake.refuse_next(Errno::PIPE, Scope::Connection);
+    drop(open);
+    let cause = table.list()[0].close_failed.unwrap();
+    assert_eq!(
+        (cause.errno(), cause.scope()),
+        (Errno::PIPE, Scope::Connection)
+    );
+    table.retry_closes().unwrap();
+    assert_eq!((table.stats().ids, fake.ids().len()), (0, 0));
+}
+
+/// A grant is not widened while it is open; idle, the file is registered anew.
+#[test]
+fn enforced_grants() {
+    let fake = Fake {
+        enforces_grant: true,
+        ..Fake::default()
+    };
+    let table = BackingTable::<_, u64>::new(&fake);
+    table.set_idle_limit(2);
+    let file = file();
+    let (read, both) = (
+        ServerFile::with_access(&file, Access::ReadOnly),
+        both(&file),
+    );
+    let reader = table.open(&1, RDONLY, read).unwrap();
+    let exceeded = TableOpenError::GrantExceeded {
+        registered: Access::ReadOnly,
+        wanted: Access::ReadWrite,
+    };
+    assert_eq!(exceeded.errno(), Errno::BUSY);
+    assert_eq!(table.open(&1, RDWR, both).err(), Some(exceeded));
+    // One that only reads is within it, whatever it could do.
+    drop(table.open(&1, RDONLY, both).unwrap());
+    assert!(table.share(&1, RDWR).is_none());
+    assert_eq!(id(&reader), 1);
+    drop(reader);
+    assert_eq!((table.stats().idle, fake.ids()), (1, vec![1]));
+    let writer = table.open(&1, RDWR, both).unwrap();
+    assert_eq!((id(&writer), fake.ids()), (2, vec![2]));
+
+    // What the first open says of later ones.
+    let reader = table
+        .open(&2, RDONLY, read.grant(Access::WriteOnly))
+        .unwrap();
+    assert!(
+        table.share(&2, RDWR).is_none(),
+        "nobody has shown that it may"
+    );
+    drop(table.open(&2, RDWR, both).unwrap());
+    assert!(table.share(&2, RDWR).is_some());
+    drop((reader, writer));
+    let grants: Vec<_> = fake.past().iter().map(|past| past.grant).collect();
+    assert_eq!(
+        grants,
+        [Access::ReadOnly, Access::ReadWrite, Access::ReadWrite]
+    );
+}
+
+/// The control: where it is not enforced, the same opens share one id.
+#[test]
+fn grants_that_are_not_enforced() {
+    let fake = Fake::default();
+    let table = BackingTable::<_, u64>::new(&fake);
+    let file = file();
+    let reader = table
+        .open(&1, RDONLY, ServerFile::with_access(&file, Access::ReadOnly))
+        .unwrap();
+    let writer = table.open(&1, RDWR, both(&file)).unwrap();
+    assert_eq!((id(&reader), id(&writer)), (1, 1));
+    drop((reader, writer));
+    assert_eq!(fake.past().len(), 1);
+}
+
+mod registered_fd {
+    use super::*;
+
+    fn registered(fake: &Fake, file: ServerFile<'_>) -> (Registration, u64) {
+        let table = BackingTable::<_, u64>::new(fake);
+        let open = table.open(&1, RDONLY, file).unwrap();
+        assert!(open.is_passthrough(), "{open:?}");
+        let last = *fake.past().last().unwrap();
+        (last, table.stats().by_open_fd)
+    }
+
+    fn ino(file: impl AsFd) -> u64 {
+        fstat(file).unwrap().st_ino
+    }
+
+    #[test]
+    fn is_a_path_fd() {
+        let file = file();
+        let (registration, by_open_fd) = registered(&Fake::default(), both(&file));
+        assert_eq!((registration.is_path, by_open_fd), (true, 0));
+        assert_eq!(registration.ino, ino(&file));
+    }
+
+    #[test]
+    fn is_the_path_fd_that_is_handed_over() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let path = open(named.path(), OFlags::PATH, Mode::empty()).unwrap();
+        // A reopened one would be the last fd; that of the server is none.
+        let (registration, by_open_fd) =
+            registered(&Fake::default(), both(named.as_file()).path_fd(&path));
+        assert_eq!((registration.is_path, by_open_fd), (true, 0));
+        assert_eq!(registration.ino, ino(&named));
+    }
+
+    /// Never another file than the server has opened.
+    #[test]
+    fn is_the_servers_where_the_path_fd_is_of_another_file() {
+        let (file, other) = (file(), tempfile::NamedTempFile::new().unwrap());
+        let path = open(other.path(), OFlags::PATH, Mode::empty()).unwrap();
+        let (registration, by_open_fd) = registered(&Fake::default(), both(&file).path_fd(&path));
+        assert_eq!((registration.is_path, by_open_fd), (false, 1));
+        assert_eq!(registration.ino, ino(&file));
+    }
+
+    #[test]
+    fn is_the_servers_where_the_registrar_checks_it() {
+        let file = file();
+        let fake = Fake {
+            takes_open_fd: true,
+            ..Fake::default()
+        };
+        let (registration, by_open_fd) = registered(&fake, both(&file));
+        assert_eq!((registration.is_path, by_open_fd), (false, 0));
+    }
+
+    #[test]
+    fn is_the_servers_before_6_12() {
+        let file = file();
+        let fake = Fake {
+            refuses_path_fds: true,
+            ..Fake::default()
+        };
+        let (registration, by_open_fd) = registered(&fake, both(&file));
+        assert_eq!((registration.is_path, by_open_fd), (false, 1));
+        assert_eq!(registration.ino, ino(&file));
+        // One that is nothing else is refused, and not for ever.
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let path = open(named.path(), OFlags::PATH, Mode::empty()).unwrap();
+        let table = BackingTable::<_, u64>::new(&fake);
+        let file = ServerFile::with_access(&path, Access::ReadOnly);
+        let reason = table.open(&1, RDONLY, file).unwrap().server_reason();
+        let expected = ServerReason::Refused(BackingOpenError::PathOnlyFd);
+        assert_eq!(reason, Some(expected));
+        assert_eq!(table.stats().ids, 0);
+    }
+
+    /// How many fds of this process lead there.
+    fn fds_of(path: &Path) -> usize {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+        fds.filter(|fd| {
+            let link = std::fs::read_link(fd.as_ref().unwrap().path());
+            link.is_ok_and(|link| link == path)
+        })
+        .count()
+    }
+
+    #[test]
+    fn is_kept_until_the_id_is_closed() {
+        for refuses_path_fds in [false, true] {
+            let fake = Fake {
+                refuses_path_fds,
+                ..Fake::default()
+            };
+            let table = BackingTable::<_, u64>::new(&fake);
+            let named = tempfile::NamedTempFile::new().unwrap();
+            let path = named.path().canonicalize().unwrap();
+            let open = |ino| {
+                let file = File::open(&path).unwrap();
+                table
+                    .open(&ino, RDONLY, ServerFile::of(&file).unwrap())
+                    .unwrap()
+            };
+            let before = fds_of(&path);
+            let unkept = open(1);
+            assert_eq!(fds_of(&path), before, "the control");
+            table.set_keep_fds(true);
+            table.set_idle_limit(1);
+            let kept = open(2);
+            assert!(kept.is_passthrough());
+            assert_eq!(fds_of(&path), before + 1);
+            drop((unkept, kept));
+            // 2 is idle.
+            assert_eq!((table.stats().ids, fds_of(&path)), (1, before + 1));
+            table.set_idle_limit(0);
+            assert_eq!((table.stats().ids, fds_of(&path)), (0, before));
+        }
+    }
+}
+
+mod panics {
+    use super::*;
+
+    fn panics(f: impl FnOnce()) {
+        assert!(catch_unwind(AssertUnwindSafe(f)).is_err());
+    }
+
+    /// An id that was perhaps not closed is kept, found again, and closed at last.
+    #[test]
+    fn of_a_registrar() {
+        let fake = Fake::default();
+        let table = BackingTable::<_, u64>::new(&fake);
+        // One that is lost would leave no room.
+        table.set_limit(1);
+        let file = file();
+        let fuse = || fake.panics.store(true, Ordering::SeqCst);
+        fuse();
+        panics(|| drop(table.open(&1, RDONLY, both(&file))));
+        assert_eq!((table.stats().ids, table.list().len()), (0, 0));
+        let open = table.open(&1, RDONLY, both(&file)).unwrap();
+        assert!(open.is_passthrough());
+        fuse();
+        panics(|| drop(open));
+        assert_eq!((table.stats().ids, table.list().len()), (1, 1));
+        assert!(table.share(&1, RDONLY).is_some());
+        assert_eq!((table.stats().ids, table.list().len()), (0, 0));
+        assert_eq!(fake.ids(), [] as [i32; 0]);
+
+        let guard = BackingFile::open(&fake, &file, Access::ReadOnly).unwrap();
+        fuse();
+        panics(|| drop(guard));
+        assert_eq!(fake.ids().len(), 1);
+    }
+
+    /// A key whose clone panics when it is told to.
+    #[derive(PartialEq, Eq, Hash)]
+    struct Key;
+
+    thread_local! {
+        static FUSED: Cell<bool> = const { Cell::new(false) };
+    }
+
+    impl Clone for Key {
+        fn clone(&self) -> Self {
+            if FUSED.get() {
+                resume_unwind(Box::new("a key that cannot be cloned"))
+            }
+            Self
+        }
+    }
+
+    /// A release whose close fails clones no key, and an inode that cannot be made takes the place of none.
+    #[test]
+    fn of_a_clone() {
+        let fake = Fake::default();
+        let table = BackingTable::new(&fake);
+        let (one, other) = (file(), file());
+        let open = table.open(&Key, RDONLY, both(&one)).unwrap();
+        fake.refuse_next(Errno::PERM, Scope::Thread);
+        FUSED.set(true);
+        drop(open);
+        panics(|| drop(table.list()));
+        panics(|| drop(table.open(&Key, RDONLY, both(&other))));
+        FUSED.set(false);
+        assert_eq!((table.stats().ids, table.list().len()), (1, 1));
+        table.retry_closes().unwrap();
+        assert_eq!((table.stats().ids, table.list().len()), (0, 0));
+        assert_eq!(fake.ids(), [] as [i32; 0]);
+        assert!(
+            table
+                .open(&Key, RDONLY, both(&other))
+                .unwrap()
+                .is_passthrough()
+        );
+    }
+}

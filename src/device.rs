@@ -166,6 +166,9 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// takes its own reference to the file: `fd` may be closed at once. It does not charge it to
     /// `RLIMIT_NOFILE`, and lsof does not show it.
     ///
+    /// Until the id is closed, the file stays open as `fd` is: a writer (`ETXTBSY`, no leases, no
+    /// read-only remount) with its flock(2). An `O_PATH` fd holds none of that, and passes through as well.
+    ///
     /// [`BackingFile::open`] is the same with a guard that closes the id.
     ///
     /// # Requirements

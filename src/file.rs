@@ -97,16 +97,16 @@ impl<'fd> ServerFile<'fd> {
             Some(path) => Some(Fd::Lent(path)),
             None => self.reopen().ok().map(Fd::Opened),
         };
-        if let Some(fd) = path {
-            if let Ok((found, append_only)) = look_at(fd.as_fd()) {
-                if found == id {
-                    return Ok(Backing {
-                        fd,
-                        is_path: true,
-                        append_only,
-                    });
-                }
-            }
+        let same_file = |fd: Fd<'fd>| {
+            let (found, append_only) = look_at(fd.as_fd()).ok()?;
+            (found == id).then_some(Backing {
+                fd,
+                is_path: true,
+                append_only,
+            })
+        };
+        if let Some(backing) = path.and_then(same_file) {
+            return Ok(backing);
         }
         let (_, append_only) = look_at(self.fd)?;
         Ok(Backing {

@@ -46,8 +46,10 @@ unsafe impl Ioctl for BackingOpen {
 pub(crate) fn backing_open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>) -> Result<i32> {
     let map = BackingOpen(uapi::fuse_backing_map::new(backing));
     // SAFETY: the opcode encodes the size of the operand, which rustix keeps alive on its stack
-    // for the call; the kernel reads it and keeps no pointer. That `device` is a FUSE device, the
-    // driver which gives the opcode this meaning, was checked by `FuseDevice::new`.
+    // for the call; the kernel reads it and keeps no pointer. `device` is the fd of a `FuseDevice`, whose
+    // methods are the callers, through diagnose.rs some of them: `FuseDevice::new` has seen that it leads
+    // to the FUSE driver, which gives the opcode this meaning, and a `DeviceFd`, which is sealed, owns or
+    // borrows its fd, so that it leads nowhere else while it can be named.
     unsafe { ioctl(device, map) }
 }
 

@@ -13,7 +13,7 @@
 //! 1. **INIT.** [`negotiate`] works out the reply that turns passthrough on, or says why there is
 //!    none. The kernel accepts a reply that cannot work without a word, and refuses every registration
 //!    later.
-//! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, in whatever holds it, and refuses
+//! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, owned, shared or borrowed, and refuses
 //!    what is not `/dev/fuse`.
 //! 3. **OPEN and CREATE.** The server opens its backing file and hands it to a [`BackingTable`], which
 //!    registers it or shares what is registered for this inode. The [`OpenFile`] that comes back has
@@ -40,6 +40,9 @@
 //! # Ok(()) }
 //! ```
 //!
+//! The table asks a [`Register`] for ids. The device is one; a test of a server has one of its own, and
+//! needs no root.
+//!
 //! A server with a bookkeeping of its own takes the parts: [`FuseDevice::backing_open`] gives a
 //! [`BackingId`], a token to be closed once; [`BackingFile`] is the guard that closes it on drop;
 //! [`OpenReply`] builds the two fields of the reply, and refuses what the kernel would answer with a
@@ -54,13 +57,20 @@
 //!   and [`OpenReply`] hold the client's flags against what the server grants.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
 //!   and the same id, or none is, until the last open was released. Anything else gives `EIO`, at once
-//!   or later. The table keeps to it.
+//!   or later. There is one exception, which the table does not use: a passthrough open after plain
+//!   `DIRECT_IO` ones is accepted and all of them work, unless a client has mapped such a file
+//!   `MAP_SHARED`, which the server cannot see.
+//! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id
+//!   is closed. The table registers an `O_PATH` fd, which is none of that.
+//! - **It does not keep to append-only**, before Linux 7.3.4: a client overwrites such a file that is passed
+//!   through. The table serves it.
 //! - **It needs the id after the reply was written.** An id that is closed right after the reply
 //!   races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
 //!   mount and every fd of its connection are gone, duplicates in other processes among them. A file or
 //!   mapping that a client has open through the id keeps it busy too, even after the id is closed.
-//! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them.
+//! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them, unless the table
+//!   [keeps the fds](BackingTable::set_keep_fds).
 //! - **It asks for `CAP_SYS_ADMIN` again at closing.** A server that drops it closes nothing.
 //!
 //! # Errors
@@ -71,6 +81,9 @@
 //!
 //! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
 //! `None`: for a reply to a client take `errno()`.
+//!
+//! At the first open of an inode the table looks at its file: fstat(2), and, of an `O_PATH` fd that it opens
+//! through `/proc/thread-self/fd`, statx(2); at later ones, fstat(2).
 //!
 //! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
 //! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;

@@ -42,8 +42,10 @@ use shared::{Open, Shared};
 ///
 /// The kernel accepts one of two modes for an inode at a time, *passthrough*, with the same id for
 /// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, of
-/// which the server hears nothing. The table keeps to it: the first open of an inode decides, all others follow until the
-/// last one is released.
+/// which the server hears nothing. The table keeps to it: the first open of an inode decides, all others
+/// follow until the last one is released. The kernel's one exception is a passthrough open after plain
+/// `DIRECT_IO` ones. It does not hold once a client has mapped such a file `MAP_SHARED`, which no server
+/// sees; so the table does not use it.
 ///
 /// `R` is who registers, see [`Register`]: a [`FuseDevice`], or a reference or [`Arc`](std::sync::Arc) of one.
 /// `K` is what the server knows an inode by, its node id most often; its `Hash` and `Eq` must not panic for a
@@ -68,11 +70,10 @@ use shared::{Open, Shared};
 /// [`share`](Self::share) answers a further open without a fd or a system call, for servers that
 /// have no need of step 1.
 ///
-/// Never answer OPEN with `ENOSYS`: the kernel then sends no OPEN any more on the whole connection,
-/// and nothing can be passed through.
+/// Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
 ///
-/// A mapping outlives its RELEASE: what a client has mapped in passthrough mode goes on reading and
-/// writing the backing file after it closed the file, whatever mode the inode has by then.
+/// A mapping outlives its RELEASE: what a client has mapped in passthrough mode goes on to the backing
+/// file, whatever mode the inode has by then.
 ///
 /// # When passthrough is not to be had
 ///
@@ -124,8 +125,8 @@ use shared::{Open, Shared};
 ///
 /// # Examples
 ///
-/// The [crate's documentation](crate#the-way-of-a-file) has a short one, the README a server on fuser, and
-/// [`Register`] one without a kernel.
+/// In the [crate's documentation](crate#the-way-of-a-file), in the README on fuser, at [`Register`] without
+/// a kernel.
 pub struct BackingTable<R: Register, K: Hash + Eq + Clone = u64> {
     shared: Arc<Shared<R, K>>,
 }
@@ -250,8 +251,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// is opened afresh once the inode has been released; until then it is
     /// [`DifferentFile`](TableOpenError::DifferentFile).
     pub fn forget(&self, inode: &K) {
-        // Open or not.
-        let _ = self.shared.detach(inode, true);
+        let _open_or_not = self.shared.detach(inode, true);
     }
 
     /// Closes what is registered for an inode that is not open, so that the next open starts fresh. Where
@@ -275,10 +275,11 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         self.shared.ledger().reset();
     }
 
-    /// How many ids may be registered at a time. Below what there are now it takes effect as inodes
-    /// are released; idle ids are closed at once.
+    /// How many ids may be registered at a time. At the limit an open closes an idle one, or waits for a
+    /// close that another thread is making, before it settles for server mode. Below what there are now the
+    /// limit takes effect as inodes are released; idle ids are closed at once.
     pub fn set_limit(&self, limit: usize) {
-        self.shared.ledger().limit = limit;
+        self.shared.ledger().stats.limit = limit;
         self.shared.trim();
     }
 

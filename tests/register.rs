@@ -497,3 +497,74 @@ mod panics {
         );
     }
 }
+
+/// Threads that do with a table whatever a server may. Under ThreadSanitizer too, see .ci/tsan.
+mod stress {
+    use std::thread;
+
+    use super::*;
+
+    const THREADS: usize = 4;
+    const OPERATIONS: u32 = 20_000;
+    const INODES: u64 = 6;
+
+    /// Xorshift.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, n: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % n
+        }
+    }
+
+    /// While an inode is open, all of its opens have its id, and that is registered.
+    #[test]
+    fn ids_outlive_their_opens() {
+        let fake = Fake::default();
+        let table = BackingTable::<_, u64>::new(&fake);
+        let files: Vec<_> = (0..INODES).map(|_| file()).collect();
+        thread::scope(|scope| {
+            for seed in 0..THREADS as u64 {
+                let (table, fake, files) = (&table, &fake, &files);
+                scope.spawn(move || operate(table, fake, files, Random(seed + 1)));
+            }
+        });
+        *fake.refusal.lock().unwrap() = None;
+        table.set_idle_limit(0);
+        table.retry_closes().unwrap();
+        assert_eq!((table.stats().ids, fake.ids().len()), (0, 0));
+        assert!(table.list().is_empty());
+        assert!(fake.past().len() > 1_000, "hardly anything was registered");
+    }
+
+    fn operate(table: &BackingTable<&Fake>, fake: &Fake, files: &[File], mut random: Random) {
+        let mut held: Vec<OpenFile<&Fake>> = Vec::new();
+        for _ in 0..OPERATIONS {
+            let inode = random.below(INODES);
+            let file = &files[usize::try_from(inode).unwrap()];
+            match random.below(32) {
+                0..=6 => held.push(table.open(&inode, RDWR, both(file)).unwrap()),
+                7..=9 => held.extend(table.share(&inode, RDONLY)),
+                10 => held.extend(table.serve(&inode)),
+                11 => drop(table.invalidate(&inode)),
+                12 => table.set_idle_limit(usize::try_from(random.below(4)).unwrap()),
+                13 => table.set_limit(3 + usize::try_from(random.below(8)).unwrap()),
+                14 => fake.refuse_next(Errno::PERM, Scope::Thread),
+                15 => drop(table.retry_closes()),
+                16 => assert!(table.list().iter().all(|entry| entry.opens <= 100)),
+                _ => {
+                    let random = usize::try_from(random.below(held.len().max(1) as u64)).unwrap();
+                    if random < held.len() {
+                        let open = held.swap_remove(random);
+                        let id = id(&open);
+                        let registered = fake.registered.lock().unwrap().contains_key(&id);
+                        assert_eq!(registered, open.is_passthrough(), "id {id}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -8,13 +8,13 @@ use super::listing::TableStats;
 use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
 
 /// What the ledger's lock protects. `T` is a reference to an inode.
-#[derive(Debug)]
 pub(super) struct Ledger<T> {
-    /// Ids that are registered, or just being registered.
-    ids: usize,
-    /// How many of them are just being closed.
-    closing: usize,
-    pub(super) limit: usize,
+    /// `ids` has those that are just being registered as well, `idle` is not kept up.
+    pub(super) stats: TableStats,
+    /// How many of the ids are just being closed.
+    pub(super) closing: usize,
+    /// Opens that wait until one of these is closed.
+    pub(super) waiting: usize,
     pub(super) idle_limit: usize,
     pub(super) keep_fds: bool,
     /// Registered without opens, by LRU sequence number.
@@ -24,12 +24,8 @@ pub(super) struct Ledger<T> {
     last: usize,
     /// The table is gone, and with it whoever could reopen what is parked, or retry.
     orphaned: bool,
-    refused: Option<BackingOpenError>,
-    /// How often `refused` was forgotten.
+    /// How often `stats.refused` was forgotten.
     resets: usize,
-    over_limit: u64,
-    close_failures: u64,
-    pub(super) by_open_fd: u64,
 }
 
 /// Whether an id may be registered.
@@ -49,40 +45,42 @@ pub(super) enum Room<T> {
 
 /// A parked inode that was taken from the ledger to be closed, and counts as being closed. An open of
 /// it in the meantime makes the claim void: the slot has another `parked` then.
-#[derive(Debug)]
 pub(super) struct Claim<T> {
     pub(super) inode: T,
     pub(super) parked: usize,
 }
 
-impl<T> Ledger<T> {
+impl<T: Clone> Ledger<T> {
     pub(super) fn new() -> Self {
         let limit = getrlimit(Resource::Nofile).current;
+        let limit = limit.and_then(|limit| usize::try_from(limit).ok());
         Self {
-            ids: 0,
+            stats: TableStats {
+                ids: 0,
+                limit: limit.unwrap_or(usize::MAX),
+                idle: 0,
+                over_limit: 0,
+                close_failures: 0,
+                by_open_fd: 0,
+                refused: None,
+            },
             closing: 0,
-            limit: limit
-                .and_then(|limit| usize::try_from(limit).ok())
-                .unwrap_or(usize::MAX),
+            waiting: 0,
             idle_limit: 0,
             keep_fds: false,
             idle: BTreeMap::new(),
             unclosed: BTreeMap::new(),
             last: 0,
             orphaned: false,
-            refused: None,
             resets: 0,
-            over_limit: 0,
-            close_failures: 0,
-            by_open_fd: 0,
         }
     }
 
     pub(super) fn reserve(&mut self) -> Room<T> {
-        if let Some(error) = self.refused {
+        if let Some(error) = self.stats.refused {
             Room::None(ServerReason::Remembered(error))
-        } else if self.ids < self.limit {
-            self.ids += 1;
+        } else if self.stats.ids < self.stats.limit {
+            self.stats.ids += 1;
             Room::Reserved {
                 resets: self.resets,
                 keep_fds: self.keep_fds,
@@ -92,37 +90,29 @@ impl<T> Ledger<T> {
         } else if self.closing > 0 {
             Room::Wait
         } else {
-            self.over_limit += 1;
+            self.stats.over_limit += 1;
             Room::None(ServerReason::LimitReached)
         }
-    }
-
-    /// What was reserved is not used.
-    pub(super) fn unreserve(&mut self) {
-        self.ids -= 1;
     }
 
     /// Registering failed; `resets` is what it was reserved with. What holds for every thread is
     /// remembered, unless `reset` was called after the attempt began.
     pub(super) fn refused(&mut self, error: BackingOpenError, resets: usize) {
         if error.scope() == Scope::Connection && resets == self.resets {
-            self.refused = Some(error);
+            self.stats.refused = Some(error);
         }
     }
 
     pub(super) fn reset(&mut self) {
-        self.refused = None;
+        self.stats.refused = None;
         self.resets += 1;
     }
 
     /// At the last release: parks the inode, and says under which number, or counts it as being closed.
-    pub(super) fn park_or_close(&mut self, inode: &T, may_park: bool) -> Option<usize>
-    where
-        T: Clone,
-    {
+    pub(super) fn park_or_close(&mut self, inode: &T, may_park: bool) -> Option<usize> {
         if may_park
             && self.idle_limit > 0
-            && self.ids - self.closing <= self.limit
+            && self.stats.ids - self.closing <= self.stats.limit
             && !self.orphaned
         {
             let number = self.next();
@@ -165,7 +155,7 @@ impl<T> Ledger<T> {
 
     /// An idle one too many for either limit.
     pub(super) fn claim_surplus(&mut self) -> Option<Claim<T>> {
-        if self.idle.len() > self.idle_limit || self.ids - self.closing > self.limit {
+        if self.idle.len() > self.idle_limit || self.stats.ids - self.closing > self.stats.limit {
             self.claim_oldest()
         } else {
             None
@@ -187,23 +177,15 @@ impl<T> Ledger<T> {
         claims
     }
 
-    /// A claim was void.
-    pub(super) fn unclaim(&mut self) {
-        self.closing -= 1;
-    }
-
     /// What was counted as being closed is closed, or failed to be. In the latter case it is parked again,
     /// under the number returned, unless nobody could retry.
     pub(super) fn closed(
         &mut self,
         inode: &T,
         result: Result<(), BackingCloseCause>,
-    ) -> Option<usize>
-    where
-        T: Clone,
-    {
+    ) -> Option<usize> {
         self.closing -= 1;
-        self.close_failures += u64::from(result.is_err());
+        self.stats.close_failures += u64::from(result.is_err());
         match result {
             Err(cause) if cause != BackingCloseCause::UnknownId => {
                 if self.orphaned {
@@ -215,7 +197,7 @@ impl<T> Ledger<T> {
             }
             // After `UnknownId` nothing is left to be tried again: somebody else has closed it.
             _ => {
-                self.ids -= 1;
+                self.stats.ids -= 1;
                 None
             }
         }
@@ -227,13 +209,8 @@ impl<T> Ledger<T> {
 
     pub(super) fn stats(&self) -> TableStats {
         TableStats {
-            ids: self.ids,
-            limit: self.limit,
             idle: self.idle.len(),
-            over_limit: self.over_limit,
-            close_failures: self.close_failures,
-            by_open_fd: self.by_open_fd,
-            refused: self.refused,
+            ..self.stats
         }
     }
 }

@@ -193,11 +193,21 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         closing.result
     }
 
+    /// An id is being closed no more.
+    fn settle<T>(&self, end: impl FnOnce(&mut Ledger<Arc<Inode<R, K>>>) -> T) -> T {
+        let mut ledger = self.ledger();
+        let ended = end(&mut ledger);
+        // Each notification is a system call.
+        if ledger.waiting > 0 {
+            self.closed.notify_all();
+        }
+        ended
+    }
+
     /// What a close has come to.
     fn closed(&self, inode: &Arc<Inode<R, K>>, result: Result<(), BackingCloseCause>) {
         let mut inodes = self.lock(inode.shard);
-        let parked = self.ledger().closed(inode, result);
-        self.closed.notify_all();
+        let parked = self.settle(|ledger| ledger.closed(inode, result));
         match parked {
             Some(parked) => inode.set_parked(parked),
             None => inodes.remove(inode),
@@ -212,8 +222,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let Claim { inode, parked } = claim;
         let inodes = self.lock(inode.shard);
         if inode.parked() != parked {
-            self.ledger().unclaim();
-            self.closed.notify_all();
+            self.settle(|ledger| ledger.closing -= 1);
             return Ok(());
         }
         inode.set_parked(0);
@@ -279,7 +288,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         })?;
         std::mem::forget(reserved);
         if by_path && !backing.is_path() {
-            self.ledger().by_open_fd += 1;
+            self.ledger().stats.by_open_fd += 1;
         }
         let kept = if keep_fds { backing.into_kept() } else { None };
         Ok(Registered::new(backing_id, id, grant, kept))
@@ -292,7 +301,11 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             match ledger.reserve() {
                 Room::Reserved { resets, keep_fds } => return Ok((resets, keep_fds)),
                 Room::None(reason) => return Err(reason),
-                Room::Wait => ledger = wait(&self.closed, ledger),
+                Room::Wait => {
+                    ledger.waiting += 1;
+                    ledger = wait(&self.closed, ledger);
+                    ledger.waiting -= 1;
+                }
                 Room::Evict(claim) => {
                     drop(ledger);
                     // A failure is counted, and listed.
@@ -349,7 +362,7 @@ struct Reserved<'a, R: Register, K: Hash + Eq + Clone>(&'a Shared<R, K>);
 
 impl<R: Register, K: Hash + Eq + Clone> Drop for Reserved<'_, R, K> {
     fn drop(&mut self) {
-        self.0.ledger().unreserve();
+        self.0.ledger().stats.ids -= 1;
     }
 }
 

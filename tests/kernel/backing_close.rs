@@ -1,18 +1,20 @@
 //! `FUSE_DEV_IOC_BACKING_CLOSE`: what closing frees, each error, and each misuse that the types do
 //! not rule out.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use fuse_backing::{
-    Access, BackingCloseCause, BackingCloseError, BackingFile, BackingId, Errno, FuseDevice,
-    NotPermitted, Scope, uapi,
+    Access, BackingCloseCause, BackingCloseError, BackingFile, BackingId, BackingTable, Errno,
+    FuseDevice, NotPermitted, OpenFlags, OpenReply, Scope, ServerFile, uapi,
 };
 use libtest_mimic::Failed;
 
-use crate::client::{Client, Role};
+use crate::client::{self, Client, Role};
 use crate::expect;
-use crate::fuse::{Connection, Init};
+use crate::fuse::{Connection, Init, Node};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::{apart, without_cap_sys_admin};
@@ -52,6 +54,11 @@ pub const TESTS: &[Test] = &[
         misuse_closed_after_fork,
     ),
     (
+        "misuse_released_after_fork",
+        Needs::Passthrough,
+        misuse_released_after_fork,
+    ),
+    (
         "guard_closes_on_drop",
         Needs::Passthrough,
         guard_closes_on_drop,
@@ -84,7 +91,12 @@ pub const TESTS: &[Test] = &[
     ),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("close-after-fork", close_after_fork)];
+pub const ROLES: &[(&str, Role)] = &[
+    ("close-after-fork", close_after_fork),
+    ("release-after-fork", release_after_fork),
+];
+
+const CONTENT: &str = "what the backing file says";
 
 /// A connection, and a tmpfs whose unmounting says whether an id is open.
 fn setup(sandbox: &Sandbox) -> Result<(Connection, Tmpfs), Failed> {
@@ -318,6 +330,99 @@ fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     Ok(format!(
         "child closed it: {}, parent: {parent:?}",
         status == 0
+    ))
+}
+
+/// The same of an `OpenFile`: if the child drops its copy, the parent answers with an id that is closed. If
+/// it merely exits, nothing is.
+fn misuse_released_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let node = Node {
+        name: "file".into(),
+        backing: tmpfs.file("file", CONTENT)?,
+    };
+    let parents = Arc::new(AtomicI32::new(0));
+    let answered = Arc::clone(&parents);
+    let on_open = move |_, _| {
+        let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        let mut out = reply.to_fuse_open_out(1);
+        out.open_flags = uapi::FOPEN_PASSTHROUGH;
+        out.backing_id = answered.load(Ordering::SeqCst);
+        Ok(out)
+    };
+    let init = Init::passthrough(1);
+    let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
+    let (path, file) = (tmpfs.path().join("file"), connection.path("file"));
+    let eio = format!("errno {}", Errno::IO.raw_os_error());
+    let mut releases = 0;
+    for (child, says, client, closed) in [
+        (
+            "exits",
+            "ids of the child: 1, failed closes: 0",
+            CONTENT,
+            Ok(()),
+        ),
+        (
+            "drops",
+            "ids of the child: 0, failed closes: 1",
+            &eio,
+            Err(BackingCloseCause::UnknownId),
+        ),
+    ] {
+        let device = connection.device().as_fd().try_clone_to_owned()?;
+        let args = [path.as_os_str(), child.as_ref()];
+        let mut server = Client::start_with_fd("release-after-fork", &args, device)?;
+        let raw = server.line()?.parse()?;
+        assert_eq!(server.finish()?, says);
+        parents.store(raw, Ordering::SeqCst);
+        assert_eq!(client::run("read", &[file.as_os_str()])?, client);
+        releases += 1;
+        connection.wait_for_releases(releases)?;
+        let close = connection.device().backing_close(id(raw));
+        assert_eq!(close.map_err(|failed| failed.cause()), closed);
+    }
+    assert_eq!(connection.seen.reads.load(Ordering::SeqCst), 0);
+    Ok(())
+}
+
+/// As `close_after_fork`. Where the child does not drop its `OpenFile` the parent does not either, so that
+/// the id is what the child has made of it.
+#[allow(unsafe_code)]
+fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let [path, child] = args else {
+        return Err("a file, and what the child does".into());
+    };
+    let drops = child == "drops";
+    let stdin = std::io::stdin();
+    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let table: BackingTable<_> = BackingTable::new(&device);
+    let file = File::open(path)?;
+    let open = table.open(&1, 0, ServerFile::of(&file)?)?;
+    println!("{}", open.reply(OpenFlags::empty())?.backing_id());
+    // SAFETY: this process has one thread, so the child has no lock that nobody will release.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        if drops {
+            drop(open);
+        }
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(table.stats().ids as i32) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is a live int.
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    assert!(open.is_passthrough(), "the parent hears of nothing");
+    assert_eq!(table.stats().ids, 1);
+    if drops {
+        drop(open);
+        assert_eq!(table.stats().ids, 0);
+    } else {
+        std::mem::forget(open);
+    }
+    Ok(format!(
+        "ids of the child: {}, failed closes: {}",
+        libc::WEXITSTATUS(status),
+        table.stats().close_failures
     ))
 }
 

@@ -1,7 +1,7 @@
 //! `FuseDevice`: which fds it takes, and what it says of others.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -35,6 +35,7 @@ pub const TESTS: &[Test] = &[
         refuses_others_and_gives_them_back,
     ),
     ("refuses_o_path", Needs::Nothing, refuses_o_path),
+    ("converts", Needs::Nothing, converts),
     (
         "open_says_what_is_wrong",
         Needs::Nothing,
@@ -49,6 +50,23 @@ fn opens_the_node(_: &Sandbox) -> Result<(), Failed> {
     let flags = rustix::fs::fcntl_getfl(&fd)?;
     assert_eq!(flags & OFlags::ACCMODE, OFlags::RDWR);
     assert!(rustix::io::fcntl_getfd(&fd)?.contains(rustix::io::FdFlags::CLOEXEC));
+    Ok(())
+}
+
+fn converts(_: &Sandbox) -> Result<(), Failed> {
+    let device = FuseDevice::open()?;
+    let raw = device.as_raw_fd();
+    assert_eq!(device.as_fd().as_raw_fd(), raw);
+    let fd = OwnedFd::from(device);
+    assert_eq!(fd.as_raw_fd(), raw);
+    let device = FuseDevice::try_from(fd)?;
+    assert_eq!(device.as_raw_fd(), raw);
+    let shared = FuseDevice::new(Arc::new(device.into_inner()))?;
+    let clone = shared.clone();
+    drop(shared);
+    assert_eq!(clone.as_raw_fd(), raw);
+    let refused = FuseDevice::try_from(OwnedFd::from(File::open("/dev/null")?)).unwrap_err();
+    assert_eq!(refused.errno(), Errno::NOTTY);
     Ok(())
 }
 

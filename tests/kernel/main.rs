@@ -30,6 +30,7 @@ mod thread;
 mod trace;
 
 mod abi;
+mod append_only;
 mod backing_close;
 mod backing_open;
 mod clone;
@@ -37,6 +38,7 @@ mod cost;
 mod device;
 mod expect;
 mod faults;
+mod held;
 mod killed;
 mod passthrough;
 mod property;
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
     };
     let tests = [
         ("abi", abi::TESTS),
+        ("append_only", append_only::TESTS),
         ("backing_close", backing_close::TESTS),
         ("backing_open", backing_open::TESTS),
         ("clone", clone::TESTS),
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         ("device", device::TESTS),
         ("expect", expect::TESTS),
         ("faults", faults::TESTS),
+        ("held", held::TESTS),
         ("killed", killed::TESTS),
         ("passthrough", passthrough::TESTS),
         ("property", property::TESTS),
@@ -114,10 +118,12 @@ fn main() -> ExitCode {
 
 fn roles() -> Vec<(&'static str, client::Role)> {
     [
+        append_only::ROLES,
         backing_close::ROLES,
         backing_open::ROLES,
         cost::ROLES,
         device::ROLES,
+        held::ROLES,
         killed::ROLES,
         passthrough::ROLES,
         property::ROLES,

@@ -4,13 +4,14 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use fuse_backing::{
-    Access, BackingFile, Errno, FuseDevice, OpenFlags, OpenReply, OpenReplyError, uapi,
+    Access, BackingFile, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, OpenReply,
+    OpenReplyError, ServerFile, ServerReason, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{Mode, OFlags, open};
@@ -76,6 +77,31 @@ pub const TESTS: &[Test] = &[
         Needs::Passthrough,
         second_id_for_an_open_inode,
     ),
+    (
+        "passthrough_while_open_in_server_mode",
+        Needs::Passthrough,
+        passthrough_while_open_in_server_mode,
+    ),
+    (
+        "server_mode_while_open_in_passthrough",
+        Needs::Passthrough,
+        server_mode_while_open_in_passthrough,
+    ),
+    (
+        "passthrough_after_direct_file_was_mapped",
+        Needs::Passthrough,
+        passthrough_after_direct_file_was_mapped,
+    ),
+    (
+        "direct_file_cannot_be_mapped_while_open_in_passthrough",
+        Needs::Passthrough,
+        direct_file_cannot_be_mapped_while_open_in_passthrough,
+    ),
+    (
+        "table_keeps_to_server_mode_after_direct_io",
+        Needs::Passthrough,
+        table_keeps_to_server_mode_after_direct_io,
+    ),
 ];
 
 pub const ROLES: &[(&str, Role)] = &[
@@ -83,6 +109,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("overwrite", overwrite),
     ("overwrite-bytewise", overwrite_bytewise),
     ("hold", hold),
+    ("hold-and-map", hold_and_map),
 ];
 
 const CONTENT: &str = "what the backing file says";
@@ -129,11 +156,51 @@ fn hold(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(content)
 }
 
+/// Opens, says so, waits, maps the file `MAP_SHARED` for a moment, says what came of it, waits, and reads.
+#[allow(unsafe_code)]
+fn hold_and_map(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let mut file = File::open(&args[0])?;
+    println!("open");
+    wait_for_parent()?;
+    // SAFETY: a new mapping, of which nothing is read.
+    let mapped = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            CONTENT.len(),
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if mapped == libc::MAP_FAILED {
+        let error = std::io::Error::last_os_error();
+        println!("errno {}", error.raw_os_error().unwrap_or(0));
+    } else {
+        // SAFETY: the mapping above, which nobody else has.
+        let unmapped = unsafe { libc::munmap(mapped, CONTENT.len()) };
+        println!("mapped, unmapped: {unmapped}");
+    }
+    wait_for_parent()?;
+    let mut content = String::new();
+    file.read_to_string(&mut content)?;
+    Ok(content)
+}
+
 type Device = FuseDevice<Arc<OwnedFd>>;
 type Answer = dyn Fn(&Device, u64, i32) -> OpenAnswer + Send + Sync;
 
 /// A mount of one file, whose backing on `tmpfs` has `CONTENT`.
 fn serve(sandbox: &Sandbox, tmpfs: &Tmpfs, answer: Arc<Answer>) -> Result<Connection, Failed> {
+    serve_with(sandbox, tmpfs, Init::passthrough(1), answer)
+}
+
+fn serve_with(
+    sandbox: &Sandbox,
+    tmpfs: &Tmpfs,
+    init: Init,
+    answer: Arc<Answer>,
+) -> Result<Connection, Failed> {
     // The server's closure is made before there is a device to give it.
     let late: Arc<OnceLock<Device>> = Arc::default();
     let device = Arc::clone(&late);
@@ -146,8 +213,7 @@ fn serve(sandbox: &Sandbox, tmpfs: &Tmpfs, answer: Arc<Answer>) -> Result<Connec
         name: "file".into(),
         backing: tmpfs.file("file", CONTENT)?,
     };
-    let connection =
-        Connection::serve(sandbox, Init::passthrough(1), vec![node], Arc::new(on_open))?;
+    let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
     late.set(connection.device()).map_err(|_| "set twice")?;
     Ok(connection)
 }
@@ -371,7 +437,6 @@ fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
 /// `mount_setattr(tree, "", AT_EMPTY_PATH, {.attr_set = MOUNT_ATTR_RDONLY})`
 #[allow(unsafe_code)]
 fn read_only(tree: &OwnedFd) {
-    use std::os::fd::AsRawFd;
     const MOUNT_ATTR_RDONLY: u64 = 1;
     let attr: [u64; 4] = [MOUNT_ATTR_RDONLY, 0, 0, 0];
     // SAFETY: `attr` is a `struct mount_attr` of the size that is said, and the path a C string.
@@ -482,5 +547,171 @@ fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
         CONTENT,
         "nobody has it open any more"
     );
+    Ok(())
+}
+
+const DIRECT: u32 = uapi::FOPEN_DIRECT_IO;
+const CACHED: u32 = 0;
+const PASSTHROUGH: u32 = uapi::FOPEN_PASSTHROUGH;
+
+/// A server that answers its first OPEN with the former flags, and all later ones with the latter.
+fn first_and_later(tmpfs: &Tmpfs, first: u32, later: u32) -> Arc<Answer> {
+    let opens = AtomicUsize::new(0);
+    let path = tmpfs.path().join("file");
+    registered(&path, OFlags::RDWR, move |id, _| {
+        let is_first = opens.fetch_add(1, Ordering::SeqCst) == 0;
+        let flags = if is_first { first } else { later };
+        Ok((flags, if flags == PASSTHROUGH { id } else { 0 }))
+    })
+}
+
+fn start(connection: &Connection, role: &str) -> Result<Client, Failed> {
+    let mut client = Client::start(role, &[connection.path("file").as_os_str()])?;
+    assert_eq!(client.line()?, "open");
+    Ok(client)
+}
+
+fn reads(connection: &Connection) -> u64 {
+    connection.seen.reads.load(Ordering::SeqCst)
+}
+
+/// The one mixture that the kernel accepts, after a plain `DIRECT_IO` open; not after a cached one.
+fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    let mut direct = start(&connection, "hold")?;
+    let mut passed = start(&connection, "hold")?;
+    assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
+    assert_eq!(
+        connection.seen.writes.load(Ordering::SeqCst),
+        0,
+        "passed through, while the file is open for direct I/O"
+    );
+    // Each goes on in its own way, and has what the other wrote.
+    let content = CONTENT.replacen("what", "WHAT", 1);
+    assert_eq!(reads(&connection), 0);
+    direct.proceed()?;
+    assert_eq!(direct.finish()?, content);
+    let direct_reads = reads(&connection);
+    assert_ne!(direct_reads, 0);
+    passed.proceed()?;
+    assert_eq!(passed.finish()?, content);
+    assert_eq!(reads(&connection), direct_reads);
+    connection.wait_for_releases(3)?;
+
+    let tmpfs = sandbox.tmpfs()?;
+    let answer = first_and_later(&tmpfs, CACHED, PASSTHROUGH);
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    let mut cached = start(&connection, "hold")?;
+    assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+    cached.proceed()?;
+    assert_eq!(cached.finish()?, CONTENT);
+    connection.wait_for_releases(2)?;
+    assert_eq!(client(&connection, "read", "")?, CONTENT, "it is released");
+    Ok(())
+}
+
+/// The reverse order, which the kernel refuses in either server mode.
+fn server_mode_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
+    for later in [DIRECT, CACHED] {
+        let tmpfs = sandbox.tmpfs()?;
+        let answer = first_and_later(&tmpfs, PASSTHROUGH, later);
+        let connection = serve(sandbox, &tmpfs, answer)?;
+        let mut passed = start(&connection, "hold")?;
+        assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+        passed.proceed()?;
+        assert_eq!(passed.finish()?, CONTENT);
+        assert_eq!(reads(&connection), 0);
+        connection.wait_for_releases(2)?;
+        assert_eq!(client(&connection, "read", "")?, CONTENT, "it is released");
+        assert_ne!(reads(&connection), 0);
+    }
+    Ok(())
+}
+
+/// Direct files can be mapped `MAP_SHARED`.
+fn with_direct_mmap() -> Init {
+    let mut init = Init::passthrough(1);
+    init.flags |= uapi::FUSE_DIRECT_IO_ALLOW_MMAP;
+    init
+}
+
+/// Why the table makes no use of the exception: a mapping puts the inode in cached mode, until the file
+/// that was mapped is released, and the server does not hear of it.
+fn passthrough_after_direct_file_was_mapped(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
+    let connection = serve_with(sandbox, &tmpfs, with_direct_mmap(), answer)?;
+    let mut direct = start(&connection, "hold-and-map")?;
+    direct.proceed()?;
+    assert_eq!(direct.line()?, "mapped, unmapped: 0");
+    assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
+    direct.proceed()?;
+    assert_eq!(direct.finish()?, CONTENT);
+    connection.wait_for_releases(2)?;
+    let before = reads(&connection);
+    assert_eq!(client(&connection, "read", "")?, CONTENT, "it is released");
+    assert_eq!(reads(&connection), before);
+    Ok(())
+}
+
+/// Nor can it be mapped then, though it goes on otherwise.
+fn direct_file_cannot_be_mapped_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
+    let connection = serve_with(sandbox, &tmpfs, with_direct_mmap(), answer)?;
+    let mut direct = start(&connection, "hold-and-map")?;
+    let mut passed = start(&connection, "hold")?;
+    direct.proceed()?;
+    assert_eq!(direct.line()?, errno(Errno::NODEV));
+    direct.proceed()?;
+    assert_eq!(direct.finish()?, CONTENT);
+    passed.proceed()?;
+    assert_eq!(passed.finish()?, CONTENT);
+    Ok(())
+}
+
+/// All opens of an inode have one mode.
+fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), Failed> {
+    type Opens = Mutex<Vec<OpenFile<Arc<Device>>>>;
+    let tmpfs = sandbox.tmpfs()?;
+    let path = tmpfs.path().join("file");
+    let late: Arc<OnceLock<BackingTable<Arc<Device>>>> = Arc::default();
+    let opens: Arc<Opens> = Arc::default();
+    let (table, kept) = (Arc::clone(&late), Arc::clone(&opens));
+    let serves = AtomicUsize::new(0);
+    let answer: Arc<Answer> = Arc::new(move |_, fh, flags| {
+        let table = table.get().ok_or(Errno::IO)?;
+        let open = if serves.fetch_add(1, Ordering::SeqCst) == 0 {
+            table.serve(&Connection::NODE).ok_or(Errno::IO)?
+        } else {
+            let file = File::open(&path).map_err(|_| Errno::IO)?;
+            let file = ServerFile::of(&file).map_err(|_| Errno::BADF)?;
+            let opened = table.open(&Connection::NODE, flags, file);
+            opened.map_err(|error| error.errno())?
+        };
+        let reply = open.reply(OpenFlags::DIRECT_IO).map_err(|_| Errno::IO)?;
+        let out = reply.to_fuse_open_out(fh);
+        kept.lock().unwrap().push(open);
+        Ok(out)
+    });
+    let connection = serve(sandbox, &tmpfs, answer)?;
+    let table = BackingTable::new(Arc::new(connection.device()));
+    late.set(table).map_err(|_| "set twice")?;
+
+    let mut clients = [start(&connection, "hold")?, start(&connection, "hold")?];
+    for open in &*opens.lock().unwrap() {
+        assert_eq!(open.server_reason(), Some(ServerReason::Chosen));
+    }
+    assert_eq!(late.get().ok_or("set")?.stats().ids, 0);
+    for client in &mut clients {
+        client.proceed()?;
+        assert_eq!(client.line()?, CONTENT);
+    }
+    connection.wait_for_releases(2)?;
+    opens.lock().unwrap().clear();
+    assert_eq!(client(&connection, "read", "")?, CONTENT);
+    assert!(opens.lock().unwrap()[0].is_passthrough(), "later");
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! clients: tests/kernel/property.rs. With threads: src/model.rs.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::hash::{Hash, Hasher};
@@ -9,7 +10,7 @@ use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -84,6 +85,18 @@ pub const TESTS: &[Test] = &[
         "serve_keeps_to_the_mode",
         Needs::Passthrough,
         serve_keeps_to_the_mode,
+    ),
+    ("opens_beside_share", Needs::Passthrough, opens_beside_share),
+    ("opens_beside_list", Needs::Passthrough, opens_beside_list),
+    (
+        "opens_beside_trimming",
+        Needs::Passthrough,
+        opens_beside_trimming,
+    ),
+    (
+        "opens_beside_invalidate",
+        Needs::Passthrough,
+        opens_beside_invalidate,
     ),
     ("limit", Needs::Passthrough, limit),
     ("idle_ids", Needs::Passthrough, idle_ids),
@@ -605,6 +618,99 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+fn opens_beside_share(sandbox: &Sandbox) -> Result<(), Failed> {
+    // It asks to write, which no open is granted.
+    sequential_opens(sandbox, |table| {
+        assert!(table.share(&1, WRONLY).is_none());
+    })
+}
+
+fn opens_beside_list(sandbox: &Sandbox) -> Result<(), Failed> {
+    sequential_opens(sandbox, |table| {
+        for entry in table.list() {
+            assert!(entry.opens <= 1, "{entry:?}");
+        }
+    })
+}
+
+fn opens_beside_trimming(sandbox: &Sandbox) -> Result<(), Failed> {
+    sequential_opens(sandbox, |table| {
+        table.set_idle_limit(0);
+        table.set_idle_limit(1);
+    })
+}
+
+fn opens_beside_invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
+    sequential_opens(sandbox, |table| {
+        // It may well meet an open.
+        let _busy = table.invalidate(&1);
+    })
+}
+
+/// One thread opens and releases. Each time nothing is open, whatever another thread looks at or closes
+/// meanwhile, and so the outcome is that of a first open.
+fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Result<(), Failed> {
+    const OPENS: u32 = 200_000;
+    const IN_A_ROUND: u32 = 10;
+
+    let setup = Setup::new(sandbox)?;
+    let table = &setup.table;
+    let (one, other) = (setup.file("1"), setup.file("2"));
+    let never = File::open("/proc/version")?;
+    let open = |inode, file| {
+        let file = ServerFile::with_access(file, Access::ReadOnly);
+        table.open(&inode, RDONLY, file)
+    };
+    // One that is open or being closed for longer than it should would take the room.
+    table.set_limit(1);
+    table.set_idle_limit(1);
+    let done = AtomicBool::new(false);
+    let mut wrong: BTreeMap<String, u32> = BTreeMap::new();
+    let mut expect = |what: &str, right: bool, found: &dyn std::fmt::Debug| {
+        if !right {
+            *wrong.entry(format!("{what}: {found:?}")).or_default() += 1;
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                meanwhile(table);
+            }
+        });
+        for _ in 0..OPENS / IN_A_ROUND / patience_times() {
+            // In turn, so that each would be another file or mode than that before.
+            for (what, file) in [("one file", &one), ("another file", &other), ("one", &one)] {
+                let opened = open(1, file);
+                let passed = matches!(&opened, Ok(open) if open.is_passthrough());
+                expect(what, passed, &opened);
+            }
+            let opened = open(2, &other);
+            let passed = matches!(&opened, Ok(open) if open.is_passthrough());
+            expect("another inode within the limit", passed, &opened);
+            drop(opened);
+            expect("serve", table.serve(&2).is_some(), &());
+            drop(open(1, &one));
+            expect("invalidate", table.invalidate(&1) == Ok(()), &());
+            let opened = open(1, &never);
+            let reason = opened.as_ref().ok().and_then(OpenFile::server_reason);
+            let refused = ServerReason::Refused(BackingOpenError::StackedTooDeep);
+            expect("refused", reason == Some(refused), &reason);
+            drop(opened);
+            for what in ["after a refusal", "again"] {
+                let opened = open(1, &one);
+                let passed = matches!(&opened, Ok(open) if open.is_passthrough());
+                expect(what, passed, &opened);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    table.set_idle_limit(0);
+    assert_eq!(table.stats().ids, 0);
+    drop((one, other));
+    setup.tmpfs.unmount_when_idle()
+}
+
 fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     setup.table.set_idle_limit(2);
@@ -1016,7 +1122,7 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
         }
     }
     println!("{many} open inodes: {each:.1} bytes each, a cold open {ratio:.2} times");
-    assert!(each <= 160.0, "{each} bytes for each open inode");
+    assert!(each <= 176.0, "{each} bytes for each open inode");
     assert!(
         ratio <= most,
         "a cold open among {many} costs {ratio} times that among a thousand"

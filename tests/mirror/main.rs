@@ -34,6 +34,7 @@ mod differences;
 mod differential;
 mod errnos;
 mod fsx;
+mod held;
 mod killed;
 mod place;
 mod program;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         ("differential", differential::TESTS),
         ("differences", differences::TESTS),
         ("errnos", errnos::TESTS),
+        ("held", held::TESTS),
         ("killed", killed::TESTS),
         ("stopped", stopped::TESTS),
     ] {
@@ -88,6 +90,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
     [
         differences::ROLES,
         differential::ROLES,
+        held::ROLES,
         killed::ROLES,
         race::ROLES,
         stopped::ROLES,

@@ -1,5 +1,5 @@
-//! Forges the results of ioctls for the calling thread, with a seccomp filter: what the kernel will
-//! not do on request.
+//! Forges the results of system calls for the calling thread, with a seccomp filter: what the kernel
+//! will not do on request.
 
 #![allow(unsafe_code)]
 
@@ -10,9 +10,9 @@ use std::sync::mpsc;
 use std::thread;
 
 use libc::{
-    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
+    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
     SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF,
-    SECCOMP_SET_MODE_FILTER, c_ulong, sock_filter, sock_fprog,
+    SECCOMP_SET_MODE_FILTER, c_long, c_ulong, sock_filter, sock_fprog,
 };
 use rustix::io::Errno;
 use rustix::ioctl::opcode;
@@ -23,9 +23,27 @@ const SECCOMP_IOCTL_NOTIF_RECV: libc::Ioctl =
 const SECCOMP_IOCTL_NOTIF_SEND: libc::Ioctl =
     opcode::read_write::<libc::seccomp_notif_resp>(b'!', 1) as _;
 
-/// `struct seccomp_data`: the number of the call, and the low half of its second argument.
+/// `struct seccomp_data`: the number of the call.
 const OFFSET_OF_NUMBER: u32 = 0;
-const OFFSET_OF_REQUEST: u32 = 16 + 8 + if cfg!(target_endian = "big") { 4 } else { 0 };
+
+/// In the same: the low half of an argument, counted from 0.
+const fn offset_of_argument(n: u32) -> u32 {
+    16 + 8 * n + if cfg!(target_endian = "big") { 4 } else { 0 }
+}
+
+/// The calls that open a file by its path, and which of their arguments has the flags. (openat2 has
+/// them behind a pointer, where no filter looks; nothing here calls it.)
+const OPENS: &[(c_long, u32)] = &[
+    (libc::SYS_openat, 2),
+    // Newer architectures do not have it.
+    #[cfg(not(any(
+        target_arch = "aarch64",
+        target_arch = "riscv32",
+        target_arch = "riscv64",
+        target_arch = "loongarch64"
+    )))]
+    (libc::SYS_open, 1),
+];
 
 /// What an ioctl returns instead of being made.
 #[derive(Clone, Copy, Debug)]
@@ -38,21 +56,17 @@ pub enum Forged {
 /// Makes every later ioctl of these numbers by this thread return what it says. For the rest of the
 /// thread's life: run it in a thread of its own.
 pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
-    let load = |offset| statement(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset);
-    let skip_unless = |value, count| statement(BPF_JMP | BPF_JEQ | BPF_K, 0, count, value);
-    let answer = |value| statement(BPF_RET | BPF_K, 0, 0, value);
-
     let count = u8::try_from(ioctls.len()).map_err(io::Error::other)?;
     let mut program = vec![
         load(OFFSET_OF_NUMBER),
         skip_unless(libc::SYS_ioctl as u32, 2 * count + 1),
-        load(OFFSET_OF_REQUEST),
+        load(offset_of_argument(1)),
     ];
     let mut values = Vec::new();
     for &(request, forged) in ioctls {
         program.push(skip_unless(request, 1));
         program.push(answer(match forged {
-            Forged::Error(errno) => SECCOMP_RET_ERRNO | errno.raw_os_error() as u32,
+            Forged::Error(errno) => error(errno),
             // A filter cannot say more than an errno: somebody else has to.
             Forged::Value(value) => {
                 values.push((request, value));
@@ -76,6 +90,39 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
         sender.send(listener).map_err(io::Error::other)?;
     }
     Ok(())
+}
+
+/// A call that is not an ioctl.
+#[derive(Clone, Copy, Debug)]
+pub enum Refused {
+    /// Of a file, with `O_PATH` among its flags.
+    OpenPath,
+    Statx,
+}
+
+/// Makes every later call of this kind by this thread fail with this errno. As [`forge`], for the rest of
+/// the thread's life; what was forged or refused before stays so.
+pub fn refuse(call: Refused, errno: Errno) -> io::Result<()> {
+    let mut program = vec![load(OFFSET_OF_NUMBER)];
+    match call {
+        Refused::OpenPath => {
+            for &(number, flags) in OPENS {
+                program.extend([
+                    skip_unless(number as u32, 4),
+                    load(offset_of_argument(flags)),
+                    skip_unless_set(libc::O_PATH as u32, 1),
+                    answer(error(errno)),
+                    answer(SECCOMP_RET_ALLOW),
+                ]);
+            }
+        }
+        Refused::Statx => {
+            program.push(skip_unless(libc::SYS_statx as u32, 1));
+            program.push(answer(error(errno)));
+        }
+    }
+    program.push(answer(SECCOMP_RET_ALLOW));
+    install(&mut program, false).map(drop)
 }
 
 /// The fd, if one is asked for, is where the calls are told of that the filter leaves to others.
@@ -161,6 +208,28 @@ fn supervise(listener: &OwnedFd, values: &[(u32, i32)]) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+}
+
+fn load(offset: u32) -> sock_filter {
+    statement(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset)
+}
+
+/// Skips `count` statements unless what was loaded is `value`.
+fn skip_unless(value: u32, count: u8) -> sock_filter {
+    statement(BPF_JMP | BPF_JEQ | BPF_K, 0, count, value)
+}
+
+/// The same, unless it has any of these `bits`.
+fn skip_unless_set(bits: u32, count: u8) -> sock_filter {
+    statement(BPF_JMP | BPF_JSET | BPF_K, 0, count, bits)
+}
+
+fn answer(value: u32) -> sock_filter {
+    statement(BPF_RET | BPF_K, 0, 0, value)
+}
+
+fn error(errno: Errno) -> u32 {
+    SECCOMP_RET_ERRNO | errno.raw_os_error() as u32
 }
 
 fn statement(code: u32, if_true: u8, if_false: u8, k: u32) -> sock_filter {

@@ -31,8 +31,8 @@ struct Model(std::sync::Mutex<Kernel>);
 
 #[derive(Default)]
 struct Kernel {
-    /// Registered: `st_ino` by id.
-    ids: HashMap<i32, u64>,
+    /// Registered: `st_ino` and grant, by id.
+    ids: HashMap<i32, (u64, Access)>,
     last_id: i32,
     /// Of each inode that clients have open: the id, or none in server mode, and how often.
     open: HashMap<u64, (Option<i32>, usize)>,
@@ -53,7 +53,7 @@ impl Model {
 }
 
 impl Register for Model {
-    fn register(&self, file: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError> {
         thread::yield_now();
         let inode = rustix::fs::fstat(file).unwrap().st_ino;
         let result = self.kernel(|kernel| {
@@ -61,7 +61,7 @@ impl Register for Model {
                 return Err(error);
             }
             kernel.last_id += 1;
-            kernel.ids.insert(kernel.last_id, inode);
+            kernel.ids.insert(kernel.last_id, (inode, grant));
             kernel.most_ids = kernel.most_ids.max(kernel.ids.len());
             Ok(BackingId::from_raw(kernel.last_id).unwrap())
         });
@@ -766,9 +766,14 @@ mod grants {
             let file = std::sync::Arc::new(tempfile::tempfile().unwrap());
             let open = |access, flags| {
                 let (table, file) = (Arc::clone(&table), std::sync::Arc::clone(&file));
+                let model = std::sync::Arc::clone(&registrar.0);
                 thread::spawn(move || {
                     let file = ServerFile::with_access(&*file, access);
-                    table.open(&0, flags, file).map(drop)
+                    table.open(&0, flags, file).map(|open| {
+                        let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
+                        let (_, grant) = model.kernel(|kernel| kernel.ids[&id]);
+                        assert!(grant.allows(access), "{access} by an id for {grant}");
+                    })
                 })
             };
             let reading = open(Access::ReadOnly, 0);
@@ -823,7 +828,7 @@ fn anything() {
     });
 }
 
-/// One file under an inode at a time, whoever comes first.
+/// One file under an inode at a time, whoever comes first, and that which the open brought.
 #[test]
 fn another_file() {
     explore(|| {
@@ -832,6 +837,9 @@ fn another_file() {
             match world.table.open(&0, 0, world.file(n)) {
                 Ok(open) => {
                     world.reply(0, &open);
+                    let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
+                    let (file, _) = world.kernel(|kernel| kernel.ids[&id]);
+                    assert_eq!(file, rustix::fs::fstat(&world.files[n]).unwrap().st_ino);
                     world.release(0, open);
                 }
                 Err(error) => assert_eq!(error, TableOpenError::DifferentFile),

@@ -47,7 +47,7 @@ use shared::{Open, Shared};
 /// `DIRECT_IO` ones. It does not hold once a client has mapped such a file `MAP_SHARED`, which no server
 /// sees; so the table does not use it.
 ///
-/// `R` is who registers, see [`Register`]: a [`FuseDevice`], or a reference or [`Arc`](std::sync::Arc) of one.
+/// `R` is who registers, see [`Register`]: a [`FuseDevice`], or a reference or [`Arc`] of one.
 /// `K` is what the server knows an inode by, its node id most often; its `Hash` and `Eq` must not panic for a
 /// key that is in the table.
 ///

@@ -25,14 +25,15 @@ mod usual;
 
 use std::fs::File;
 use std::hint::black_box;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use fuse_backing::{Access, BackingTable, FuseDevice, OpenFile, ServerFile};
 use libtest_mimic::Failed;
-use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::fs::{AtFlags, StatxFlags};
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use fuse::{Connection, Init};
 use sandbox::Sandbox;
@@ -174,9 +175,8 @@ fn pair(device: &Device, file: impl AsFd) {
 
 /// As the table does where it is given no `O_PATH` fd.
 fn reopened(file: &File) -> OwnedFd {
-    let path = format!("/proc/thread-self/fd/{}", file.as_raw_fd());
-    let path =
-        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).expect("/proc");
+    let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let path = open_tree(file, "", flags).expect("an O_PATH fd");
     let same =
         rustix::fs::statx(&path, "", AtFlags::EMPTY_PATH, StatxFlags::INO).expect("its file");
     black_box(same);
@@ -261,10 +261,12 @@ fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
                 &comparison,
             );
             if id == "distinct" {
+                // It takes its lock once more than the usual cache.
+                let limit = if count == 1 { 1.45 } else { 1.0 };
                 report.surely_at_most(
                     &format!("{count} threads, {what}, times the usual cache"),
                     comparison.ratio(SHARE, USUAL),
-                    1.0,
+                    limit,
                 );
             }
         }

@@ -1,9 +1,10 @@
 //! The file that an open brings: [`ServerFile`], and the fd that is registered for it.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Mode, OFlags, StatxAttributes, StatxFlags, fstat, makedev, open, statx};
+use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, fstat, makedev, statx};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::access::{Access, AccessError};
 
@@ -64,8 +65,8 @@ impl<'fd> ServerFile<'fd> {
         self
     }
 
-    /// An `O_PATH` fd of the same file, to be registered. Without it the table reopens the fd through
-    /// `/proc`.
+    /// An `O_PATH` fd of the same file, to be registered. Without it the table makes one, with
+    /// `open_tree(2)`.
     #[must_use]
     pub fn path_fd<Fd: AsFd>(mut self, path: &'fd Fd) -> Self {
         self.path = Some(path.as_fd());
@@ -115,10 +116,11 @@ impl<'fd> ServerFile<'fd> {
         })
     }
 
+    /// `open_tree(fd, "", AT_EMPTY_PATH)`: without `OPEN_TREE_CLONE` it opens the same file with `O_PATH`,
+    /// which takes no capability and, unlike open(2), no `/proc`.
     fn reopen(&self) -> Result<OwnedFd, Errno> {
-        // Of the thread: threads can have tables of fds of their own.
-        let path = format!("/proc/thread-self/fd/{}", self.fd.as_raw_fd());
-        open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        open_tree(self.fd, "", flags)
     }
 }
 

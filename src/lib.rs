@@ -82,8 +82,8 @@
 //! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
 //! `None`: for a reply to a client take `errno()`.
 //!
-//! At the first open of an inode the table looks at its file: fstat(2), and, of an `O_PATH` fd that it opens
-//! through `/proc/thread-self/fd`, statx(2); at later ones, fstat(2).
+//! At each open the table makes an fstat(2) of the server's fd. At the first one of an inode it also makes
+//! an `open_tree(2)`, for an `O_PATH` fd, unless it is given one, and a statx(2) of that.
 //!
 //! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
 //! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;

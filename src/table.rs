@@ -91,9 +91,9 @@ use shared::{Open, Shared};
 /// The kernel keeps what was registered open until its id is closed. An fd that can write makes the file
 /// busy for that time: running it gives `ETXTBSY`, a lease `EAGAIN`, remounting its filesystem read-only
 /// `EBUSY`; and it keeps a flock(2). So the table registers an `O_PATH` fd of the file, which does none of
-/// that: the one in [`ServerFile::path_fd`], or else it reopens the fd through `/proc`, and sees that it is
-/// the same file. That takes Linux 6.12 and a `/proc`; without them it registers the fd itself, which
-/// [`TableStats::by_open_fd`] counts.
+/// that: the one in [`ServerFile::path_fd`], if that is of the same file, or else one that it makes with
+/// `open_tree(2)`. The kernel takes it from Linux 6.12 on. Before, or where a policy denies `open_tree(2)`, the
+/// table registers the fd itself, which [`TableStats::by_open_fd`] counts.
 ///
 /// With [`set_keep_fds`](Self::set_keep_fds) the process keeps that fd for as long as the id is registered:
 /// lsof shows it, and `RLIMIT_NOFILE` accounts it.

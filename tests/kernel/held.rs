@@ -1,6 +1,7 @@
 //! What a registration holds: nothing of a writer that was released, and the fd if the table keeps it.
 //! And what is registered where there is no `O_PATH` fd.
 
+use std::ffi::c_long;
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -25,7 +26,7 @@ use crate::client::{self, Client, Role, wait_for_parent};
 use crate::expect::path_only_files;
 use crate::fuse::{Connection, Init, Node, OpenAnswer, mounted};
 use crate::sandbox::{Sandbox, Tmpfs, patience_times};
-use crate::seccomp::{Refused, refuse};
+use crate::seccomp::refuse;
 use crate::thread::apart;
 use crate::{Needs, Test};
 
@@ -51,9 +52,9 @@ pub const TESTS: &[Test] = &[
         |sandbox| held(sandbox, Registered::OwnFd),
     ),
     (
-        "path_fd_of_the_server_needs_no_proc",
+        "path_fd_of_the_server_is_not_reopened",
         Needs::Passthrough,
-        path_fd_of_the_server_needs_no_proc,
+        path_fd_of_the_server_is_not_reopened,
     ),
     (
         "without_statx_nothing_is_registered",
@@ -94,7 +95,7 @@ enum Registered {
     ByTable,
     /// By a table that keeps its fds.
     Kept,
-    /// By a table, on a thread for which opening with `O_PATH` fails as it does without /proc.
+    /// By a table, on a thread for which a policy denies open_tree(2).
     WithoutPath,
     /// The control: the fd of the first open, without a table.
     OwnFd,
@@ -180,7 +181,7 @@ impl State {
         let file = ServerFile::of(file).map_err(|_| Errno::BADF)?;
         let open = || table.open(&nodeid, flags, file);
         let opened = match self.registered {
-            Registered::WithoutPath => without(Refused::OpenPath, Errno::NOENT, open),
+            Registered::WithoutPath => without(libc::SYS_open_tree, Errno::PERM, open),
             _ => open(),
         };
         opened.map_err(|error| error.errno())
@@ -375,7 +376,7 @@ fn setup(sandbox: &Sandbox) -> Result<(Connection, Table, Tmpfs), Failed> {
 }
 
 /// Runs `f` on a thread whose calls of this kind fail.
-fn without<T: Send>(call: Refused, errno: Errno, f: impl FnOnce() -> T + Send) -> T {
+fn without<T: Send>(call: c_long, errno: Errno, f: impl FnOnce() -> T + Send) -> T {
     apart(|| {
         refuse(call, errno).expect("seccomp");
         f()
@@ -384,7 +385,7 @@ fn without<T: Send>(call: Refused, errno: Errno, f: impl FnOnce() -> T + Send) -
 
 /// For servers that have such an fd of every file that the kernel knows. The control: without it the
 /// server's own fd is registered.
-fn path_fd_of_the_server_needs_no_proc(sandbox: &Sandbox) -> Result<(), Failed> {
+fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, table, tmpfs) = setup(sandbox)?;
     let file = tmpfs.file("file", "")?;
     let path = open(
@@ -395,7 +396,7 @@ fn path_fd_of_the_server_needs_no_proc(sandbox: &Sandbox) -> Result<(), Failed> 
     let own = ServerFile::of(&file)?;
     let by_path = u64::from(path_only_files(connection.offer()));
     for (file, by_open_fd) in [(own.path_fd(&path), 1 - by_path), (own, 2 - by_path)] {
-        let open = without(Refused::OpenPath, Errno::NOENT, || {
+        let open = without(libc::SYS_open_tree, Errno::PERM, || {
             table.open(&1, RDWR, file)
         })?;
         assert!(open.is_passthrough(), "{open:?}");
@@ -414,7 +415,7 @@ fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> 
     let file = tmpfs.file("file", "")?;
     let open = || table.open(&1, RDWR, ServerFile::of(&file).expect("readable"));
     for errno in [Errno::NOSYS, Errno::PERM] {
-        let opened = without(Refused::Statx, errno, open);
+        let opened = without(libc::SYS_statx, errno, open);
         if FSTAT_IS_STATX && errno == Errno::PERM {
             assert_eq!(opened.err(), Some(TableOpenError::Unreadable(errno)));
         } else {
@@ -431,7 +432,7 @@ fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> 
         assert_eq!((table.stats().ids, table.list().len()), (0, 0));
         assert!(open()?.is_passthrough(), "later, {errno:?}");
     }
-    let _opened = without(Refused::Statx, Errno::NOSYS, open)?;
+    let _opened = without(libc::SYS_statx, Errno::NOSYS, open)?;
     drop(file);
     tmpfs.unmount_when_idle()
 }
@@ -443,7 +444,7 @@ fn refused_statx(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     let table = BackingTable::<_, u64>::new(&device);
     let file = tempfile::tempfile()?;
     let open = || table.open(&1, RDWR, ServerFile::of(&file).expect("readable"));
-    let refused = without(Refused::Statx, Errno::PERM, || open().map(drop));
+    let refused = without(libc::SYS_statx, Errno::PERM, || open().map(drop));
     Ok(format!(
         "{:?}, {}",
         refused.is_ok(),

@@ -10,7 +10,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use libc::{
-    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
+    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
     SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF,
     SECCOMP_SET_MODE_FILTER, c_long, c_ulong, sock_filter, sock_fprog,
 };
@@ -30,20 +30,6 @@ const OFFSET_OF_NUMBER: u32 = 0;
 const fn offset_of_argument(n: u32) -> u32 {
     16 + 8 * n + if cfg!(target_endian = "big") { 4 } else { 0 }
 }
-
-/// The calls that open a file by its path, and which of their arguments has the flags. (openat2 has
-/// them behind a pointer, where no filter looks; nothing here calls it.)
-const OPENS: &[(c_long, u32)] = &[
-    (libc::SYS_openat, 2),
-    // Newer architectures do not have it.
-    #[cfg(not(any(
-        target_arch = "aarch64",
-        target_arch = "riscv32",
-        target_arch = "riscv64",
-        target_arch = "loongarch64"
-    )))]
-    (libc::SYS_open, 1),
-];
 
 /// What an ioctl returns instead of being made.
 #[derive(Clone, Copy, Debug)]
@@ -92,36 +78,15 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
     Ok(())
 }
 
-/// A call that is not an ioctl.
-#[derive(Clone, Copy, Debug)]
-pub enum Refused {
-    /// Of a file, with `O_PATH` among its flags.
-    OpenPath,
-    Statx,
-}
-
-/// Makes every later call of this kind by this thread fail with this errno. As [`forge`], for the rest of
+/// Makes every later call of this number by this thread fail with this errno. As [`forge`], for the rest of
 /// the thread's life; what was forged or refused before stays so.
-pub fn refuse(call: Refused, errno: Errno) -> io::Result<()> {
-    let mut program = vec![load(OFFSET_OF_NUMBER)];
-    match call {
-        Refused::OpenPath => {
-            for &(number, flags) in OPENS {
-                program.extend([
-                    skip_unless(number as u32, 4),
-                    load(offset_of_argument(flags)),
-                    skip_unless_set(libc::O_PATH as u32, 1),
-                    answer(error(errno)),
-                    answer(SECCOMP_RET_ALLOW),
-                ]);
-            }
-        }
-        Refused::Statx => {
-            program.push(skip_unless(libc::SYS_statx as u32, 1));
-            program.push(answer(error(errno)));
-        }
-    }
-    program.push(answer(SECCOMP_RET_ALLOW));
+pub fn refuse(number: c_long, errno: Errno) -> io::Result<()> {
+    let mut program = vec![
+        load(OFFSET_OF_NUMBER),
+        skip_unless(number as u32, 1),
+        answer(error(errno)),
+        answer(SECCOMP_RET_ALLOW),
+    ];
     install(&mut program, false).map(drop)
 }
 
@@ -217,11 +182,6 @@ fn load(offset: u32) -> sock_filter {
 /// Skips `count` statements unless what was loaded is `value`.
 fn skip_unless(value: u32, count: u8) -> sock_filter {
     statement(BPF_JMP | BPF_JEQ | BPF_K, 0, count, value)
-}
-
-/// The same, unless it has any of these `bits`.
-fn skip_unless_set(bits: u32, count: u8) -> sock_filter {
-    statement(BPF_JMP | BPF_JSET | BPF_K, 0, count, bits)
 }
 
 fn answer(value: u32) -> sock_filter {

@@ -52,7 +52,7 @@ pub struct FuseDevice<Fd: DeviceFd> {
 /// [`Arc`], [`Rc`] or [`Box`] of one of these.
 ///
 /// The trait is sealed. An arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant
-/// for `/dev/fuse` would reach another driver.
+/// for `/dev/fuse` would reach another driver. For the same reason [`FuseDevice::new`] refuses fds 0 to 2.
 ///
 /// # Examples
 ///
@@ -386,6 +386,10 @@ impl From<FuseDevice<OwnedFd>> for OwnedFd {
 }
 
 fn check(fd: BorrowedFd<'_>) -> Result<(), NotFuseDeviceReason> {
+    // Safe functions redirect these, whoever owns them.
+    if fd.as_raw_fd() <= 2 {
+        return Err(NotFuseDeviceReason::StandardStream);
+    }
     let stat = fstat(fd).map_err(NotFuseDeviceReason::Unreadable)?;
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type != FileType::CharacterDevice {

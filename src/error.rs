@@ -467,6 +467,9 @@ pub enum NotFuseDeviceReason {
     /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
     #[error("it was opened with O_PATH, which permits no ioctl")]
     PathOnly,
+    /// It is fd 0, 1 or 2, which may come to lead somewhere else; duplicate it.
+    #[error("it is standard input, output or error: duplicate it")]
+    StandardStream,
     /// `fstat` or `fcntl` failed.
     #[error("it cannot be looked at: {0}")]
     Unreadable(Errno),
@@ -474,12 +477,13 @@ pub enum NotFuseDeviceReason {
 
 impl NotFuseDeviceReason {
     /// What an ioctl on the fd would have given: `EBADF` for an `O_PATH` fd, else `ENOTTY`; or what
-    /// the kernel gave when the fd was looked at.
+    /// the kernel gave when the fd was looked at; `EINVAL` for fds 0 to 2.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
             Self::NotCharacterDevice { .. } | Self::OtherDevice { .. } => Errno::NOTTY,
             Self::PathOnly => Errno::BADF,
+            Self::StandardStream => Errno::INVAL,
             Self::Unreadable(errno) => errno,
         }
     }

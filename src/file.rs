@@ -2,11 +2,14 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{AtFlags, StatxAttributes, StatxFlags, fstat, makedev, statx};
+use rustix::fs::{
+    AtFlags, OFlags, StatxAttributes, StatxFlags, fcntl_getfl, fstat, makedev, statx,
+};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
 use crate::access::{Access, AccessError};
+use crate::error::ServerReason;
 
 /// A backing file as the server has opened it for one client, for
 /// [`BackingTable::open`](crate::BackingTable::open).
@@ -81,39 +84,25 @@ impl<'fd> ServerFile<'fd> {
         self.grant
     }
 
-    pub(crate) fn id(&self) -> Result<FileId, Errno> {
-        let stat = fstat(self.fd)?;
-        #[allow(clippy::unnecessary_cast, reason = "the types differ between targets")]
-        Ok(FileId {
-            device: stat.st_dev as u64,
-            inode: stat.st_ino as u64,
-        })
+    pub(crate) fn look(&self) -> Result<Looked, Errno> {
+        look_at(self.fd)
     }
 
     /// What to register: an `O_PATH` fd of this very file if it is wanted and there can be one, else the
     /// server's own.
-    pub(crate) fn backing(&self, id: FileId, by_path: bool) -> Result<Backing<'fd>, Errno> {
-        let path = match self.path {
-            _ if !by_path => None,
-            Some(path) => Some(Fd::Lent(path)),
-            None => self.reopen().ok().map(Fd::Opened),
-        };
-        let same_file = |fd: Fd<'fd>| {
-            let (found, append_only) = look_at(fd.as_fd()).ok()?;
-            (found == id).then_some(Backing {
-                fd,
-                is_path: true,
-                append_only,
-            })
-        };
-        if let Some(backing) = path.and_then(same_file) {
-            return Ok(backing);
-        }
-        let (_, append_only) = look_at(self.fd)?;
-        Ok(Backing {
-            append_only,
-            ..Backing::lent(self)
-        })
+    pub(crate) fn backing(&self, id: FileId, by_path: bool) -> Backing<'fd> {
+        let is_same = |fd: BorrowedFd<'_>| look_at(fd).is_ok_and(|found| found.id == id);
+        let is_path = |fd| fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH));
+        let given = self
+            .path
+            .filter(|&fd| by_path && is_path(fd) && is_same(fd));
+        let fd = given.map(Fd::Lent).or_else(|| {
+            // Android's filter of apps may kill whoever calls it.
+            let may_reopen = by_path && !cfg!(target_os = "android");
+            let opened = may_reopen.then(|| self.reopen().ok()).flatten();
+            opened.filter(|fd| is_same(fd.as_fd())).map(Fd::Opened)
+        });
+        fd.map_or_else(|| Backing::lent(self), |fd| Backing { fd, is_path: true })
     }
 
     /// `open_tree(fd, "", AT_EMPTY_PATH)`: without `OPEN_TREE_CLONE` it opens the same file with `O_PATH`,
@@ -130,8 +119,6 @@ pub(crate) struct Backing<'fd> {
     fd: Fd<'fd>,
     /// It is an `O_PATH` fd: no writer, and without a lock or a lease.
     is_path: bool,
-    /// `STATX_ATTR_APPEND`.
-    append_only: bool,
 }
 
 #[derive(Debug)]
@@ -150,21 +137,16 @@ impl AsFd for Fd<'_> {
 }
 
 impl<'fd> Backing<'fd> {
-    /// The server's own fd, of a file that is not append-only.
+    /// The server's own fd.
     pub(crate) fn lent(file: &ServerFile<'fd>) -> Self {
         Self {
             fd: Fd::Lent(file.fd),
             is_path: false,
-            append_only: false,
         }
     }
 
     pub(crate) fn is_path(&self) -> bool {
         self.is_path
-    }
-
-    pub(crate) fn append_only(&self) -> bool {
-        self.append_only
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -194,12 +176,38 @@ pub(crate) struct FileId {
     pub(crate) inode: u64,
 }
 
-/// `statx(fd)`: which file it is, and whether it is append-only.
-fn look_at(fd: BorrowedFd<'_>) -> Result<(FileId, bool), Errno> {
-    let statx = statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO)?;
-    let id = FileId {
-        device: makedev(statx.stx_dev_major, statx.stx_dev_minor),
-        inode: statx.stx_ino,
-    };
-    Ok((id, statx.stx_attributes.contains(StatxAttributes::APPEND)))
+/// What an open sees of its file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Looked {
+    pub(crate) id: FileId,
+    /// Why it must not be passed through, whatever the registrar says.
+    pub(crate) refusal: Option<ServerReason>,
+}
+
+/// `statx(fd)`; or fstat(2), where that is denied.
+fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
+    match statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO) {
+        Ok(statx) => Ok(Looked {
+            id: FileId {
+                device: makedev(statx.stx_dev_major, statx.stx_dev_minor),
+                inode: statx.stx_ino,
+            },
+            refusal: statx
+                .stx_attributes
+                .contains(StatxAttributes::APPEND)
+                .then_some(ServerReason::AppendOnly),
+        }),
+        Err(errno) => {
+            let stat = fstat(fd)?;
+            #[allow(clippy::unnecessary_cast, reason = "the types differ between targets")]
+            let id = FileId {
+                device: stat.st_dev as u64,
+                inode: stat.st_ino as u64,
+            };
+            Ok(Looked {
+                id,
+                refusal: Some(ServerReason::Unreadable(errno)),
+            })
+        }
+    }
 }

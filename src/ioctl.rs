@@ -49,7 +49,8 @@ pub(crate) fn backing_open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>) -> R
     // for the call; the kernel reads it and keeps no pointer. `device` is the fd of a `FuseDevice`, whose
     // methods are the callers, through diagnose.rs some of them: `FuseDevice::new` has seen that it leads
     // to the FUSE driver, which gives the opcode this meaning, and a `DeviceFd`, which is sealed, owns or
-    // borrows its fd, so that it leads nowhere else while it can be named.
+    // borrows its fd, so that by the rules of I/O safety it leads nowhere else while it can be named. Of
+    // fds 0 to 2, which safe functions redirect, that is not true: `FuseDevice::new` refuses them.
     unsafe { ioctl(device, map) }
 }
 

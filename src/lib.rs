@@ -17,8 +17,9 @@
 //!    what is not `/dev/fuse`.
 //! 3. **OPEN and CREATE.** The server opens its backing file and hands it to a [`BackingTable`], which
 //!    registers it or shares what is registered for this inode. The [`OpenFile`] that comes back has
-//!    the reply, and is kept until RELEASE. CREATE opens too: if it is answered without the table,
-//!    opening the file through the table while that handle is open gives the client `EIO`.
+//!    the reply, and is kept until RELEASE. CREATE opens too: if it is answered without the table, and
+//!    without `DIRECT_IO`, opening the file through the table while that handle is open gives the client
+//!    `EIO`.
 //!
 //! ```no_run
 //! use fuse_backing::{BackingTable, FuseDevice, OpenFlags, ServerFile};
@@ -82,8 +83,9 @@
 //! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
 //! `None`: for a reply to a client take `errno()`.
 //!
-//! At each open the table makes an fstat(2) of the server's fd. At the first one of an inode it also makes
-//! an `open_tree(2)`, for an `O_PATH` fd, unless it is given one, and a statx(2) of that.
+//! At each open the table makes a statx(2) of the server's fd. Where that is denied it makes an fstat(2), and
+//! passes nothing through. At the first open of an inode it also makes an `open_tree(2)`, for an `O_PATH` fd,
+//! unless it is given one, and a statx(2) of that.
 //!
 //! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
 //! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;

@@ -376,7 +376,7 @@ fn forgetting_meets_releasing_and_opening() {
                 .table
                 .list()
                 .iter()
-                .any(|entry| entry.id == Some(id(&fresh)) && entry.forgotten);
+                .any(|entry| entry.id == Some(id(&fresh)) && entry.detached);
             let again = world.table.open(&0, 0, world.file(1)).unwrap();
             assert_ne!(id(&again) == id(&fresh), forgotten);
         }
@@ -730,6 +730,49 @@ mod beside {
             let _busy = world.table.invalidate(&1);
         });
     }
+}
+
+/// One that waits for the first open to decide, and is refused then, was never open.
+#[test]
+fn a_refused_open_counts_for_nothing() {
+    let refused: [fn(&World) -> bool; 2] = [
+        |world| world.table.open(&0, 0, world.file(1)).is_err(),
+        |world| world.table.serve(&0).is_none(),
+    ];
+    for refused in refused {
+        explore(move || {
+            let world = World::new();
+            let other = {
+                let world = world.clone();
+                thread::spawn(move || refused(&world))
+            };
+            let open = world.table.open(&0, 0, world.file(0));
+            let was_first = open.as_ref().is_ok_and(OpenFile::is_passthrough);
+            drop(open);
+            let invalidated = world.table.invalidate(&0);
+            if other.join().unwrap() && was_first {
+                assert_eq!(invalidated, Ok(()));
+            }
+            world.assert_empty();
+        });
+    }
+}
+
+/// A claim that an open has made void is not counted as being closed.
+#[test]
+fn void_claims_are_not_counted() {
+    explore(|| {
+        let world = World::new();
+        world.table.set_idle_limit(1);
+        drop(world.open(0));
+        threads(&world, 3, |world, n| match n {
+            0 => world.table.set_idle_limit(0),
+            1 => drop(world.open(0)),
+            _ => world.table.set_limit(10),
+        });
+        world.table.set_idle_limit(0);
+        world.assert_empty();
+    });
 }
 
 /// A grant that the registrar enforces.

@@ -18,8 +18,10 @@ use crate::id::BackingId;
 ///
 /// An id belongs to the connection of the registrar that gave it. [`BackingTable`](crate::BackingTable)
 /// calls a registrar from whichever thread opens or releases an inode, and holds no lock over the call but
-/// that of the inode which is being opened. If a call panics, nothing counts as registered by it, and an
-/// id that was to be closed counts as not closed.
+/// that of the inode which is being opened. If a call panics, nothing counts as registered by it. An id that
+/// was to be closed, where a registrar panics or answers
+/// [`Registrar`](crate::BackingCloseCause::Registrar), may be closed or not: the table keeps it for
+/// [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
 ///
 /// # Examples
 ///

@@ -7,13 +7,11 @@
 //! whoever merely looks at an inode is in nobody's way.
 //!
 //! Inodes without opens whose id is kept, idle or because closing it failed, are in the ledger, which also
-//! counts the ids. Whoever takes one from there to close it looks at its slot once more: it may be open
-//! again.
+//! counts the ids. Whoever takes one from there to close it looks at the inode once more: it may be open.
 //!
 //! No lock is held over a call of the registrar but `deciding` of an inode, for which those wait who open
 //! this inode while it is being registered. Locks are taken in the order `deciding`, shard, ledger, and
-//! never two shards. An open that waits for another thread's close, since the limit is reached, holds
-//! `deciding` alone.
+//! never two shards; that of a new inode, which nobody can find yet, under its shard's.
 
 mod hash;
 mod inode;
@@ -84,7 +82,7 @@ use shared::{Open, Shared};
 /// capability, is not: it leaves this inode in server mode until its last release, and other threads go on
 /// registering. After a transient failure the next open after the last release tries again.
 ///
-/// Append-only files are in server mode ([`ServerReason::AppendOnly`]).
+/// A file that is append-only when its inode is opened first is in server mode ([`ServerReason::AppendOnly`]).
 ///
 /// # What is registered
 ///
@@ -100,9 +98,8 @@ use shared::{Open, Shared};
 ///
 /// # Bounded
 ///
-/// The kernel does not account for ids. The table holds at most [`limit`](Self::set_limit) of them,
-/// by default the soft `RLIMIT_NOFILE`; at the limit, inodes are opened in server mode.
-/// [`list`](Self::list) shows what is registered, which lsof cannot.
+/// The kernel does not account for ids. The table holds at most [`limit`](Self::set_limit) of them, by
+/// default the soft `RLIMIT_NOFILE`. [`list`](Self::list) shows what is registered.
 ///
 /// # Closing that fails
 ///
@@ -112,16 +109,15 @@ use shared::{Open, Shared};
 ///
 /// # After fork(2)
 ///
-/// The child has a copy of the table and of every [`OpenFile`], on the same connection: what it releases or
-/// closes is closed for the parent as well. It must not drop them; `_exit` or exec does not.
+/// The child has a copy of the table and of every [`OpenFile`], on the same connection: what it drops is
+/// closed for the parent as well. `_exit` and exec drop nothing.
 ///
 /// # Restarting on a preserved device fd
 ///
 /// A server that hands its device fd to a successor hands over open files and their ids with it. The
-/// successor's table knows neither: inodes that are open stay in their mode with the *old* id, and an
-/// open that it answers with a new one gives `EIO`. Hand over the ids as well, keep them as
-/// [`BackingFile::from_id`](crate::BackingFile::from_id), and answer with them, or in server mode
-/// for what was in server mode, until these inodes have been released.
+/// successor's table knows neither: an open that it answers with a new id gives `EIO` while the inode is open
+/// with the old one. Hand over the ids as well, keep them as [`BackingFile::from_id`](crate::BackingFile::from_id),
+/// and answer with them, or in server mode for what was in server mode, until these inodes have been released.
 ///
 /// # Examples
 ///
@@ -181,26 +177,25 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         if !granted.allows(wanted) {
             return Err(TableOpenError::AccessExceeded { granted, wanted });
         }
-        let id = file.id().map_err(TableOpenError::Unreadable)?;
+        let looked = file.look().map_err(TableOpenError::Unreadable)?;
         let shared = &self.shared;
-        let admits = |mode: &Mode| match mode {
-            Mode::Passthrough(registered) if registered.file != id => {
+        let enforced = shared.registrar.enforces_grant();
+        let admits = |mode: &Mode, is_open: bool| match mode {
+            // Idle, it was not append-only when it was registered.
+            Mode::Passthrough(registered)
+                if registered.file != looked.id || !is_open && looked.refusal.is_some() =>
+            {
                 Err(TableOpenError::DifferentFile)
             }
-            Mode::Passthrough(registered)
-                if !registered.grant.allows(wanted) && shared.registrar.enforces_grant() =>
-            {
+            Mode::Passthrough(registered) if enforced && !registered.grant.allows(wanted) => {
                 let registered = registered.grant;
                 Err(TableOpenError::GrantExceeded { registered, wanted })
             }
             Mode::Passthrough(_) | Mode::Server(_) => Ok(()),
         };
-        let open = shared.join_or_insert(inode, admits)?;
-        let mode = open.decide(|| shared.register(&file, id));
-        // Another open that was here at the same time may have decided.
-        admits(mode)?;
-        if let Mode::Passthrough(registered) = mode {
-            registered.add(granted, shared.registrar.enforces_grant());
+        let open = shared.join_or_insert(inode, admits, || shared.register(&file, looked))?;
+        if let Some(Mode::Passthrough(registered)) = open.mode() {
+            registered.add(granted, enforced);
         }
         Ok(OpenFile { open })
     }
@@ -232,12 +227,12 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// `None` while the inode is open in passthrough mode: then [`open`](Self::open) it, or
     /// [`share`](Self::share). An idle registration is closed.
     pub fn serve(&self, inode: &K) -> Option<OpenFile<R, K>> {
-        let admits = |mode: &Mode| match mode {
+        let admits = |mode: &Mode, _| match mode {
             Mode::Server(_) => Ok(()),
             Mode::Passthrough(_) => Err(()),
         };
-        let open = self.shared.join_or_insert(inode, admits).ok()?;
-        admits(open.decide(|| Mode::Server(ServerReason::Chosen))).ok()?;
+        let chosen = || Mode::Server(ServerReason::Chosen);
+        let open = self.shared.join_or_insert(inode, admits, chosen).ok()?;
         Some(OpenFile { open })
     }
 
@@ -305,10 +300,12 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     ///
     /// The cause of the first that failed again; all are tried.
     pub fn retry_closes(&self) -> Result<(), BackingCloseCause> {
-        let claims = self.shared.ledger().claim_unclosed();
         let mut result = Ok(());
-        for claim in claims {
-            result = result.and(self.shared.close_claimed(claim));
+        let unclosed = self.shared.ledger().unclosed();
+        for _ in 0..unclosed {
+            let claim = self.shared.ledger().claim_unclosed();
+            let closed = claim.map_or(Ok(()), |claim| self.shared.close_claimed(claim));
+            result = result.and(closed);
         }
         result
     }

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::fmt::{Debug, Display};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 
 use fuse_backing::{
@@ -269,6 +270,11 @@ fn kinds_of_files() {
         assert_eq!(refused.to_string(), text);
         assert_eq!(refused.errno(), Errno::NOTTY);
     }
+    // Whatever it leads to now.
+    let stdin = std::io::stdin();
+    let refused = FuseDevice::new(stdin.as_fd()).unwrap_err();
+    assert_eq!(refused.reason(), NotFuseDeviceReason::StandardStream);
+    assert_eq!(refused.errno(), Errno::INVAL);
     let refused = FuseDevice::new(File::open("/dev/null").unwrap()).unwrap_err();
     let text = "not a FUSE device: it is the character device 1:3, not 10:229";
     assert_eq!(refused.to_string(), text);

@@ -336,14 +336,21 @@ mod registered_fd {
         assert_eq!(registration.ino, ino(&named));
     }
 
-    /// Never another file than the server has opened.
+    /// Never of another file than the server has opened, and never a writer.
     #[test]
-    fn is_the_servers_where_the_path_fd_is_of_another_file() {
-        let (file, other) = (file(), tempfile::NamedTempFile::new().unwrap());
+    fn is_made_anew_where_the_path_fd_is_none_of_the_file() {
+        let (file, other) = (
+            tempfile::NamedTempFile::new().unwrap(),
+            tempfile::NamedTempFile::new().unwrap(),
+        );
         let path = open(other.path(), OFlags::PATH, Mode::empty()).unwrap();
-        let (registration, by_open_fd) = registered(&Fake::default(), both(&file).path_fd(&path));
-        assert_eq!((registration.is_path, by_open_fd), (false, 1));
-        assert_eq!(registration.ino, ino(&file));
+        let writer = file.reopen().unwrap();
+        for given in [path.as_fd(), writer.as_fd()] {
+            let (registration, by_open_fd) =
+                registered(&Fake::default(), both(file.as_file()).path_fd(&given));
+            assert_eq!((registration.is_path, by_open_fd), (true, 0));
+            assert_eq!(registration.ino, ino(&file));
+        }
     }
 
     #[test]
@@ -428,7 +435,7 @@ mod panics {
         assert!(catch_unwind(AssertUnwindSafe(f)).is_err());
     }
 
-    /// An id that was perhaps not closed is kept, found again, and closed at last.
+    /// An id that was perhaps not closed is kept, not answered again, and closed at last.
     #[test]
     fn of_a_registrar() {
         let fake = Fake::default();
@@ -445,7 +452,8 @@ mod panics {
         fuse();
         panics(|| drop(open));
         assert_eq!((table.stats().ids, table.list().len()), (1, 1));
-        assert!(table.share(&1, RDONLY).is_some());
+        assert!(table.share(&1, RDONLY).is_none());
+        table.retry_closes().unwrap();
         assert_eq!((table.stats().ids, table.list().len()), (0, 0));
         assert_eq!(fake.ids(), [] as [i32; 0]);
 
@@ -453,6 +461,42 @@ mod panics {
         fuse();
         panics(|| drop(guard));
         assert_eq!(fake.ids().len(), 1);
+    }
+
+    /// The others are still there to be retried, and an open at the limit waits for none of them.
+    #[test]
+    fn of_a_registrar_while_closes_are_retried() {
+        let fake = Fake::default();
+        let table = BackingTable::<_, u64>::new(&fake);
+        table.set_limit(3);
+        let file = file();
+        for inode in 1..=3 {
+            let open = table.open(&inode, RDONLY, both(&file)).unwrap();
+            fake.refuse_next(Errno::PERM, Scope::Thread);
+            drop(open);
+        }
+        fake.panics.store(true, Ordering::SeqCst);
+        panics(|| table.retry_closes().unwrap());
+        assert_eq!((table.stats().ids, table.list().len()), (3, 3));
+        let reason = table.open(&4, RDONLY, both(&file)).unwrap().server_reason();
+        assert_eq!(reason, Some(ServerReason::LimitReached));
+        table.retry_closes().unwrap();
+        assert_eq!((table.stats().ids, fake.ids().len()), (0, 0));
+    }
+
+    /// The registrar is let go of: it holds the connection.
+    #[test]
+    fn of_a_registrar_while_the_table_is_dropped() {
+        let fake = Arc::new(Fake::default());
+        let table = BackingTable::<_, u64>::new(Arc::clone(&fake));
+        table.set_idle_limit(3);
+        let file = file();
+        for inode in 1..=3 {
+            drop(table.open(&inode, RDONLY, both(&file)).unwrap());
+        }
+        fake.panics.store(true, Ordering::SeqCst);
+        panics(|| drop(table));
+        assert_eq!(Arc::strong_count(&fake), 1);
     }
 
     /// A key whose clone panics when it is told to.

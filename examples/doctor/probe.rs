@@ -75,8 +75,7 @@ pub(crate) fn probe(path: &Path) -> io::Result<()> {
         }
     };
     print(FILESYSTEM, filesystem(&place))?;
-    let stdin = io::stdin();
-    let Ok(device) = FuseDevice::new(stdin.as_fd()) else {
+    let Ok(device) = FuseDevice::new(io::stdin().as_fd().try_clone_to_owned()?) else {
         return Ok(());
     };
     match file_at(place).and_then(|file| register(&device, file)) {

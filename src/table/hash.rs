@@ -74,16 +74,6 @@ impl Hasher for Folding {
         self.write_u64(bytes.len() as u64);
     }
 
-    #[inline]
-    fn write_u32(&mut self, n: u32) {
-        self.write_u64(n.into());
-    }
-
-    #[inline]
-    fn write_usize(&mut self, n: usize) {
-        self.write_u64(n as u64);
-    }
-
     /// Once more: one multiplication spreads numbers at equal distances evenly for most seeds, not for
     /// all.
     #[inline]

@@ -52,9 +52,9 @@ impl<K, S> Inode<K, S> {
         self.mode.get()
     }
 
-    /// Caller must hold `deciding`.
-    pub(super) fn mode_or_decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
-        self.mode.get_or_init(mode)
+    /// Caller must hold `deciding`, since before the inode could be found.
+    pub(super) fn decide(&self, mode: impl FnOnce() -> Mode) {
+        self.mode.get_or_init(mode);
     }
 
     // Caller must hold the shard lock for each of these.

@@ -43,8 +43,8 @@ pub(super) enum Room<T> {
     None(ServerReason),
 }
 
-/// A parked inode that was taken from the ledger to be closed, and counts as being closed. An open of
-/// it in the meantime makes the claim void: the slot has another `parked` then.
+/// A parked inode that was taken from the ledger to be closed, and counts as being closed until then. An
+/// open of it in the meantime makes the claim void: the inode has another `parked` then.
 pub(super) struct Claim<T> {
     pub(super) inode: T,
     pub(super) parked: usize,
@@ -136,9 +136,11 @@ impl<T: Clone> Ledger<T> {
 
     /// An inode that was parked is open again.
     pub(super) fn unpark(&mut self, parked: usize) {
-        // One of both; or neither, if another thread has just claimed it.
-        self.idle.remove(&parked);
-        self.unclosed.remove(&parked);
+        let idle = self.idle.remove(&parked).is_some();
+        if !idle && self.unclosed.remove(&parked).is_none() {
+            // Another thread has claimed it, in vain: it will see that when it looks at the inode.
+            self.closing -= 1;
+        }
     }
 
     /// An inode that was parked is to be closed.
@@ -162,19 +164,22 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    pub(super) fn claim_unclosed(&mut self) -> Vec<Claim<T>> {
-        let unclosed = std::mem::take(&mut self.unclosed);
-        self.closing += unclosed.len();
-        let claim = |(parked, (inode, _))| Claim { inode, parked };
-        unclosed.into_iter().map(claim).collect()
+    pub(super) fn unclosed(&self) -> usize {
+        self.unclosed.len()
     }
 
-    /// From here on nothing is parked: it would keep the registrar, and so the connection.
+    /// The one whose close failed longest ago.
+    pub(super) fn claim_unclosed(&mut self) -> Option<Claim<T>> {
+        let (parked, (inode, _)) = self.unclosed.pop_first()?;
+        self.closing += 1;
+        Some(Claim { inode, parked })
+    }
+
+    /// All that are parked. From now on nothing is: it would keep the registrar, and so the connection.
     pub(super) fn orphan(&mut self) -> Vec<Claim<T>> {
         self.orphaned = true;
-        let mut claims = self.claim_unclosed();
-        claims.extend(std::iter::from_fn(|| self.claim_oldest()));
-        claims
+        let next = || self.claim_unclosed().or_else(|| self.claim_oldest());
+        std::iter::from_fn(next).collect()
     }
 
     /// What was counted as being closed is closed, or failed to be. In the latter case it is parked again,

@@ -21,9 +21,8 @@ pub struct TableStats {
     pub over_limit: u64,
     /// Closes that failed, so far, retries among them.
     pub close_failures: u64,
-    /// Registrations, so far, of the fd that [`open`](super::BackingTable::open) was given, because there
-    /// was no `O_PATH` fd of the same file, or the kernel is older than 6.12 and does not take one. Until
-    /// its id is closed, such a file has a writer if the fd can write, and keeps its leases and locks.
+    /// Registrations, so far, of the fd that [`open`](super::BackingTable::open) was given: there was no
+    /// `O_PATH` fd of the file, or the kernel, older than 6.12, does not take one.
     pub by_open_fd: u64,
     /// What is remembered of the connection: nothing is registered any more.
     pub refused: Option<BackingOpenError>,
@@ -45,8 +44,8 @@ pub struct Entry<K> {
     pub access: Option<Access>,
     /// Opens that have not been released. 0: idle, or not closed because closing failed.
     pub opens: u64,
-    /// Whether its number names another inode by now, or none.
-    pub forgotten: bool,
+    /// Whether no key leads to it any more: it was forgotten, invalidated, or another inode took its place.
+    pub detached: bool,
     /// Why it is in server mode.
     pub server_reason: Option<ServerReason>,
     /// Why it could not be closed.
@@ -111,7 +110,7 @@ impl<K: fmt::Display> fmt::Display for Listing<K> {
                 (None, None) if entry.opens == 0 => write!(f, "passthrough, idle")?,
                 (None, None) => write!(f, "passthrough")?,
             }
-            writeln!(f, "{}", if entry.forgotten { ", forgotten" } else { "" })?;
+            writeln!(f, "{}", if entry.detached { ", detached" } else { "" })?;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::ledger::{Claim, Ledger, Room};
 use super::listing::Entry;
 use super::mode::{Mode, Registered};
 use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
-use crate::file::{Backing, FileId, ServerFile};
+use crate::file::{Backing, Looked, ServerFile};
 use crate::register::Register;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -77,32 +77,49 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         inode.mode().is_some_and(admits).then(|| self.count(inode))
     }
 
-    /// The same, or the first open of a new one, whose mode is still to be decided. An inode that is
-    /// parked in a mode that `admits` refuses is replaced.
+    /// The same, or the first open of a new one, whose mode is decided now. `admits` is also told whether the
+    /// inode is open: what it refuses is replaced if it is merely parked. Waits for another open that is
+    /// deciding, without counting as one.
     pub(super) fn join_or_insert<E>(
         self: &Arc<Self>,
         key: &K,
-        admits: impl FnOnce(&Mode) -> Result<(), E>,
+        admits: impl Fn(&Mode, bool) -> Result<(), E>,
+        decide: impl FnOnce() -> Mode,
     ) -> Result<Open<R, K>, E> {
-        let (shard, mut inodes) = self.lock_of(key);
-        let mut replaced = None;
-        if let Some(inode) = inodes.find(key) {
-            match inode.mode().map_or(Ok(()), admits) {
-                Ok(()) => return Ok(self.count(inode)),
-                Err(error) if inode.opens() > 0 => return Err(error),
-                Err(_) => replaced = Some(Arc::clone(inode)),
-            }
-        }
+        let (shard, mut inodes, replaced) = loop {
+            let (shard, inodes) = self.lock_of(key);
+            let Some(inode) = inodes.find(key) else {
+                break (shard, inodes, None);
+            };
+            let inode = match inode.mode() {
+                Some(mode) => match admits(mode, inode.opens() > 0) {
+                    Ok(()) => return Ok(self.count(inode)),
+                    Err(error) if inode.opens() > 0 => return Err(error),
+                    Err(_) => {
+                        let inode = Arc::clone(inode);
+                        break (shard, inodes, Some(inode));
+                    }
+                },
+                None => Arc::clone(inode),
+            };
+            drop(inodes);
+            drop(lock(&inode.deciding));
+        };
         let inode = Inode::new(key.clone(), shard, self.seconds(), Arc::clone(self));
         let inode = Arc::new(inode);
+        // Before anybody finds it. If this thread unwinds, the inode is released first, then this.
+        let deciding = lock(&inode.deciding);
         inodes.insert(Arc::clone(&inode));
-        let open = Open(inode);
-        if let Some(replaced) = replaced {
-            self.claim(&replaced);
-            drop(inodes);
-            // A failure is counted, and listed.
-            let _ = self.close(&replaced);
+        let open = Open(Arc::clone(&inode));
+        if let Some(replaced) = &replaced {
+            self.claim(replaced);
         }
+        drop(inodes);
+        if let Some(replaced) = &replaced {
+            let _counted = self.close(replaced);
+        }
+        inode.decide(decide);
+        drop(deciding);
         Ok(open)
     }
 
@@ -119,13 +136,13 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     /// Caller must hold the shard lock.
     #[cold]
     fn unpark(&self, inode: &Inode<R, K>) {
-        self.ledger().unpark(inode.parked());
+        self.settle(|ledger| ledger.unpark(inode.parked()));
         inode.set_parked(0);
     }
 
     /// Takes a parked inode from the ledger, to be closed. Caller must hold the shard lock.
     fn claim(&self, inode: &Inode<R, K>) {
-        self.ledger().claim(inode.parked());
+        self.settle(|ledger| ledger.claim(inode.parked()));
         inode.set_parked(0);
     }
 
@@ -141,8 +158,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         if let Some(inode) = parked.cloned() {
             self.claim(&inode);
             drop(inodes);
-            // A failure is counted, and listed.
-            let _ = self.close(&inode);
+            let _counted = self.close(&inode);
         }
         Ok(())
     }
@@ -169,8 +185,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         if parked.is_some() {
             self.trim();
         } else {
-            // A failure is counted, and listed.
-            let _ = self.close(inode);
+            let _counted = self.close(inode);
         }
     }
 
@@ -210,7 +225,11 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let parked = self.settle(|ledger| ledger.closed(inode, result));
         match parked {
             Some(parked) => inode.set_parked(parked),
-            None => inodes.remove(inode),
+            None => return inodes.remove(inode),
+        }
+        if matches!(result, Err(BackingCloseCause::Registrar { .. })) && !inode.is_detached() {
+            // It may be closed all the same: not to be answered again.
+            inodes.detach(&inode.key);
         }
     }
 
@@ -222,7 +241,6 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let Claim { inode, parked } = claim;
         let inodes = self.lock(inode.shard);
         if inode.parked() != parked {
-            self.settle(|ledger| ledger.closing -= 1);
             return Ok(());
         }
         inode.set_parked(0);
@@ -230,15 +248,14 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         self.close(&inode)
     }
 
-    /// Lets go of what is not open, and parks nothing any more.
+    /// Parks nothing any more, and closes what is parked.
     pub(super) fn shut_down(&self) {
         let claims = self.ledger().orphan();
+        // First, so that the registrar is let go of even if it panics in a close.
+        (0..SHARDS).for_each(|shard| self.lock(shard).retain_open());
         for claim in claims {
             // Whoever wants to know retries before: a destructor has nobody to tell.
             let _ = self.close_claimed(claim);
-        }
-        for shard in 0..SHARDS {
-            self.lock(shard).retain_open();
         }
     }
 
@@ -248,27 +265,28 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             let Some(claim) = self.ledger().claim_surplus() else {
                 return;
             };
-            // A failure is counted, and listed.
-            let _ = self.close_claimed(claim);
+            let _counted = self.close_claimed(claim);
         }
     }
 
     /// The mode of an inode whose first open brings this file.
-    pub(super) fn register(&self, file: &ServerFile<'_>, id: FileId) -> Mode {
-        self.try_register(file, id)
+    pub(super) fn register(&self, file: &ServerFile<'_>, looked: Looked) -> Mode {
+        self.try_register(file, looked)
             .map_or_else(Mode::Server, Mode::Passthrough)
     }
 
-    fn try_register(&self, file: &ServerFile<'_>, id: FileId) -> Result<Registered, ServerReason> {
+    fn try_register(
+        &self,
+        file: &ServerFile<'_>,
+        looked: Looked,
+    ) -> Result<Registered, ServerReason> {
+        if let Some(reason) = looked.refusal {
+            return Err(reason);
+        }
         let (resets, keep_fds) = self.reserve()?;
         let reserved = Reserved(self);
         let by_path = self.registrar.takes_path_fd();
-        let mut backing = file
-            .backing(id, by_path)
-            .map_err(ServerReason::Unreadable)?;
-        if backing.append_only() {
-            return Err(ServerReason::AppendOnly);
-        }
+        let mut backing = file.backing(looked.id, by_path);
         let grant = file.at_most();
         let result = loop {
             if keep_fds {
@@ -282,7 +300,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
                 result => break result,
             }
         };
-        let backing_id = result.map_err(|error| {
+        let id = result.map_err(|error| {
             self.ledger().refused(error, resets);
             ServerReason::Refused(error)
         })?;
@@ -291,7 +309,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             self.ledger().stats.by_open_fd += 1;
         }
         let kept = if keep_fds { backing.into_kept() } else { None };
-        Ok(Registered::new(backing_id, id, grant, kept))
+        Ok(Registered::new(id, looked.id, grant, kept))
     }
 
     /// Counts one id more, once idle ones are closed if need be. What the ledger's `Room::Reserved` has.
@@ -308,8 +326,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
                 }
                 Room::Evict(claim) => {
                     drop(ledger);
-                    // A failure is counted, and listed.
-                    let _ = self.close_claimed(claim);
+                    let _counted = self.close_claimed(claim);
                     ledger = self.ledger();
                 }
             }
@@ -349,7 +366,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             backing_inode: registered.map(|registered| registered.file.inode),
             access: registered.and_then(Registered::granted),
             opens: inode.opens() as u64,
-            forgotten: inode.is_detached(),
+            detached: inode.is_detached(),
             server_reason,
             close_failed,
             age: Duration::from_secs(u64::from(now.saturating_sub(inode.since))),
@@ -382,14 +399,6 @@ impl<R: Register, K: Hash + Eq + Clone> Open<R, K> {
     /// `None` until it is decided.
     pub(super) fn mode(&self) -> Option<&Mode> {
         self.0.mode()
-    }
-
-    /// The mode, decided now if it is not yet; waits for another open that is deciding.
-    pub(super) fn decide(&self, mode: impl FnOnce() -> Mode) -> &Mode {
-        self.0.mode().unwrap_or_else(|| {
-            let _deciding = lock(&self.0.deciding);
-            self.0.mode_or_decide(mode)
-        })
     }
 }
 

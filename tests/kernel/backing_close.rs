@@ -314,7 +314,7 @@ fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
 #[allow(unsafe_code)]
 fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let stdin = std::io::stdin();
-    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let id = device.backing_open(tempfile::tempfile()?)?;
     // SAFETY: this process has one thread, so the child has no lock that nobody will release.
     let pid = unsafe { libc::fork() };
@@ -394,7 +394,7 @@ fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Err
     };
     let drops = child == "drops";
     let stdin = std::io::stdin();
-    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let table: BackingTable<_> = BackingTable::new(&device);
     let file = File::open(path)?;
     let open = table.open(&1, 0, ServerFile::of(&file)?)?;

@@ -449,7 +449,7 @@ fn in_a_user_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
 #[allow(unsafe_code)]
 fn register_in_user_namespace(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let stdin = std::io::stdin();
-    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let file = tempfile::tempfile()?;
     // SAFETY: CLONE_NEWUSER does not touch the table of file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWUSER) }?;
@@ -612,7 +612,7 @@ fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
 #[allow(unsafe_code)]
 fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let stdin = std::io::stdin();
-    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let file = tempfile::tempfile()?;
     // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;

@@ -522,7 +522,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
     };
     let by_path: bool = by_path.parse()?;
     let stdin = std::io::stdin();
-    let device = FuseDevice::new(stdin.as_fd()).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let limit = getrlimit(Resource::Nofile);
     setrlimit(
         Resource::Nofile,

@@ -10,7 +10,7 @@ use std::hint::black_box;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -647,11 +647,20 @@ fn opens_beside_invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// One thread opens and releases. Each time nothing is open, whatever another thread looks at or closes
 /// meanwhile, and so the outcome is that of a first open.
 fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Result<(), Failed> {
     const OPENS: u32 = 200_000;
-    const IN_A_ROUND: u32 = 10;
+    /// Opens, with that of `serve`.
+    const IN_A_ROUND: u32 = 9;
 
     let setup = Setup::new(sandbox)?;
     let table = &setup.table;
@@ -664,7 +673,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
     // One that is open or being closed for longer than it should would take the room.
     table.set_limit(1);
     table.set_idle_limit(1);
-    let done = AtomicBool::new(false);
+    let (done, others) = (AtomicBool::new(false), AtomicU64::new(0));
     let mut wrong: BTreeMap<String, u32> = BTreeMap::new();
     let mut expect = |what: &str, right: bool, found: &dyn std::fmt::Debug| {
         if !right {
@@ -675,9 +684,12 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
                 meanwhile(table);
+                others.fetch_add(1, Ordering::Relaxed);
             }
         });
-        for _ in 0..OPENS / IN_A_ROUND / patience_times() {
+        // Also when this thread panics.
+        let _done = Done(&done);
+        for _ in 0..(OPENS / patience_times()).div_ceil(IN_A_ROUND) {
             // In turn, so that each would be another file or mode than that before.
             for (what, file) in [("one file", &one), ("another file", &other), ("one", &one)] {
                 let opened = open(1, file);
@@ -702,9 +714,9 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
                 expect(what, passed, &opened);
             }
         }
-        done.store(true, Ordering::Relaxed);
     });
     assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(others.into_inner() > 100, "hardly anything happened beside");
     table.set_idle_limit(0);
     assert_eq!(table.stats().ids, 0);
     drop((one, other));
@@ -746,7 +758,7 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
         .table
         .list()
         .iter()
-        .map(|e| (e.id, e.forgotten))
+        .map(|e| (e.id, e.detached))
         .collect();
     listed.sort();
     assert_eq!(listed, [(Some(1), true), (Some(2), false)]);

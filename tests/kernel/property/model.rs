@@ -394,7 +394,7 @@ pub fn rows(entries: &[Entry<u64>]) -> Vec<String> {
     sorted(entries.iter().map(|entry| {
         row(
             entry.inode,
-            entry.forgotten,
+            entry.detached,
             entry.opens,
             entry.id,
             entry.access,

@@ -408,6 +408,27 @@ fn table_only_lets_clients_append(sandbox: &Sandbox, folder: &Path) -> Result<()
             Outcome::Overwritten | Outcome::Refused(_) => panic!("{way:?}: {outcome:?}"),
         }
     }
+    idle_id_is_not_used_again(sandbox, folder)
+}
+
+/// Of a file that became append-only in the meantime. While it is open, its opens have one mode.
+fn idle_id_is_not_used_again(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let table: Table = BackingTable::new(Arc::new(connection.device()));
+    table.set_idle_limit(1);
+    let file = File::options()
+        .append(true)
+        .create(true)
+        .open(folder.join("later"))?;
+    let open = || table.open(&1, libc::O_WRONLY, ServerFile::of(&file).expect("readable"));
+    let before = open()?;
+    assert!(before.is_passthrough());
+    make_append_only(&file)?;
+    assert!(open()?.is_passthrough(), "it is open");
+    drop(before);
+    assert_eq!(table.stats().idle, 1);
+    assert_eq!(open()?.server_reason(), Some(ServerReason::AppendOnly));
+    assert_eq!(table.stats().ids, 0);
     Ok(())
 }
 

@@ -67,8 +67,8 @@ struct Opened {
     mounted: Mounted,
 }
 
-fn for_reading(file: &File) -> ServerFile<'_> {
-    ServerFile::with_access(file, Access::ReadOnly)
+fn for_reading(file: &File) -> ServerFile<'_, &File> {
+    ServerFile::new(file).access(Access::ReadOnly)
 }
 
 /// One inode, open in both.

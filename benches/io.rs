@@ -17,13 +17,13 @@ mod attr;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/client.rs"]
 mod client;
+#[path = "../examples/mirror/dirs.rs"]
+mod dirs;
 #[path = "../examples/mirror/fs.rs"]
 mod fs;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/fuse.rs"]
 mod fuse;
-#[path = "../examples/mirror/handles.rs"]
-mod handles;
 #[path = "../examples/mirror/inodes.rs"]
 mod inodes;
 #[path = "../examples/mirror/opens.rs"]

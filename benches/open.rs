@@ -42,7 +42,7 @@ use opener::{Opener, Reading};
 use sandbox::Sandbox;
 use server::Server;
 use support::{Axis, Comparison, Contest, Lines, Report, Series, cpu};
-use ways::{EveryOpen, HardCoded, Plain, Table, Use};
+use ways::{ByHandles, EveryOpen, HardCoded, Plain, Table, Use};
 
 /// Opens in a row.
 const BATCH: usize = 100;
@@ -58,6 +58,8 @@ const IDLE: &str = "table, idle id kept";
 const SHARE: &str = "table, hot (share)";
 const HARD_CODED_OWN: &str = "one id, own open too";
 const OWN: &str = "table, hot (open)";
+const HANDLES: &str = "handles.open";
+const KNOWN: &str = "handles.open, access and identity known";
 
 fn main() -> ExitCode {
     if let Some(code) = client::play(opener::ROLES) {
@@ -108,6 +110,8 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
     let table = |usage| Server::start(&sandbox, file, |device| Table::new(device, file, usage));
     let hard_coded =
         |own| Server::start(&sandbox, file, |device| HardCoded::new(device, file, own));
+    let handles =
+        |known| Server::start(&sandbox, file, |device| ByHandles::new(device, file, known));
     let servers = [
         (HARD_CODED, hard_coded(false)?),
         (PLAIN, plain(&sandbox, file, false)?),
@@ -120,6 +124,8 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
         (SHARE, table(Use::Share)?),
         (HARD_CODED_OWN, hard_coded(true)?),
         (OWN, table(Use::OwnOpen)?),
+        (HANDLES, handles(false)?),
+        (KNOWN, handles(true)?),
     ];
     let rounds = report.args().rounds(ROUNDS);
     let comparison = contest("open and close", &servers, BATCH, Reading::NONE, rounds)?;
@@ -131,8 +137,9 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
         Some(SHARE),
     );
     report.note(
-        "Ratios to a server that names one id in every reply and keeps no books. \"Own open\": the server \
-         also opens and closes the file itself, as it would without passthrough.",
+        "Ratios to a server that names one id in every reply and keeps no books. \"Own open\", \"open\": the \
+         server also opens and closes the file itself, as it would without passthrough. Access and identity \
+         known: it keeps an O_PATH fd of the inode, of which it made a stat(2) once.",
     );
     let price = comparison.ratio(HARD_CODED, PLAIN);
     report.note(&format!(
@@ -142,6 +149,8 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
         (SHARE, HARD_CODED),
         (IDLE, HARD_CODED),
         (OWN, HARD_CODED_OWN),
+        (HANDLES, HARD_CODED_OWN),
+        (KNOWN, HARD_CODED_OWN),
     ] {
         report.at_most(&format!("{of}, of {to}"), comparison.ratio(of, to), 1.03);
     }

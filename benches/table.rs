@@ -124,8 +124,8 @@ impl<'d> Open<'d> {
     }
 }
 
-fn for_reading(file: &File) -> ServerFile<'_> {
-    ServerFile::with_access(file, Access::ReadOnly)
+fn for_reading(file: &File) -> ServerFile<'_, &File> {
+    ServerFile::new(file).access(Access::ReadOnly)
 }
 
 /// Inodes in an order without a pattern.

@@ -44,10 +44,10 @@ use session::{Event, Events, Mounted};
 mod attr;
 #[path = "mirror/demo.rs"]
 mod demo;
+#[path = "mirror/dirs.rs"]
+mod dirs;
 #[path = "mirror/fs.rs"]
 mod fs;
-#[path = "mirror/handles.rs"]
-mod handles;
 #[path = "mirror/inodes.rs"]
 mod inodes;
 #[path = "mirror/opens.rs"]

@@ -6,20 +6,20 @@ use static_assertions::assert_eq_size;
 
 use crate::access::Access;
 use crate::device::FuseDevice;
-use crate::error::{BackingCloseCause, BackingCloseError, BackingOpenError};
+use crate::error::{BackingCloseError, BackingError};
 use crate::id::BackingId;
 use crate::register::Register;
 
 /// A registered backing file, closed on drop.
 ///
-/// `R` is who registers, see [`Register`]: a `&FuseDevice`, or an `Arc<FuseDevice>` for one that is
+/// `R` is who registers, see [`Register`]: a `&FuseDevice`, or an `Arc<FuseDevice>` for a guard that is
 /// kept in a server's table of open files.
 ///
 /// Keep it from before the OPEN reply is written until the last RELEASE of the inode, and use one
 /// for all opens of an inode: the kernel refuses a second id for an inode that is open, even one of
-/// the same file.
+/// the same file. [`BackingTable`](crate::BackingTable) does that.
 ///
-/// After fork(2) the child has a copy: whichever process drops it first closes the id for both.
+/// After fork(2) the child has a copy: the process that drops it first closes the id for both.
 ///
 /// Drop ignores a failing close, which happens to a thread without `CAP_SYS_ADMIN`; the file then
 /// stays registered as long as the connection lives. [`close`](Self::close) reports it.
@@ -27,38 +27,34 @@ use crate::register::Register;
 /// # Examples
 ///
 /// ```no_run
-/// # fn f(device: fuse_backing::FuseDevice<std::fs::File>) -> Result<(), Box<dyn std::error::Error>> {
-/// use fuse_backing::{Access, BackingFile, OpenFlags, OpenReply};
-/// use std::sync::Arc;
+/// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
+/// use fuse_backing::{Access, BackingFile, FopenFlags, OpenReply};
 ///
-/// let device = Arc::new(device);
 /// // The server opens the file itself, with the client's flags: the errno is the true one.
 /// let client_flags = 0; // O_RDONLY
 /// let file = std::fs::File::open("/srv/data/file")?;
 /// let granted = Access::of(&file)?;
-/// let backing = BackingFile::open(Arc::clone(&device), &file, granted)?;
+/// let backing = BackingFile::open(&device, &file, granted)?;
 ///
-/// let reply = OpenReply::passthrough(&backing, granted, client_flags, OpenFlags::empty())?;
-/// println!("open_flags {:#x}, backing_id {}", reply.open_flags(), reply.backing_id());
+/// let reply = OpenReply::passthrough(backing.id(), granted, client_flags, FopenFlags::empty())?;
+/// println!("{:?}, backing id {:?}", reply.open_flags(), reply.backing_id());
 /// // ... and after the last RELEASE:
 /// backing.close()?;
 /// # Ok(()) }
 /// ```
 ///
-/// It cannot outlive the device it borrows:
+/// It cannot outlive the device it borrows, and is closed once:
 ///
 /// ```compile_fail,E0505
-/// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, file: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
+/// # fn f(device: fuse_backing::FuseDevice, file: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
 /// let backing = fuse_backing::BackingFile::open(&device, file, fuse_backing::Access::ReadOnly)?;
 /// drop(device);
 /// backing.close()?;
 /// # Ok(()) }
 /// ```
 ///
-/// and is closed once:
-///
 /// ```compile_fail,E0382
-/// # fn f(backing: fuse_backing::BackingFile<std::sync::Arc<fuse_backing::FuseDevice<std::fs::File>>>) {
+/// # fn f(backing: fuse_backing::BackingFile<std::sync::Arc<fuse_backing::FuseDevice>>) {
 /// let first = backing.close();
 /// let second = backing.close();
 /// # }
@@ -71,10 +67,7 @@ pub struct BackingFile<R: Register> {
     registered: bool,
 }
 
-assert_eq_size!(
-    BackingFile<&FuseDevice<std::os::fd::OwnedFd>>,
-    (usize, i32, bool)
-);
+assert_eq_size!(BackingFile<&FuseDevice>, (usize, i32, bool));
 
 impl<R: Register> BackingFile<R> {
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file as
@@ -85,26 +78,15 @@ impl<R: Register> BackingFile<R> {
     ///
     /// # Errors
     ///
-    /// [`BackingOpenError`]; nothing stays registered.
+    /// [`BackingError`]; nothing stays registered.
     #[inline]
-    pub fn open(registrar: R, fd: impl AsFd, grant: Access) -> Result<Self, BackingOpenError> {
+    pub fn open(registrar: R, fd: impl AsFd, grant: Access) -> Result<Self, BackingError> {
         let id = registrar.register(fd.as_fd(), grant)?;
         Ok(Self::from_id(registrar, id))
     }
 
-    /// Guards an id that is registered already, with the connection of *this* registrar.
-    ///
-    /// # Examples
-    ///
-    /// A server that was restarted on a device fd which survived adopts its predecessor's ids:
-    ///
-    /// ```no_run
-    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, handed_over: i32) -> Option<()> {
-    /// use fuse_backing::{BackingFile, BackingId};
-    ///
-    /// let backing = BackingFile::from_id(&device, BackingId::from_raw(handed_over)?);
-    /// # Some(()) }
-    /// ```
+    /// Guards an id that is registered already, with the connection of *this* registrar: one that
+    /// [`into_id`](Self::into_id) gave up, or that a predecessor on the same device fd handed over.
     #[inline]
     pub fn from_id(registrar: R, id: BackingId) -> Self {
         Self {
@@ -125,9 +107,11 @@ impl<R: Register> BackingFile<R> {
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(backing: fuse_backing::BackingFile<&fuse_backing::FuseDevice<std::fs::File>>) {
+    /// # use fuse_backing::{BackingFile, BackingId, FuseDevice};
+    /// # fn f(backing: BackingFile<&FuseDevice>, successor: &FuseDevice) -> Option<()> {
     /// let hand_over: i32 = backing.into_id().into_raw();
-    /// # }
+    /// let backing = BackingFile::from_id(successor, BackingId::from_raw(hand_over)?);
+    /// # Some(()) }
     /// ```
     #[inline]
     pub fn into_id(mut self) -> BackingId {
@@ -140,7 +124,7 @@ impl<R: Register> BackingFile<R> {
     /// # Errors
     ///
     /// [`BackingCloseError`] gives the guard back. It is still registered, and dropping it tries once
-    /// more. After [`UnknownId`](crate::BackingCloseCause::UnknownId) nothing is left to close: neither
+    /// more. After [`UnknownId`](BackingError::UnknownId) nothing is left to close: neither
     /// dropping it nor closing it again makes a call, because the number may be another file's by then.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
@@ -149,16 +133,16 @@ impl<R: Register> BackingFile<R> {
     }
 
     #[inline]
-    fn unregister(&mut self) -> Result<(), BackingCloseCause> {
+    fn unregister(&mut self) -> Result<(), BackingError> {
         if !self.registered {
-            return Err(BackingCloseCause::UnknownId);
+            return Err(BackingError::UnknownId);
         }
         // Not to be closed twice, also where the registrar panics.
         self.registered = false;
         self.registrar
             .unregister(self.id.alias())
             .map_err(|failed| {
-                self.registered = failed.cause() != BackingCloseCause::UnknownId;
+                self.registered = failed.cause() != BackingError::UnknownId;
                 failed.cause()
             })
     }
@@ -167,7 +151,7 @@ impl<R: Register> BackingFile<R> {
 impl<R: Register> Drop for BackingFile<R> {
     #[inline]
     fn drop(&mut self) {
-        // Whoever wants to know calls `close`: a destructor has nobody to tell.
+        // A destructor has nobody to tell; `close` reports.
         let _ = self.unregister();
     }
 }

@@ -6,11 +6,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, major, minor, open};
+use rustix::io::Errno;
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
 use crate::error::{
-    BackingCloseError, BackingOpenError, CloneConnectionError, DeviceOpenError, NotFuseDevice,
-    NotFuseDeviceReason, SyncInitError,
+    BackingCloseError, BackingError, DeviceError, NotFuseDevice, NotFuseDeviceReason,
 };
 use crate::id::BackingId;
 use crate::{diagnose, ioctl};
@@ -23,11 +23,8 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// A FUSE *connection* is what a mount and its server share. A device fd is attached to one when it
 /// is handed to mount(2), and stays so for good; [`clone_connection`](Self::clone_connection) attaches further ones.
 ///
-/// `Fd` is whatever holds the fd, see [`DeviceFd`]; it lends what the server already has. Dropping
-/// the handle drops the `Fd`.
-///
-/// The check is made once, by [`new`](Self::new), and stays true: a `DeviceFd` cannot come to name
-/// another file.
+/// `Fd` is what holds the fd, see [`DeviceFd`]; dropping the handle drops it. [`new`](Self::new) checks it
+/// once: a `DeviceFd` cannot come to name another file.
 ///
 /// # Examples
 ///
@@ -43,7 +40,7 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
-pub struct FuseDevice<Fd: DeviceFd> {
+pub struct FuseDevice<Fd: DeviceFd = OwnedFd> {
     // `check` has passed for it.
     fd: Fd,
 }
@@ -60,7 +57,7 @@ pub struct FuseDevice<Fd: DeviceFd> {
 ///
 /// ```no_run
 /// # fn f(session: impl std::os::fd::AsFd) -> std::io::Result<()> {
-/// let device = fuse_backing::FuseDevice::new(session.as_fd()).map_err(|refused| refused.reason())?;
+/// let device = fuse_backing::FuseDevice::new(session.as_fd())?;
 /// # Ok(()) }
 /// ```
 ///
@@ -104,21 +101,24 @@ impl FuseDevice<OwnedFd> {
     ///
     /// # Errors
     ///
-    /// [`DeviceOpenError`] says why not: no such node, no driver behind it, no permission, or
-    /// something else stands at that path.
+    /// [`DeviceError`]: no such node, no driver behind it, no permission, or another file at that path.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// let device = fuse_backing::FuseDevice::open()?;
     /// // Its fd goes into mount(2)'s data: "fd=N,rootmode=40000,user_id=0,group_id=0".
-    /// # Ok::<(), fuse_backing::DeviceOpenError>(())
+    /// # Ok::<(), fuse_backing::error::DeviceError>(())
     /// ```
-    pub fn open() -> Result<Self, DeviceOpenError> {
+    pub fn open() -> Result<Self, DeviceError> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
-        let fd =
-            open("/dev/fuse", flags, Mode::empty()).map_err(DeviceOpenError::from_open_errno)?;
-        Self::new(fd).map_err(|refused| DeviceOpenError::NotFuse(refused.reason()))
+        let fd = open("/dev/fuse", flags, Mode::empty()).map_err(|errno| match errno {
+            Errno::NOENT => DeviceError::Missing,
+            Errno::NODEV | Errno::NXIO => DeviceError::NoDriver(errno),
+            Errno::ACCESS | Errno::PERM => DeviceError::Denied(errno),
+            errno => DeviceError::Other(errno),
+        })?;
+        Self::new(fd).map_err(|refused| DeviceError::NotFuse(refused.reason()))
     }
 }
 
@@ -130,13 +130,12 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Errors
     ///
-    /// [`NotFuseDevice`] gives the fd back and says what it is instead. An `O_PATH` fd of
-    /// `/dev/fuse` is refused as well: every ioctl on it fails with `EBADF`.
+    /// [`NotFuseDevice`] gives the fd back and says what it is instead. It is an [`std::io::Error`] by `?`.
     ///
     /// # Examples
     ///
     /// ```
-    /// use fuse_backing::{FuseDevice, NotFuseDeviceReason};
+    /// use fuse_backing::{FuseDevice, error::NotFuseDeviceReason};
     ///
     /// let refused = FuseDevice::new(std::fs::File::open("/dev/null")?).unwrap_err();
     /// assert!(matches!(
@@ -190,13 +189,13 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Errors
     ///
-    /// [`BackingOpenError`], one variant for each cause; nothing stays registered.
+    /// [`BackingError`], one variant for each cause; nothing stays registered.
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(device: &fuse_backing::FuseDevice<std::fs::File>) -> Result<(), Box<dyn std::error::Error>> {
-    /// use fuse_backing::{BackingOpenError, Scope};
+    /// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
+    /// use fuse_backing::error::Scope;
     ///
     /// match device.backing_open(std::fs::File::open("/srv/data/file")?) {
     ///     Ok(id) => println!("registered as {}", id.as_raw()),
@@ -208,19 +207,18 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # References
     ///
-    /// - `fuse_dev_ioctl_backing_open` in `fs/fuse/dev.c`, `fuse_backing_open` in
-    ///   `fs/fuse/backing.c` (6.9 to 6.17: `fs/fuse/passthrough.c`)
-    /// - `tests/kernel/backing_open.rs`, `tests/kernel/passthrough.rs`
+    /// `fuse_backing_open` in `fs/fuse/backing.c` (6.9 to 6.17: `passthrough.c`); `tests/kernel/backing_open.rs`,
+    /// `tests/kernel/passthrough.rs`.
     ///
     /// [`OpenReply`]: crate::OpenReply
     /// [`OpenReply::passthrough`]: crate::OpenReply::passthrough
     /// [`BackingFile::open`]: crate::BackingFile::open
     #[doc(alias = "FUSE_DEV_IOC_BACKING_OPEN")]
     #[inline]
-    pub fn backing_open(&self, fd: impl AsFd) -> Result<BackingId, BackingOpenError> {
+    pub fn backing_open(&self, fd: impl AsFd) -> Result<BackingId, BackingError> {
         let (device, backing) = (self.fd.as_fd(), fd.as_fd());
         match ioctl::backing_open(device, backing) {
-            Ok(raw) => BackingId::from_raw(raw).ok_or(BackingOpenError::InvalidId(raw)),
+            Ok(raw) => BackingId::from_raw(raw).ok_or(BackingError::InvalidId(raw)),
             Err(errno) => Err(diagnose::open(device, backing, errno)),
         }
     }
@@ -235,42 +233,27 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Requirements
     ///
-    /// The same capability as registering: a server that drops `CAP_SYS_ADMIN` can close nothing
-    /// any more.
+    /// The same capability as registering: a server that drops `CAP_SYS_ADMIN` closes nothing any more.
     ///
     /// # Errors
     ///
-    /// [`BackingCloseError`] gives the id back and has the [cause](BackingCloseError::cause).
+    /// [`BackingCloseError`] has the [cause](BackingCloseError::cause), and gives the id back: another thread
+    /// may still have the capability.
     ///
     /// # Examples
     ///
     /// An id is closed once. What would close it twice does not compile:
     ///
     /// ```compile_fail,E0382
-    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, id: fuse_backing::BackingId) {
+    /// # fn f(device: fuse_backing::FuseDevice, id: fuse_backing::BackingId) {
     /// let first = device.backing_close(id);
     /// let second = device.backing_close(id);
     /// # }
     /// ```
     ///
-    /// A close that failed can be tried again with the id from the error:
-    ///
-    /// ```no_run
-    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, id: fuse_backing::BackingId) {
-    /// if let Err(failed) = device.backing_close(id) {
-    ///     eprintln!("{failed}");
-    ///     let id = failed.into_inner();
-    ///     // Another thread may still have the capability.
-    /// #   let _ = id.into_raw();
-    /// }
-    /// # }
-    /// ```
-    ///
     /// # References
     ///
-    /// - `fuse_dev_ioctl_backing_close` in `fs/fuse/dev.c`, `fuse_backing_close` in
-    ///   `fs/fuse/backing.c` (6.9 to 6.17: `fs/fuse/passthrough.c`)
-    /// - `tests/kernel/backing_close.rs`
+    /// `fuse_backing_close` in `fs/fuse/backing.c` (6.9 to 6.17: `passthrough.c`); `tests/kernel/backing_close.rs`.
     #[doc(alias = "FUSE_DEV_IOC_BACKING_CLOSE")]
     #[inline]
     pub fn backing_close(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
@@ -282,10 +265,9 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — A further device fd, attached to
     /// the same connection.
     ///
-    /// Each clone has a queue of requests in process of its own, which lets a server with many
-    /// threads answer them with less contention. Backing ids belong to the connection: any of its
-    /// fds opens and closes them. The connection, and with it every id, lives until the mount *and*
-    /// all of its device fds are gone.
+    /// Each clone has a queue of its own of requests in process: threads that answer them contend less.
+    /// Backing ids belong to the connection: any of its fds opens and closes them. The connection, and with
+    /// it every id, lives until the mount *and* all of its device fds are gone.
     ///
     /// # Requirements
     ///
@@ -293,12 +275,12 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Errors
     ///
-    /// [`CloneConnectionError`].
+    /// [`DeviceError`].
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(device: fuse_backing::FuseDevice<std::fs::File>) -> Result<(), Box<dyn std::error::Error>> {
+    /// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
     /// let worker = device.clone_connection()?;
     /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
     /// worker.backing_close(id)?;
@@ -307,11 +289,10 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # References
     ///
-    /// - `fuse_dev_ioctl_clone` in `fs/fuse/dev.c`
-    /// - `tests/kernel/clone.rs`
+    /// `fuse_dev_ioctl_clone` in `fs/fuse/dev.c`; `tests/kernel/clone.rs`.
     #[doc(alias = "FUSE_DEV_IOC_CLONE")]
-    pub fn clone_connection(&self) -> Result<FuseDevice<OwnedFd>, CloneConnectionError> {
-        let device = FuseDevice::open().map_err(CloneConnectionError::Open)?;
+    pub fn clone_connection(&self) -> Result<FuseDevice<OwnedFd>, DeviceError> {
+        let device = FuseDevice::open()?;
         ioctl::clone(device.as_fd(), self.fd.as_fd())
             .map_err(|errno| diagnose::clone(self.fd.as_fd(), errno))?;
         Ok(device)
@@ -331,29 +312,32 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Errors
     ///
-    /// [`SyncInitError`].
+    /// [`DeviceError`].
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// use fuse_backing::{FuseDevice, SyncInitError};
+    /// use fuse_backing::{FuseDevice, error::DeviceError};
     ///
-    /// let device = FuseDevice::open()?;
-    /// match device.sync_init() {
+    /// match FuseDevice::open()?.sync_init() {
     ///     // Before Linux 6.18: the mount completes before INIT, as it always did.
-    ///     Ok(()) | Err(SyncInitError::UnsupportedKernel) => {}
-    ///     Err(e) => return Err(e.into()),
+    ///     Ok(()) | Err(DeviceError::UnsupportedKernel { .. }) => {}
+    ///     Err(e) => return Err(e),
     /// }
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// # Ok::<(), DeviceError>(())
     /// ```
     ///
     /// # References
     ///
-    /// - `fuse_dev_ioctl_sync_init` in `fs/fuse/dev.c`
-    /// - `tests/kernel/sync_init.rs`
+    /// `fuse_dev_ioctl_sync_init` in `fs/fuse/dev.c`; `tests/kernel/sync_init.rs`.
     #[doc(alias = "FUSE_DEV_IOC_SYNC_INIT")]
-    pub fn sync_init(&self) -> Result<(), SyncInitError> {
-        ioctl::sync_init(self.fd.as_fd()).map_err(SyncInitError::from_errno)
+    pub fn sync_init(&self) -> Result<(), DeviceError> {
+        ioctl::sync_init(self.fd.as_fd()).map_err(|errno| match errno {
+            Errno::NOTTY => DeviceError::UnsupportedKernel { needs: "6.18" },
+            Errno::NOSYS => DeviceError::Unimplemented,
+            Errno::INVAL => DeviceError::AlreadyAttached,
+            errno => DeviceError::Other(errno),
+        })
     }
 }
 
@@ -393,7 +377,7 @@ fn check(fd: BorrowedFd<'_>) -> Result<(), NotFuseDeviceReason> {
     let stat = fstat(fd).map_err(NotFuseDeviceReason::Unreadable)?;
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type != FileType::CharacterDevice {
-        return Err(NotFuseDeviceReason::NotCharacterDevice { file_type });
+        return Err(NotFuseDeviceReason::NotCharacterDevice(file_type));
     }
     let (major, minor) = (major(stat.st_rdev), minor(stat.st_rdev));
     if (major, minor) != DEVICE_NUMBER {

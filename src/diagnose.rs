@@ -9,81 +9,75 @@ use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat, statfs};
 use rustix::io::{Errno, write};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::error::{BackingCloseCause, BackingOpenError, CloneConnectionError, NotPermitted};
+use crate::error::{BackingError, DeviceError, NotPermitted};
 use crate::ioctl;
 
 #[cold]
-pub(crate) fn open(
-    device: BorrowedFd<'_>,
-    backing: BorrowedFd<'_>,
-    errno: Errno,
-) -> BackingOpenError {
+pub(crate) fn open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>, errno: Errno) -> BackingError {
+    let not_regular = |unless: BackingError| match file_type(backing) {
+        Some(FileType::RegularFile) => unless,
+        Some(file_type) => BackingError::NotRegularFile { file_type, errno },
+        None => BackingError::Other(errno),
+    };
     match errno {
-        Errno::NOTTY => BackingOpenError::UnsupportedKernel,
-        Errno::NOSYS => BackingOpenError::Unimplemented,
         Errno::OPNOTSUPP => match passthrough_is_compiled_in(device) {
-            Some(true) => match file_type(backing) {
-                Some(FileType::RegularFile) => BackingOpenError::FileNotSupported,
-                Some(file_type) => BackingOpenError::NotRegularFile { file_type, errno },
-                None => BackingOpenError::Other(errno),
-            },
-            Some(false) => BackingOpenError::DisabledInKernel,
-            None => BackingOpenError::Other(errno),
+            Some(true) => not_regular(BackingError::FileNotSupported),
+            Some(false) => BackingError::DisabledInKernel,
+            None => BackingError::Other(errno),
         },
-        Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
-            BackingOpenError::NotAttached { errno }
+        Errno::INVAL if is_attached(device) != Some(false) => {
+            not_regular(BackingError::Other(errno))
         }
-        Errno::PERM => BackingOpenError::NotPermitted(not_permitted(device)),
-        Errno::ISDIR => BackingOpenError::NotRegularFile {
+        Errno::ISDIR => BackingError::NotRegularFile {
             file_type: file_type(backing).unwrap_or(FileType::Directory),
             errno,
         },
-        Errno::INVAL => match file_type(backing) {
-            Some(FileType::RegularFile) | None => BackingOpenError::Other(errno),
-            Some(file_type) => BackingOpenError::NotRegularFile { file_type, errno },
-        },
-        Errno::LOOP => BackingOpenError::StackedTooDeep,
+        Errno::LOOP => BackingError::StackedTooDeep,
         // Of the device, if that was closed behind its owner's back.
-        Errno::BADF if fcntl_getfl(device).is_err() => BackingOpenError::Other(errno),
+        Errno::BADF if fcntl_getfl(device).is_err() => BackingError::Other(errno),
         Errno::BADF => match fcntl_getfl(backing) {
-            Ok(flags) if flags.contains(OFlags::PATH) => BackingOpenError::PathOnlyFd,
-            Ok(_) => BackingOpenError::Other(errno),
-            Err(_) => BackingOpenError::BadFd,
+            Ok(flags) if flags.contains(OFlags::PATH) => BackingError::PathOnlyFd,
+            Ok(_) => BackingError::Other(errno),
+            Err(_) => BackingError::BadFd,
         },
-        Errno::NOMEM => BackingOpenError::OutOfMemory,
-        Errno::NOSPC => BackingOpenError::OutOfIds,
-        Errno::INTR => BackingOpenError::Interrupted,
-        errno => BackingOpenError::Other(errno),
+        Errno::NOMEM => BackingError::OutOfMemory,
+        Errno::NOSPC => BackingError::OutOfIds,
+        errno => either(device, errno),
     }
 }
 
 #[cold]
-pub(crate) fn close(device: BorrowedFd<'_>, errno: Errno) -> BackingCloseCause {
+pub(crate) fn close(device: BorrowedFd<'_>, errno: Errno) -> BackingError {
     match errno {
-        Errno::NOENT => BackingCloseCause::UnknownId,
-        Errno::NOTTY => BackingCloseCause::UnsupportedKernel,
-        Errno::NOSYS => BackingCloseCause::Unimplemented,
-        Errno::OPNOTSUPP => BackingCloseCause::DisabledInKernel,
+        Errno::NOENT => BackingError::UnknownId,
+        Errno::OPNOTSUPP => BackingError::DisabledInKernel,
+        errno => either(device, errno),
+    }
+}
+
+/// What means the same from both ioctls.
+fn either(device: BorrowedFd<'_>, errno: Errno) -> BackingError {
+    match errno {
+        Errno::NOTTY => BackingError::UnsupportedKernel,
+        Errno::NOSYS => BackingError::Unimplemented,
         Errno::PERM | Errno::INVAL if is_attached(device) == Some(false) => {
-            BackingCloseCause::NotAttached { errno }
+            BackingError::NotAttached(errno)
         }
-        Errno::PERM => BackingCloseCause::NotPermitted(not_permitted(device)),
-        Errno::INTR => BackingCloseCause::Interrupted,
-        errno => BackingCloseCause::Other(errno),
+        Errno::PERM => BackingError::NotPermitted(not_permitted(device)),
+        Errno::INTR => BackingError::Interrupted,
+        errno => BackingError::Other(errno),
     }
 }
 
 #[cold]
-pub(crate) fn clone(source: BorrowedFd<'_>, errno: Errno) -> CloneConnectionError {
+pub(crate) fn clone(source: BorrowedFd<'_>, errno: Errno) -> DeviceError {
     match errno {
         Errno::PERM | Errno::INVAL if is_attached(source) == Some(false) => {
-            CloneConnectionError::NotAttached { errno }
+            DeviceError::NotAttached(errno)
         }
-        Errno::NOTTY => CloneConnectionError::UnsupportedKernel,
-        Errno::NOSYS => CloneConnectionError::Unimplemented,
-        Errno::NOMEM => CloneConnectionError::OutOfMemory,
-        Errno::INTR => CloneConnectionError::Interrupted,
-        errno => CloneConnectionError::Other(errno),
+        Errno::NOTTY => DeviceError::UnsupportedKernel { needs: "4.2" },
+        Errno::NOSYS => DeviceError::Unimplemented,
+        errno => DeviceError::Other(errno),
     }
 }
 

@@ -1,29 +1,36 @@
-//! One error for each operation, one variant for each cause.
+//! The errors: one enum for each kind of failure, one variant for each cause.
 //!
-//! What an errno means is worked out in diagnose.rs, on the error path.
+//! [`OpenError`] answers a client: it converts to an [`io::Error`] that has the errno as `raw_os_error()`,
+//! which is what FUSE libraries send. All other errors are about setting up and registering: they convert to
+//! an `io::Error` that holds them, for a log. Each of them converts to an [`Errno`].
+//!
+//! Every public enum of causes is `non_exhaustive`; their variants are not.
+
+// diagnose.rs works out what an ambiguous errno means, on the error path.
 
 use std::fmt;
 use std::io;
 
-use rustix::fs::FileType;
+pub use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::access::Access;
+pub use crate::init::NegotiateError;
+use crate::reply::FopenFlags;
 
 /// What an error means for the next attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scope {
-    /// This file cannot be a backing file of this connection; others may. Serve it without
-    /// passthrough.
+    /// This file cannot be a backing file of this connection; others may. Serve it without passthrough.
     File,
-    /// Every attempt on this connection will fail like this one until its cause is removed.
+    /// Every attempt on this connection fails like this one until the cause is removed.
     ///
     /// After such a failure [`BackingTable`](crate::BackingTable) registers nothing, on any thread, until
     /// [`reset`](crate::BackingTable::reset).
     Connection,
-    /// Every attempt of the *calling thread* will fail like this one; another thread may succeed, since
+    /// Every attempt of the *calling thread* fails like this one. Another thread may succeed, since
     /// capabilities belong to threads.
     Thread,
     /// The same call may succeed when it is made again.
@@ -33,7 +40,7 @@ pub enum Scope {
 /// Why `EPERM`: the kernel has one errno for all of these.
 ///
 /// Told apart on the error path, by looking at the calling thread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum NotPermitted {
     /// The calling thread is in a user namespace of its own. The kernel asks for `CAP_SYS_ADMIN` in
@@ -43,8 +50,7 @@ pub enum NotPermitted {
         "the calling thread is not in the initial user namespace, where it needs CAP_SYS_ADMIN"
     )]
     NotInInitialUserNamespace,
-    /// The calling thread has no effective `CAP_SYS_ADMIN`. Capabilities belong to threads: another
-    /// thread of the process may have it.
+    /// The calling thread has no effective `CAP_SYS_ADMIN`. Another thread of the process may have it.
     #[error("the calling thread has no effective CAP_SYS_ADMIN")]
     MissingCapability,
     /// Neither of these, and the device is attached: passthrough was not negotiated, or a security
@@ -52,22 +58,22 @@ pub enum NotPermitted {
     ///
     /// Not negotiated means: INIT is not answered yet, or its reply lacks `FUSE_INIT_EXT` or
     /// `FUSE_PASSTHROUGH`, or has a `max_stack_depth` other than 1 and 2, or has
-    /// `FUSE_WRITEBACK_CACHE`. The kernel accepts such a reply without a word.
+    /// `FUSE_WRITEBACK_CACHE`. The kernel silently accepts such a reply.
     #[error(
         "passthrough was not negotiated (the INIT reply needs INIT_EXT, PASSTHROUGH, \
          max_stack_depth 1 or 2, and no WRITEBACK_CACHE), or a security policy denies it"
     )]
     NotNegotiatedOrDenied,
-    /// Not known: the thread's namespace or capabilities, or the state of the device, cannot be looked
-    /// at, for want of `/proc` or because a policy denies it.
-    #[error("the cause cannot be told here, where /proc or something else is out of sight")]
+    /// Not known: `/proc` is unavailable, or a policy hides the thread's namespace or capabilities, or the
+    /// state of the device.
+    #[error("cannot determine why: /proc is unavailable or a policy hides it")]
     Undetermined,
 }
 
 impl NotPermitted {
-    /// User namespaces belong to processes, capabilities to threads. Where the cause is not known it
+    /// User namespaces belong to processes, capabilities to threads. An unknown cause
     /// counts for the thread. [`NotNegotiatedOrDenied`](Self::NotNegotiatedOrDenied) counts for the
-    /// connection: a policy for some threads of a server alone is a seccomp filter of its own making.
+    /// connection: only a server's own seccomp filter denies it to some of its threads.
     fn scope(self) -> Scope {
         match self {
             Self::NotInInitialUserNamespace | Self::NotNegotiatedOrDenied => Scope::Connection,
@@ -76,48 +82,45 @@ impl NotPermitted {
     }
 }
 
-/// [`FuseDevice::backing_open`](crate::FuseDevice::backing_open) failed.
+/// Registering a backing file, or closing its id, failed.
 ///
 /// # Examples
 ///
 /// ```no_run
-/// # fn f(device: fuse_backing::FuseDevice<std::fs::File>, file: std::fs::File) {
-/// use fuse_backing::{BackingOpenError, NotPermitted};
+/// # fn f(device: fuse_backing::FuseDevice, file: std::fs::File) {
+/// use fuse_backing::error::{BackingError, NotPermitted};
 ///
 /// match device.backing_open(&file) {
 ///     Ok(id) => drop(device.backing_close(id)),
-///     Err(BackingOpenError::NotPermitted(NotPermitted::MissingCapability)) => eprintln!("run as root"),
+///     Err(BackingError::NotPermitted(NotPermitted::MissingCapability)) => eprintln!("run as root"),
 ///     Err(e) => eprintln!("no passthrough: {e} (errno {})", e.errno().raw_os_error()),
 /// }
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum BackingOpenError {
+pub enum BackingError {
     /// `ENOTTY`: the kernel is older than 6.9. ([`FuseDevice`](crate::FuseDevice) has ruled out an
-    /// fd that is no FUSE device.)
-    #[error("the kernel does not know FUSE passthrough, which is of Linux 6.9")]
+    /// fd that is not a FUSE device.)
+    #[error("the kernel does not support FUSE passthrough (needs Linux 6.9)")]
     UnsupportedKernel,
-    /// `ENOSYS`: something between here and the kernel does not know the ioctl; qemu-user and some
-    /// seccomp profiles answer so.
+    /// `ENOSYS`: an emulator, such as qemu-user, or a seccomp profile refuses the ioctl.
     #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
     Unimplemented,
     /// `EOPNOTSUPP`: the kernel was built without `CONFIG_FUSE_PASSTHROUGH`.
     #[error("the kernel was built without CONFIG_FUSE_PASSTHROUGH")]
     DisabledInKernel,
-    /// `EOPNOTSUPP`, 6.9 to 6.11: the file can neither be read nor written in the way passthrough
-    /// does it (no `read_iter` or `write_iter`).
+    /// `EOPNOTSUPP` at registering, 6.9 to 6.11: the file has no `read_iter` or `write_iter`, which
+    /// passthrough uses.
     #[error("the file's filesystem does not support passthrough reads and writes")]
     FileNotSupported,
     /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first
     /// releases with passthrough `EINVAL`.
     #[error("the device is not attached to a FUSE mount")]
-    NotAttached {
-        /// The raw errno.
-        errno: Errno,
-    },
-    /// `EPERM`, and why.
-    #[error("registering a backing file is not permitted: {0}")]
+    NotAttached(Errno),
+    /// `EPERM`, and why. An id that was to be closed is still registered; a thread that has the capability
+    /// can close it.
+    #[error("not permitted: {0}")]
     NotPermitted(NotPermitted),
     /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8 and 6.17 on
     /// refuse all others; before 6.12 some are refused, with `EOPNOTSUPP`.
@@ -130,17 +133,21 @@ pub enum BackingOpenError {
     },
     /// `ELOOP`: the file's filesystem is stacked as deep as the connection's `max_stack_depth`, or
     /// deeper. With depth 1, files on overlayfs and on another passthrough mount; with depth 2, on
-    /// stacks of these; at any depth, files of `/proc`. On Android, whose kernels do not check that it
-    /// was negotiated, also each file of a connection where it was not.
+    /// stacks of these; at any depth, files of `/proc`. On Android, whose kernels do not check that
+    /// passthrough was negotiated, also each file of a connection where it was not.
     #[error("the file's filesystem is stacked too deep for the negotiated max_stack_depth")]
     StackedTooDeep,
-    /// `EBADF`, 6.9 to 6.11: an `O_PATH` fd. Linux 6.12 takes them.
+    /// `EBADF`, 6.9 to 6.11: an `O_PATH` fd.
     #[error("the backing fd was opened with O_PATH, which needs Linux 6.12")]
     PathOnlyFd,
     /// `EBADF`: the backing fd is not open. Its [`AsFd`](std::os::fd::AsFd) named an fd that was
     /// closed behind its owner's back.
     #[error("the backing fd is not open")]
     BadFd,
+    /// `ENOENT` at closing: the connection has no such id. It was closed before, is another connection's, or
+    /// was made up.
+    #[error("the connection has no such id")]
+    UnknownId,
     /// `ENOMEM`.
     #[error("the kernel is out of memory")]
     OutOfMemory,
@@ -151,11 +158,12 @@ pub enum BackingOpenError {
     /// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init).
     #[error("interrupted by a signal while waiting for the mount")]
     Interrupted,
-    /// The kernel, or whoever answered in its place, reported success with an id that is not
+    /// The kernel, or a seccomp supervisor in its place, reported success with an id that is not
     /// positive. No such id exists; nothing was registered under it.
-    #[error("the ioctl returned {0}, which is no backing id")]
+    #[error("the ioctl returned {0}, which is not a backing id")]
     InvalidId(i32),
-    /// Not the kernel but the [`Register`](crate::Register) refuses: its policy, its limit, or its end.
+    /// The [`Register`](crate::Register) refuses, not the kernel: its policy, its limit, or its end. An id
+    /// that was to be closed may still be registered.
     #[error("the registrar refuses: {errno}")]
     Registrar {
         /// What it gives as the reason.
@@ -168,7 +176,7 @@ pub enum BackingOpenError {
     Other(Errno),
 }
 
-impl BackingOpenError {
+impl BackingError {
     /// The errno that the kernel gave; `EPROTO` for [`InvalidId`](Self::InvalidId), where it gave
     /// none.
     #[must_use]
@@ -177,13 +185,14 @@ impl BackingOpenError {
             Self::UnsupportedKernel => Errno::NOTTY,
             Self::Unimplemented => Errno::NOSYS,
             Self::DisabledInKernel | Self::FileNotSupported => Errno::OPNOTSUPP,
-            Self::NotAttached { errno }
+            Self::NotAttached(errno)
             | Self::NotRegularFile { errno, .. }
             | Self::Registrar { errno, .. }
             | Self::Other(errno) => errno,
             Self::NotPermitted(_) => Errno::PERM,
             Self::StackedTooDeep => Errno::LOOP,
             Self::PathOnlyFd | Self::BadFd => Errno::BADF,
+            Self::UnknownId => Errno::NOENT,
             Self::OutOfMemory => Errno::NOMEM,
             Self::OutOfIds => Errno::NOSPC,
             Self::Interrupted => Errno::INTR,
@@ -191,7 +200,7 @@ impl BackingOpenError {
         }
     }
 
-    /// What it means for the next attempt. A cause that is not known counts for the file.
+    /// What it means for the next attempt. An unknown cause counts for the file.
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self {
@@ -200,13 +209,14 @@ impl BackingOpenError {
             Self::UnsupportedKernel
             | Self::Unimplemented
             | Self::DisabledInKernel
-            | Self::NotAttached { .. }
+            | Self::NotAttached(_)
             | Self::InvalidId(_) => Scope::Connection,
             Self::FileNotSupported
             | Self::NotRegularFile { .. }
             | Self::StackedTooDeep
             | Self::PathOnlyFd
             | Self::BadFd
+            | Self::UnknownId
             | Self::Other(_) => Scope::File,
             Self::OutOfMemory | Self::OutOfIds | Self::Interrupted => Scope::Transient,
         }
@@ -216,24 +226,25 @@ impl BackingOpenError {
 /// Closing a backing id failed. What was to be closed is inside: `T` is a
 /// [`BackingId`](crate::BackingId) or a [`BackingFile`](crate::BackingFile).
 ///
-/// Where `?` asks for an error that borrows nothing, and `T` is a guard that borrows its device,
-/// `map_err(|failed| failed.cause())` has one.
+/// `?` turns it into an [`io::Error`] that holds a `BackingCloseError<()>`: what was to be closed is dropped.
+/// Where `?` is to make another error of a guard that borrows its device, take the
+/// [cause](Self::cause) alone.
 #[derive(Error)]
 #[error("closing a backing id failed: {cause}")]
 pub struct BackingCloseError<T> {
     inner: T,
-    cause: BackingCloseCause,
+    cause: BackingError,
 }
 
 impl<T> BackingCloseError<T> {
     /// For a [`Register`](crate::Register) of one's own, which gives back what it could not close.
-    pub fn new(inner: T, cause: BackingCloseCause) -> Self {
+    pub fn new(inner: T, cause: BackingError) -> Self {
         Self { inner, cause }
     }
 
     /// Why it failed.
     #[must_use]
-    pub fn cause(&self) -> BackingCloseCause {
+    pub fn cause(&self) -> BackingError {
         self.cause
     }
 
@@ -241,12 +252,6 @@ impl<T> BackingCloseError<T> {
     #[must_use]
     pub fn errno(&self) -> Errno {
         self.cause.errno()
-    }
-
-    /// What it means for the next attempt.
-    #[must_use]
-    pub fn scope(&self) -> Scope {
-        self.cause.scope()
     }
 
     /// What was to be closed.
@@ -264,124 +269,46 @@ impl<T> fmt::Debug for BackingCloseError<T> {
     }
 }
 
-/// Why a backing id could not be closed.
+/// [`FuseDevice::open`](crate::FuseDevice::open), [`clone_connection`](crate::FuseDevice::clone_connection)
+/// or [`sync_init`](crate::FuseDevice::sync_init) failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum BackingCloseCause {
-    /// `ENOENT`: the connection has no such id. It was closed before, is another connection's, or
-    /// was made up.
-    #[error("the connection has no such id")]
-    UnknownId,
-    /// The device is not attached to a connection. `EPERM`, in the first releases with passthrough
-    /// `EINVAL`.
-    #[error("the device is not attached to a FUSE mount")]
-    NotAttached {
-        /// The raw errno.
-        errno: Errno,
-    },
-    /// `EPERM`, and why. The id is still registered; a thread that has the capability can close it.
-    #[error("not permitted: {0}")]
-    NotPermitted(NotPermitted),
-    /// `ENOTTY`: the kernel is older than 6.9.
-    #[error("the kernel does not know FUSE passthrough, which is of Linux 6.9")]
-    UnsupportedKernel,
-    /// `ENOSYS`: an emulator or a seccomp profile does not let the ioctl through.
-    #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
-    Unimplemented,
-    /// `EOPNOTSUPP`: the kernel was built without `CONFIG_FUSE_PASSTHROUGH`.
-    #[error("the kernel was built without CONFIG_FUSE_PASSTHROUGH")]
-    DisabledInKernel,
-    /// `EINTR`: a signal arrived while the call waited for the mount to complete.
-    #[error("interrupted by a signal while waiting for the mount")]
-    Interrupted,
-    /// Not the kernel but the [`Register`](crate::Register) refuses, or failed; the id may still be
-    /// registered.
-    #[error("the registrar refuses: {errno}")]
-    Registrar {
-        /// What it gives as the reason.
-        errno: Errno,
-        /// What it means for the next attempt.
-        scope: Scope,
-    },
-    /// An errno whose cause is not known.
-    #[error("unknown cause: {0}")]
-    Other(Errno),
-}
-
-impl BackingCloseCause {
-    /// The errno that the kernel gave.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match *self {
-            Self::UnknownId => Errno::NOENT,
-            Self::NotAttached { errno } | Self::Registrar { errno, .. } | Self::Other(errno) => {
-                errno
-            }
-            Self::NotPermitted(_) => Errno::PERM,
-            Self::UnsupportedKernel => Errno::NOTTY,
-            Self::Unimplemented => Errno::NOSYS,
-            Self::DisabledInKernel => Errno::OPNOTSUPP,
-            Self::Interrupted => Errno::INTR,
-        }
-    }
-
-    /// What it means for the next attempt. A cause that is not known counts for the id's file.
-    #[must_use]
-    pub fn scope(&self) -> Scope {
-        match self {
-            Self::NotPermitted(why) => why.scope(),
-            Self::Registrar { scope, .. } => *scope,
-            Self::UnknownId | Self::Other(_) => Scope::File,
-            Self::NotAttached { .. }
-            | Self::UnsupportedKernel
-            | Self::Unimplemented
-            | Self::DisabledInKernel => Scope::Connection,
-            Self::Interrupted => Scope::Transient,
-        }
-    }
-}
-
-/// [`FuseDevice::open`](crate::FuseDevice::open) failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum DeviceOpenError {
-    /// `ENOENT`: there is no `/dev/fuse`.
+pub enum DeviceError {
+    /// `ENOENT` at opening: there is no `/dev/fuse`.
     #[error(
         "there is no /dev/fuse: the fuse module is not loaded, or this container was not given the device"
     )]
     Missing,
-    /// `ENODEV` or `ENXIO`: the node is there, the kernel has no driver for it.
+    /// `ENODEV` or `ENXIO` at opening: the node is there, the kernel has no driver for it.
     #[error("the kernel has no driver behind /dev/fuse")]
-    #[non_exhaustive]
-    NoDriver {
-        /// The raw errno.
-        errno: Errno,
-    },
-    /// `EACCES`, by the node's permissions, or `EPERM`, by a device cgroup.
-    #[error("access to /dev/fuse is denied: {errno}")]
-    #[non_exhaustive]
-    Denied {
-        /// The raw errno.
-        errno: Errno,
-    },
+    NoDriver(Errno),
+    /// At opening: `EACCES`, by the node's permissions, or `EPERM`, by a device cgroup.
+    #[error("access to /dev/fuse is denied: {0}")]
+    Denied(Errno),
     /// Something else stands at that path.
     #[error("/dev/fuse is not the FUSE device: {0}")]
     NotFuse(NotFuseDeviceReason),
-    /// An errno whose cause is not known.
-    #[error("/dev/fuse cannot be opened: {0}")]
+    /// `ENOTTY`: the kernel is older than the ioctl.
+    #[error("the kernel does not support this ioctl (needs Linux {needs})")]
+    UnsupportedKernel {
+        /// The first release that has it: 4.2 to clone, 6.18 for synchronous INIT.
+        needs: &'static str,
+    },
+    /// `ENOSYS`: an emulator or a seccomp profile refuses the ioctl.
+    #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
+    Unimplemented,
+    /// The device to be cloned is not attached to a connection. `EPERM`, in older releases `EINVAL`.
+    #[error("the device is not attached to a FUSE mount")]
+    NotAttached(Errno),
+    /// `EINVAL` from `sync_init`: the device is attached to a connection already.
+    #[error("the device is attached to a FUSE mount already")]
+    AlreadyAttached,
+    /// Any other errno.
+    #[error("opening or setting up the FUSE device failed: {0}")]
     Other(Errno),
 }
 
-impl DeviceOpenError {
-    pub(crate) fn from_open_errno(errno: Errno) -> Self {
-        match errno {
-            Errno::NOENT => Self::Missing,
-            Errno::NODEV | Errno::NXIO => Self::NoDriver { errno },
-            Errno::ACCESS | Errno::PERM => Self::Denied { errno },
-            errno => Self::Other(errno),
-        }
-    }
-
+impl DeviceError {
     /// The errno that the kernel gave; for [`NotFuse`](Self::NotFuse), where opening succeeded, that of
     /// the reason.
     #[must_use]
@@ -389,7 +316,13 @@ impl DeviceOpenError {
         match *self {
             Self::Missing => Errno::NOENT,
             Self::NotFuse(ref reason) => reason.errno(),
-            Self::NoDriver { errno } | Self::Denied { errno } | Self::Other(errno) => errno,
+            Self::UnsupportedKernel { .. } => Errno::NOTTY,
+            Self::Unimplemented => Errno::NOSYS,
+            Self::AlreadyAttached => Errno::INVAL,
+            Self::NoDriver(errno)
+            | Self::Denied(errno)
+            | Self::NotAttached(errno)
+            | Self::Other(errno) => errno,
         }
     }
 
@@ -404,6 +337,10 @@ impl DeviceOpenError {
 }
 
 /// An fd that [`FuseDevice::new`](crate::FuseDevice::new) refused, with the reason.
+///
+/// `?` turns it into an [`io::Error`] that holds a `NotFuseDevice<()>`: the fd is dropped. Where `?` is to make
+/// another error of a *borrowed* fd, say a `Box<dyn Error>`, take the reason alone:
+/// `map_err(|refused| refused.reason())`.
 #[derive(Error)]
 #[error("not a FUSE device: {reason}")]
 pub struct NotFuseDevice<Fd> {
@@ -449,15 +386,10 @@ impl<Fd> fmt::Debug for NotFuseDevice<Fd> {
 #[non_exhaustive]
 pub enum NotFuseDeviceReason {
     /// It is not a character device.
-    #[error("it is no character device but {}", kind_of_file(*.file_type))]
-    #[non_exhaustive]
-    NotCharacterDevice {
-        /// What it is.
-        file_type: FileType,
-    },
+    #[error("not a character device (it is {})", kind_of_file(*.0))]
+    NotCharacterDevice(FileType),
     /// It is another character device than 10:229.
     #[error("it is the character device {major}:{minor}, not 10:229")]
-    #[non_exhaustive]
     OtherDevice {
         /// Its major number.
         major: u32,
@@ -467,11 +399,11 @@ pub enum NotFuseDeviceReason {
     /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
     #[error("it was opened with O_PATH, which permits no ioctl")]
     PathOnly,
-    /// It is fd 0, 1 or 2, which may come to lead somewhere else; duplicate it.
+    /// It is fd 0, 1 or 2, which safe code can make name another file; duplicate it.
     #[error("it is standard input, output or error: duplicate it")]
     StandardStream,
     /// `fstat` or `fcntl` failed.
-    #[error("it cannot be looked at: {0}")]
+    #[error("cannot examine it: {0}")]
     Unreadable(Errno),
 }
 
@@ -481,7 +413,7 @@ impl NotFuseDeviceReason {
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
-            Self::NotCharacterDevice { .. } | Self::OtherDevice { .. } => Errno::NOTTY,
+            Self::NotCharacterDevice(_) | Self::OtherDevice { .. } => Errno::NOTTY,
             Self::PathOnly => Errno::BADF,
             Self::StandardStream => Errno::INVAL,
             Self::Unreadable(errno) => errno,
@@ -489,122 +421,17 @@ impl NotFuseDeviceReason {
     }
 }
 
-/// [`FuseDevice::clone_connection`](crate::FuseDevice::clone_connection) failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum CloneConnectionError {
-    /// A further `/dev/fuse` could not be opened.
-    #[error("{0}")]
-    Open(DeviceOpenError),
-    /// The device to be cloned is not attached to a connection. `EPERM`, in older releases `EINVAL`.
-    #[error("the device is not attached to a FUSE mount")]
-    #[non_exhaustive]
-    NotAttached {
-        /// The raw errno.
-        errno: Errno,
-    },
-    /// `ENOTTY`: the kernel is older than 4.2.
-    #[error("the kernel cannot clone a FUSE device, which is of Linux 4.2")]
-    UnsupportedKernel,
-    /// `ENOSYS`: an emulator or a seccomp profile does not let the ioctl through.
-    #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
-    Unimplemented,
-    /// `ENOMEM`.
-    #[error("the kernel is out of memory")]
-    OutOfMemory,
-    /// `EINTR`: a signal arrived while the call waited for the mount to complete.
-    #[error("interrupted by a signal while waiting for the mount")]
-    Interrupted,
-    /// An errno whose cause is not known.
-    #[error("unknown cause: {0}")]
-    Other(Errno),
-}
-
-impl CloneConnectionError {
-    /// The errno that the kernel gave.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match *self {
-            Self::Open(ref open) => open.errno(),
-            Self::NotAttached { errno } | Self::Other(errno) => errno,
-            Self::UnsupportedKernel => Errno::NOTTY,
-            Self::Unimplemented => Errno::NOSYS,
-            Self::OutOfMemory => Errno::NOMEM,
-            Self::Interrupted => Errno::INTR,
-        }
-    }
-
-    /// What it means for the next attempt.
-    #[must_use]
-    pub fn scope(&self) -> Scope {
-        match self {
-            Self::Open(open) => open.scope(),
-            Self::OutOfMemory | Self::Interrupted => Scope::Transient,
-            Self::NotAttached { .. }
-            | Self::UnsupportedKernel
-            | Self::Unimplemented
-            | Self::Other(_) => Scope::Connection,
-        }
-    }
-}
-
-/// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init) failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum SyncInitError {
-    /// `ENOTTY`: the kernel is older than 6.18.
-    #[error("the kernel does not know FUSE_DEV_IOC_SYNC_INIT, which is of Linux 6.18")]
-    UnsupportedKernel,
-    /// `ENOSYS`: an emulator or a seccomp profile does not let the ioctl through.
-    #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
-    Unimplemented,
-    /// `EINVAL`: the device is attached to a connection already.
-    #[error("the device is attached to a FUSE mount already")]
-    AlreadyAttached,
-    /// An errno whose cause is not known.
-    #[error("unknown cause: {0}")]
-    Other(Errno),
-}
-
-impl SyncInitError {
-    pub(crate) fn from_errno(errno: Errno) -> Self {
-        match errno {
-            Errno::NOTTY => Self::UnsupportedKernel,
-            Errno::NOSYS => Self::Unimplemented,
-            Errno::INVAL => Self::AlreadyAttached,
-            errno => Self::Other(errno),
-        }
-    }
-
-    /// The errno that the kernel gave.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match *self {
-            Self::UnsupportedKernel => Errno::NOTTY,
-            Self::Unimplemented => Errno::NOSYS,
-            Self::AlreadyAttached => Errno::INVAL,
-            Self::Other(errno) => errno,
-        }
-    }
-
-    /// What it means for the next attempt: always [`Scope::Connection`].
-    #[must_use]
-    pub fn scope(&self) -> Scope {
-        Scope::Connection
-    }
-}
-
-/// Why an inode is in server mode.
+/// Why an open is in server mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ServerReason {
-    /// Registering its file failed.
-    #[error("{0}")]
-    Refused(BackingOpenError),
-    /// Registering another file failed, for a cause that concerns the connection. See
-    /// [`BackingTable::reset`](crate::BackingTable::reset).
-    #[error("not tried again: {0}")]
-    Remembered(BackingOpenError),
+    /// The table has no registrar yet: [`BackingTable::attach`](crate::BackingTable::attach).
+    #[error("the device is not attached to the table yet")]
+    NoRegistrar,
+    /// Registering the file failed; or was not tried, since registering another one failed for a cause that
+    /// concerns the connection. See [`BackingTable::reset`](crate::BackingTable::reset).
+    #[error("registering a backing file failed: {0}")]
+    Refused(BackingError),
     /// The table's limit on ids was reached, and none was idle.
     #[error("the limit on backing ids is reached")]
     LimitReached,
@@ -616,20 +443,37 @@ pub enum ServerReason {
     #[error("the file is append-only, which the kernel does not enforce in passthrough mode")]
     AppendOnly,
     /// `statx` failed, so that it is not known whether the file is append-only.
-    #[error("the file's attributes cannot be read: {0}")]
+    #[error("cannot read the file's attributes: {0}")]
     Unreadable(Errno),
     /// There is no fd to be kept with the id, see
     /// [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds); `EMFILE` most likely.
-    #[error("no fd can be kept with the backing id: {0}")]
+    #[error("cannot keep an fd with the backing id: {0}")]
     NoFd(Errno),
 }
 
-/// [`BackingTable::open`](crate::BackingTable::open) failed.
+/// An open is refused; answer the client with its [`errno`](Self::errno).
+///
+/// # Examples
+///
+/// `?` in a function that returns an [`io::Result`] gives the client the errno:
+///
+/// ```
+/// use fuse_backing::{BackingTable, FuseDevice, ServerFile};
+///
+/// fn open(table: &BackingTable, client_flags: i32) -> std::io::Result<()> {
+///     let file = std::fs::File::open("/dev/null")?; // cannot be written
+///     let open = table.open(&2, client_flags, ServerFile::new(&file))?;
+/// #   drop(open);
+///     Ok(())
+/// }
+/// # let refused = open(&BackingTable::default(), 2);
+/// assert_eq!(refused.unwrap_err().raw_os_error(), Some(13)); // EACCES
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
-pub enum TableOpenError {
-    /// The client's open asks for more than the server grants through the fd. Answer `EACCES`, or
-    /// `EROFS`.
+pub enum OpenError {
+    /// `EACCES`: the client asks for more than the server grants. Where the mount is read-only, `EROFS` may
+    /// be the better answer.
     #[error("the client asks for {wanted} access, {granted} is granted")]
     AccessExceeded {
         /// What the server grants.
@@ -637,10 +481,9 @@ pub enum TableOpenError {
         /// What the client's open flags ask for.
         wanted: Access,
     },
-    /// The inode is open and registered for less than the client asks for, by a registrar that
+    /// `EBUSY`: the inode is open and registered for less than the client asks for, by a registrar that
     /// [enforces](crate::Register::enforces_grant) it. Once it has been released, it is registered for more.
-    /// Answer `EBUSY`; or say what it will be granted at the first open already, by
-    /// [`ServerFile::grant`](crate::ServerFile::grant).
+    /// [`ServerFile::grant`](crate::ServerFile::grant) says at the first open what it will be granted.
     #[error(
         "the client asks for {wanted} access, the inode is open and registered for {registered}"
     )]
@@ -650,18 +493,25 @@ pub enum TableOpenError {
         /// What the client's open flags ask for.
         wanted: Access,
     },
-    /// The inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
-    /// All opens of an inode have one id, and so one file. Answer `EIO`. Where the kernel had forgotten
+    /// `EIO`: the inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
+    /// All opens of an inode have one id, and so one file. Where the kernel had forgotten
     /// the inode before its number was given to another file, the server has not said so with
     /// [`forget`](crate::BackingTable::forget).
     #[error("the inode is open with another backing file")]
     DifferentFile,
-    /// `fstat` of the fd failed.
-    #[error("the backing file cannot be looked at: {0}")]
+    /// `EBADF`: the server's fd permits neither reading nor writing. It was opened with `O_PATH`, or with
+    /// access mode 3, which is for ioctls alone.
+    #[error("the fd permits neither reading nor writing (O_PATH, or access mode 3)")]
+    NoAccess,
+    /// `EINVAL`: the kernel refuses these flags in such a reply.
+    #[error("the kernel refuses these flags in such a reply: {0:?}")]
+    FlagsNotAllowed(FopenFlags),
+    /// `fcntl`, `statx` or `fstat` of the server's fd failed.
+    #[error("cannot examine the backing file: {0}")]
     Unreadable(Errno),
 }
 
-impl TableOpenError {
+impl OpenError {
     /// The errno to answer the client with.
     #[must_use]
     pub fn errno(&self) -> Errno {
@@ -669,8 +519,16 @@ impl TableOpenError {
             Self::AccessExceeded { .. } => Errno::ACCESS,
             Self::GrantExceeded { .. } => Errno::BUSY,
             Self::DifferentFile => Errno::IO,
+            Self::NoAccess => Errno::BADF,
+            Self::FlagsNotAllowed(_) => Errno::INVAL,
             Self::Unreadable(errno) => errno,
         }
+    }
+}
+
+impl From<OpenError> for io::Error {
+    fn from(error: OpenError) -> Self {
+        error.errno().into()
     }
 }
 
@@ -683,38 +541,50 @@ pub struct Busy {
     pub opens: u64,
 }
 
-impl From<Busy> for io::Error {
-    fn from(busy: Busy) -> Self {
-        Self::new(io::ErrorKind::ResourceBusy, busy)
+impl Busy {
+    /// `EBUSY`.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        Errno::BUSY
     }
 }
 
-/// The error becomes the payload of an [`io::Error`] of the errno's kind: its message is kept, and
-/// it can be had back with [`io::Error::get_ref`] and `downcast_ref`. A raw errno beside it is not
-/// possible in an `io::Error`.
+/// An [`io::Error`] of the errno's kind that holds the error, or the same without what it gives back, which
+/// may be borrowed. An `io::Error` cannot have a raw errno as well.
 macro_rules! into_io_error {
-    ($([$($generics:tt)*] $error:ty,)*) => { $(
+    ($([$($generics:tt)*] $error:ty => |$this:ident| $held:expr,)*) => { $(
         impl $($generics)* From<$error> for io::Error {
-            fn from(error: $error) -> Self {
-                Self::new(Self::from(error.errno()).kind(), error)
+            fn from($this: $error) -> Self {
+                Self::new(Self::from($this.errno()).kind(), $held)
             }
         }
+
+        into_errno! { [$($generics)*] $error }
     )* };
 }
 
-into_io_error! {
-    [] BackingOpenError,
-    [<T: Send + Sync + 'static>] BackingCloseError<T>,
-    [] BackingCloseCause,
-    [<Fd: Send + Sync + 'static>] NotFuseDevice<Fd>,
-    [] NotFuseDeviceReason,
-    [] DeviceOpenError,
-    [] CloneConnectionError,
-    [] SyncInitError,
-    [] TableOpenError,
+macro_rules! into_errno {
+    ([$($generics:tt)*] $error:ty) => {
+        impl $($generics)* From<$error> for Errno {
+            fn from(error: $error) -> Self {
+                error.errno()
+            }
+        }
+    };
 }
 
-pub(crate) fn kind_of_file(file_type: FileType) -> &'static str {
+into_errno! { [] OpenError }
+into_io_error! {
+    [] BackingError => |error| error,
+    [<T>] BackingCloseError<T> => |error| BackingCloseError::new((), error.cause),
+    [] DeviceError => |error| error,
+    [<Fd>] NotFuseDevice<Fd> => |error| NotFuseDevice::new((), error.reason),
+    [] NotFuseDeviceReason => |error| error,
+    [] NegotiateError => |error| error,
+    [] Busy => |error| error,
+}
+
+fn kind_of_file(file_type: FileType) -> &'static str {
     match file_type {
         FileType::RegularFile => "a regular file",
         FileType::Directory => "a directory",
@@ -723,6 +593,6 @@ pub(crate) fn kind_of_file(file_type: FileType) -> &'static str {
         FileType::Socket => "a socket",
         FileType::CharacterDevice => "a character device",
         FileType::BlockDevice => "a block device",
-        FileType::Unknown => "a file of no known type",
+        FileType::Unknown => "a file of unknown type",
     }
 }

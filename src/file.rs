@@ -8,84 +8,124 @@ use rustix::fs::{
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::mount::{OpenTreeFlags, open_tree};
 
-use crate::access::{Access, AccessError};
-use crate::error::ServerReason;
+use crate::access::Access;
+use crate::error::{OpenError, ServerReason};
 
-/// A backing file as the server has opened it for one client, for
-/// [`BackingTable::open`](crate::BackingTable::open).
+/// A backing file as the server has opened it for one client, and what the server knows of it.
+///
+/// `F` is what holds the fd: a reference, for [`BackingTable::open`](crate::BackingTable::open), or what
+/// [`Handles::open`](crate::Handles::open) keeps.
 ///
 /// # Examples
 ///
 /// ```
 /// use fuse_backing::{Access, ServerFile};
 /// use std::fs::File;
+/// use std::os::linux::fs::MetadataExt;
 ///
 /// let file = File::open("/dev/null")?;
-/// // Granted is what the fd permits:
-/// let plain = ServerFile::of(&file)?;
-/// // The server knows what the fd permits, holds an O_PATH fd of the file, and may let others write to it:
+/// // What is granted is what the fd permits:
+/// let plain = ServerFile::new(&file);
+/// // The server has opened it by an O_PATH fd, which it keeps with the file's numbers. It knows what the fd
+/// // permits, and lets others write:
 /// # let held = rustix::fs::open("/dev/null", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
-/// let known = ServerFile::with_access(&file, Access::ReadOnly)
+/// # let metadata = file.metadata()?;
+/// let known = ServerFile::new(&file)
+///     .access(Access::ReadOnly)
+///     .identity(metadata.st_dev(), metadata.st_ino())
 ///     .path_fd(&held)
 ///     .grant(Access::ReadWrite);
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]
-pub struct ServerFile<'fd> {
-    fd: BorrowedFd<'fd>,
-    access: Access,
-    grant: Access,
-    path: Option<BorrowedFd<'fd>>,
+#[must_use]
+pub struct ServerFile<'path, F> {
+    fd: F,
+    access: Option<Access>,
+    identity: Option<FileId>,
+    grant: Option<Access>,
+    path: Option<BorrowedFd<'path>>,
 }
 
-impl<'fd> ServerFile<'fd> {
-    /// `fcntl(fd, F_GETFL)` — A file through which the server grants what its fd permits, see
-    /// [`Access::of`].
-    ///
-    /// # Errors
-    ///
-    /// [`AccessError`].
-    pub fn of<Fd: AsFd>(fd: &'fd Fd) -> Result<Self, AccessError> {
-        Ok(Self::with_access(fd, Access::of(fd)?))
-    }
-
-    /// The same, with what the server grants through it.
-    pub fn with_access<Fd: AsFd>(fd: &'fd Fd, access: Access) -> Self {
+impl<'path, F: AsFd> ServerFile<'path, F> {
+    /// A file of which nothing else is known.
+    pub fn new(fd: F) -> Self {
         Self {
-            fd: fd.as_fd(),
-            access,
-            grant: access,
+            fd,
+            access: None,
+            identity: None,
+            grant: None,
             path: None,
         }
+    }
+
+    /// What this open is granted. Without it: what the fd permits, see [`Access::of`], at the cost of an
+    /// `fcntl(2)`.
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = Some(access);
+        self
+    }
+
+    /// The file's `st_dev` and `st_ino`, from a stat(2) of an fd through which this one was opened. It
+    /// spares a further open of an open inode the statx(2).
+    pub fn identity(mut self, device: u64, inode: u64) -> Self {
+        self.identity = Some(FileId { device, inode });
+        self
     }
 
     /// The most that this inode will be granted while it is registered, by later opens too. It matters
     /// to a registrar that [enforces](crate::Register::enforces_grant) it, and always has what is
     /// granted through this fd.
-    #[must_use]
     pub fn grant(mut self, grant: Access) -> Self {
-        self.grant = grant.union(self.access);
+        self.grant = Some(grant);
         self
     }
 
     /// An `O_PATH` fd of the same file, to be registered. Without it the table makes one, with
     /// `open_tree(2)`.
-    #[must_use]
-    pub fn path_fd<Fd: AsFd>(mut self, path: &'fd Fd) -> Self {
+    pub fn path_fd(mut self, path: &'path impl AsFd) -> Self {
         self.path = Some(path.as_fd());
         self
     }
 
-    pub(crate) fn access(&self) -> Access {
-        self.access
+    pub(crate) fn lend(&self) -> ServerFile<'_, BorrowedFd<'_>> {
+        ServerFile {
+            fd: self.fd.as_fd(),
+            access: self.access,
+            identity: self.identity,
+            grant: self.grant,
+            path: self.path,
+        }
     }
 
-    pub(crate) fn at_most(&self) -> Access {
-        self.grant
+    pub(crate) fn into_fd(self) -> F {
+        self.fd
+    }
+}
+
+/// [`ServerFile::new`].
+impl<F: AsFd> From<F> for ServerFile<'_, F> {
+    fn from(fd: F) -> Self {
+        Self::new(fd)
+    }
+}
+
+impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
+    pub(crate) fn granted(&self) -> Result<Access, OpenError> {
+        self.access.map_or_else(|| Access::of(self.fd), Ok)
     }
 
-    pub(crate) fn look(&self) -> Result<Looked, Errno> {
-        look_at(self.fd)
+    pub(crate) fn at_most(&self, granted: Access) -> Access {
+        self.grant.map_or(granted, |grant| grant.union(granted))
+    }
+
+    /// What the server says that it is.
+    pub(crate) fn known(&self) -> Option<FileId> {
+        self.identity
+    }
+
+    pub(crate) fn look(&self) -> Result<Looked, OpenError> {
+        look_at(self.fd).map_err(OpenError::Unreadable)
     }
 
     /// What to register: an `O_PATH` fd of this very file if it is wanted and there can be one, else the
@@ -138,7 +178,7 @@ impl AsFd for Fd<'_> {
 
 impl<'fd> Backing<'fd> {
     /// The server's own fd.
-    pub(crate) fn lent(file: &ServerFile<'fd>) -> Self {
+    pub(crate) fn lent(file: &ServerFile<'fd, BorrowedFd<'fd>>) -> Self {
         Self {
             fd: Fd::Lent(file.fd),
             is_path: false,

@@ -9,18 +9,14 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 /// A token to be closed once: it cannot be copied, and [`FuseDevice::backing_close`](crate::FuseDevice::backing_close) consumes it.
 /// The kernel hands ids out cyclically, so that a closed one is not reused soon.
 ///
-/// # What the type does not rule out
-///
-/// [`BackingFile`](crate::BackingFile) rules out the first two.
+/// What the type does not rule out (`tests/kernel/backing_close.rs` shows each):
 ///
 /// - **Dropping it leaks the registration**: the file, and the mount it is on, stay pinned until the
-///   FUSE mount and every fd of its connection are gone.
+///   FUSE mount and every fd of its connection are gone. [`BackingFile`](crate::BackingFile) closes it.
 /// - **It is not tied to its connection.** Ids of all connections start at 1, so one that is closed
-///   on the wrong device closes somebody else's file there.
+///   on the wrong device closes another file there. A [`BackingFile`](crate::BackingFile) knows its device.
 /// - **[`from_raw`](Self::from_raw) can forge one**, or make a second one for the same registration.
-/// - **After fork(2) there are two**, in two processes, for one registration; one alone may close.
-///
-/// `tests/kernel/backing_close.rs` shows each of them happen.
+/// - **After fork(2) there are two**, in two processes, for one registration; only one may close it.
 ///
 /// # Examples
 ///
@@ -28,10 +24,8 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 /// use fuse_backing::BackingId;
 ///
 /// assert!(BackingId::from_raw(0).is_none());
-/// assert!(BackingId::from_raw(-1).is_none());
 /// let id = BackingId::from_raw(3).ok_or("positive")?;
-/// assert_eq!(id.as_raw(), 3);
-/// assert_eq!(id.into_raw(), 3);
+/// assert_eq!((id.as_raw(), id.into_raw()), (3, 3));
 /// # Ok::<(), &str>(())
 /// ```
 ///
@@ -40,7 +34,7 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 /// let copy = id.clone();
 /// # }
 /// ```
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 #[must_use = "dropping a BackingId leaves the file registered; close it, or use BackingFile"]
 #[repr(transparent)]
 pub struct BackingId(
@@ -56,9 +50,8 @@ impl BackingId {
     /// Takes a raw id, as the kernel returned it or a predecessor of this process handed it over;
     /// `None` unless it is positive.
     ///
-    /// Nothing else is checked. An id that is not registered is found out when it is used: closing
-    /// it fails with [`UnknownId`](crate::BackingCloseCause::UnknownId), a reply with it gives
-    /// the client `EIO`.
+    /// Nothing else is checked. Closing an id that is not registered fails with
+    /// [`UnknownId`](crate::error::BackingError::UnknownId); a reply with it gives the client `EIO`.
     #[inline]
     #[must_use]
     pub const fn from_raw(raw: i32) -> Option<Self> {
@@ -75,7 +68,7 @@ impl BackingId {
         self.0.get()
     }
 
-    /// The raw id; whoever has it is in charge of closing it.
+    /// The raw id, which is the caller's to close.
     #[inline]
     #[must_use = "the raw id is all that can close the registration"]
     pub const fn into_raw(self) -> i32 {

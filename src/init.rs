@@ -1,8 +1,7 @@
 //! Negotiating passthrough in INIT.
 
-use std::io;
-
 use bitflags::bitflags;
+use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::diagnose;
@@ -48,8 +47,8 @@ impl InitFlags {
 /// How deeply stacked the filesystems may be that backing files are on: the `max_stack_depth` of the
 /// INIT reply.
 ///
-/// The kernel knows no other depths: with 0, or with 3 and more, it silently leaves passthrough off.
-/// libfuse's option of a similar name counts one less.
+/// With other depths the kernel silently leaves passthrough off. libfuse's option of a similar name counts
+/// one less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum MaxStackDepth {
     /// 1: files on filesystems that are not stacked. This mount may then be a layer of an overlayfs,
@@ -115,10 +114,9 @@ impl Negotiated {
 /// - `wanted`: all that the server wants besides; what was not offered of it is left out of the
 ///   reply.
 ///
-/// The kernel accepts an INIT reply that cannot work without a word, and refuses every registration
+/// The kernel silently accepts an unusable INIT reply, and refuses every registration
 /// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
-/// whether *this thread* is, is checked here, since capabilities belong to threads. (Not on Android,
-/// whose kernels do not ask.)
+/// whether *this thread* is, is checked here (not on Android, whose kernels do not ask).
 ///
 /// # Errors
 ///
@@ -130,12 +128,13 @@ impl Negotiated {
 ///
 /// ```no_run
 /// # fn init(config: &mut fuser::KernelConfig) -> std::io::Result<()> {
-/// use fuse_backing::{InitFlags, MaxStackDepth, negotiate};
+/// use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 ///
 /// let offered = InitFlags::from_bits_retain(config.capabilities().bits());
 /// match negotiate(offered, InitFlags::empty(), MaxStackDepth::One) {
 ///     Ok(reply) => {
 ///         let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits());
+///         // Both are needed, and the kernel does not complain if one is missing.
 ///         config.add_capabilities(flags).map_err(|_| std::io::ErrorKind::Unsupported)?;
 ///         config.set_max_stack_depth(reply.max_stack_depth()).map_err(|_| std::io::ErrorKind::Unsupported)?;
 ///     }
@@ -144,28 +143,26 @@ impl Negotiated {
 /// # Ok(()) }
 /// ```
 ///
-/// A server that writes the bytes itself, with the request's body in `init_in` and the reply's in
-/// `init_out`:
+/// A server that writes the bytes itself, with the request's `flags` and `flags2`:
 ///
 /// ```
-/// use fuse_backing::{InitFlags, MaxStackDepth, NegotiateError, negotiate};
+/// use fuse_backing::error::NegotiateError;
+/// use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 ///
-/// fn answer(init_in: &[u8; 64], init_out: &mut [u8; 64]) -> Result<(), NegotiateError> {
-///     let field = |at: usize| u32::from_ne_bytes([init_in[at], init_in[at + 1], init_in[at + 2], init_in[at + 3]]);
-///     let offered = InitFlags::from_fields(field(12), field(16));
+/// fn answer(flags: u32, flags2: u32, init_out: &mut [u8; 64]) -> Result<(), NegotiateError> {
+///     let offered = InitFlags::from_fields(flags, flags2);
 ///     let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
 ///     init_out[12..16].copy_from_slice(&reply.flags().to_ne_bytes());
 ///     init_out[32..36].copy_from_slice(&reply.flags2().to_ne_bytes());
 ///     init_out[36..40].copy_from_slice(&reply.max_stack_depth().to_ne_bytes());
 ///     Ok(())
 /// }
-/// # assert_eq!(answer(&[0; 64], &mut [0; 64]), Err(NegotiateError::NotOffered));
+/// # assert_eq!(answer(0, 0, &mut [0; 64]), Err(NegotiateError::NotOffered));
 /// ```
 ///
 /// # References
 ///
-/// - `process_init_reply` in `fs/fuse/inode.c`
-/// - `tests/kernel/backing_open.rs`: which replies are accepted and which silently ignored
+/// `process_init_reply` in `fs/fuse/inode.c`; `tests/kernel/backing_open.rs`: which replies are accepted.
 pub fn negotiate(
     offered: InitFlags,
     wanted: InitFlags,
@@ -187,32 +184,31 @@ pub fn negotiate(
     })
 }
 
-/// Why passthrough is not to be had.
+/// Why passthrough is unavailable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum NegotiateError {
     /// The kernel does not offer it: older than Linux 6.9, or built without
     /// `CONFIG_FUSE_PASSTHROUGH`.
-    #[error(
-        "the kernel does not offer passthrough, which is of Linux 6.9 with CONFIG_FUSE_PASSTHROUGH"
-    )]
+    #[error("the kernel does not offer passthrough (needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)")]
     NotOffered,
     /// The server wants [`InitFlags::WRITEBACK_CACHE`] as well, with which the kernel leaves
     /// passthrough off.
     #[error("passthrough and WRITEBACK_CACHE exclude each other")]
     WritebackCacheWanted,
     /// This thread could register nothing.
-    #[error("registering a backing file is not permitted: {0}")]
+    #[error("registering backing files is not permitted: {0}")]
     NotPermitted(NotPermitted),
 }
 
-impl From<NegotiateError> for io::Error {
-    fn from(error: NegotiateError) -> Self {
-        let kind = match error {
-            NegotiateError::NotOffered => io::ErrorKind::Unsupported,
-            NegotiateError::WritebackCacheWanted => io::ErrorKind::InvalidInput,
-            NegotiateError::NotPermitted(_) => io::ErrorKind::PermissionDenied,
-        };
-        Self::new(kind, error)
+impl NegotiateError {
+    /// `EOPNOTSUPP`, `EINVAL` and `EPERM`, in the order of the variants. No system call gave them.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::NotOffered => Errno::OPNOTSUPP,
+            Self::WritebackCacheWanted => Errno::INVAL,
+            Self::NotPermitted(_) => Errno::PERM,
+        }
     }
 }

@@ -5,51 +5,47 @@
 //! kernel reads and writes the backing file itself; the server sees OPEN, RELEASE and whatever is
 //! not I/O.
 //!
-//! This crate serves no filesystem and depends on no FUSE library: whoever has the device fd can
-//! use it.
+//! This crate serves no filesystem and depends on no FUSE library: all it needs is the device fd.
 //!
-//! # The way of a file
+//! # Life of a passthrough file
 //!
-//! 1. **INIT.** [`negotiate`] works out the reply that turns passthrough on, or says why there is
-//!    none. The kernel accepts a reply that cannot work without a word, and refuses every registration
-//!    later.
+//! 1. **INIT.** [`init::negotiate`] works out the reply that turns passthrough on, or says why it is
+//!    unavailable. The kernel silently accepts an unusable reply, and refuses every registration later.
 //! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, owned, shared or borrowed, and refuses
 //!    what is not `/dev/fuse`.
-//! 3. **OPEN and CREATE.** The server opens its backing file and hands it to a [`BackingTable`], which
-//!    registers it or shares what is registered for this inode. The [`OpenFile`] that comes back has
-//!    the reply, and is kept until RELEASE. CREATE opens too: if it is answered without the table, and
-//!    without `DIRECT_IO`, opening the file through the table while that handle is open gives the client
-//!    `EIO`.
+//! 3. **OPEN and CREATE.** The server opens its backing file and hands it to its [`Handles`], which
+//!    register it or share what is registered for this inode, keep it under a new file handle, and return the
+//!    reply.
+//! 4. **RELEASE.** [`Handles::release`] gives it back. The last one of the inode closes the backing id.
 //!
 //! ```no_run
-//! use fuse_backing::{BackingTable, FuseDevice, OpenFlags, ServerFile};
-//! use std::fs::File;
+//! use fuse_backing::{BackingTable, FopenFlags, FuseDevice, Handles};
+//! use std::{fs::File, io, os::fd::OwnedFd};
 //! # fn send(_: &[u8]) {}
-//! # fn serve(mounted_device: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
 //!
-//! let table = BackingTable::new(FuseDevice::new(mounted_device)?);
+//! fn serve(mounted_device: OwnedFd) -> io::Result<()> {
+//!     let handles = Handles::new(BackingTable::new(FuseDevice::new(mounted_device)?));
+//!     handles.table().on_server_mode(|why| eprintln!("serving without passthrough: {why}"));
 //!
-//! // OPEN of inode 2, with the client's flags; here O_RDONLY.
-//! let client_flags = 0;
-//! let file = File::open("/srv/data/file")?;
-//! let open = table.open(&2, client_flags, ServerFile::of(&file)?)?;
-//! let fh = 1; // under which `open` is kept
-//! send(&open.reply(OpenFlags::empty())?.to_fuse_open_out(fh).to_bytes());
+//!     // OPEN of inode 2, with the client's flags; here O_RDONLY.
+//!     let opened = handles.open(&2, 0, File::open("/srv/data/file")?, FopenFlags::empty())?;
+//!     send(&opened.to_fuse_open_out().to_bytes());
 //!
-//! // RELEASE of that handle.
-//! drop(open);
-//! # Ok(()) }
+//!     // RELEASE of that handle.
+//!     drop(handles.release(opened.fh));
+//!     Ok(())
+//! }
 //! ```
 //!
-//! The table asks a [`Register`] for ids. The device is one; a test of a server has one of its own, and
-//! needs no root.
-//!
-//! A server with a bookkeeping of its own takes the parts: [`FuseDevice::backing_open`] gives a
+//! A server that keeps its open files itself takes a [`BackingTable`]. It asks a [`Register`] for ids: the
+//! device is one; a test of a server has one of its own, and needs no root. One that keeps its ids as well
+//! takes the parts: [`FuseDevice::backing_open`] gives a
 //! [`BackingId`], a token to be closed once; [`BackingFile`] is the guard that closes it on drop;
 //! [`OpenReply`] builds the two fields of the reply, and refuses what the kernel would answer with a
 //! bare `EIO` to the client.
 //!
-//! The repository's `examples/mirror.rs` is a whole filesystem on [fuser].
+//! The repository's `examples/hello.rs` is a server in 100 lines, `examples/mirror.rs` a whole filesystem, both
+//! on [fuser].
 //!
 //! # What the kernel does not do for you
 //!
@@ -58,58 +54,50 @@
 //!   and [`OpenReply`] hold the client's flags against what the server grants.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
 //!   and the same id, or none is, until the last open was released. Anything else gives `EIO`, at once
-//!   or later. There is one exception, which the table does not use: a passthrough open after plain
-//!   `DIRECT_IO` ones is accepted and all of them work, unless a client has mapped such a file
-//!   `MAP_SHARED`, which the server cannot see.
+//!   or later. So CREATE goes through the table too.
 //! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id
 //!   is closed. The table registers an `O_PATH` fd, which is none of that.
-//! - **It does not keep to append-only**, before Linux 7.3.4: a client overwrites such a file that is passed
+//! - **It does not enforce append-only**, before Linux 7.3.4: a client overwrites such a file that is passed
 //!   through. The table serves it.
-//! - **It needs the id after the reply was written.** An id that is closed right after the reply
+//! - **It needs the id after the reply was written.** An id that is closed right after it
 //!   races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
-//!   mount and every fd of its connection are gone, duplicates in other processes among them. A file or
-//!   mapping that a client has open through the id keeps it busy too, even after the id is closed.
+//!   mount and every fd of its connection are gone, duplicates in other processes among them; and as long as a
+//!   client has it open or mapped through the id.
 //! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them, unless the table
 //!   [keeps the fds](BackingTable::set_keep_fds).
 //! - **It asks for `CAP_SYS_ADMIN` again at closing.** A server that drops it closes nothing.
 //!
 //! # Errors
 //!
-//! Every operation has an error of its own, with a variant for each cause: `EPERM` alone has five.
-//! `errno()` is what the kernel said, or what to answer the client. Those of ioctls have a `scope()`, a
-//! [`Scope`]: what it means for the next attempt. What the crate is not certain of it calls unknown.
+//! [`OpenError`](error::OpenError) answers a client, and becomes a [`std::io::Error`] with that
+//! `raw_os_error()`. All other errors become one that keeps the message, for a log. The module [`error`] has
+//! a variant for each cause; a cause that is uncertain is called unknown. [`Errno`] and
+//! [`FileType`](error::FileType) are rustix's.
 //!
-//! All of them become a [`std::io::Error`] that keeps the message, for a log. Its `raw_os_error()` is
-//! `None`: for a reply to a client take `errno()`.
+//! # System calls
 //!
-//! At each open the table makes a statx(2) of the server's fd. Where that is denied it makes an fstat(2), and
-//! passes nothing through. At the first open of an inode it also makes an `open_tree(2)`, for an `O_PATH` fd,
-//! unless it is given one, and a statx(2) of that.
+//! [`Handles::open`] and [`BackingTable::open`] make an fcntl(2) and a statx(2) of the server's fd, unless
+//! [`ServerFile`] says what they would tell. Where statx is denied they make an fstat(2), and
+//! pass nothing through. At the first open of an inode they also make an `open_tree(2)`, for an `O_PATH` fd,
+//! unless they are given one, and a statx(2) of that.
 //!
 //! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
 //! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;
 //! capget(2); statfs(2) and stat(2) of `/proc/thread-self/ns/user`; fstat(2) of the backing fd; fcntl(2)
 //! of both fds; and, after `EOPNOTSUPP`, `BACKING_CLOSE` of id 0, which never exists. If the filter
 //! answers one of them with an errno, the cause is reported as unknown; but a write(2) answered with
-//! `EPERM` looks like a device that is not mounted. [`negotiate`] looks at the thread in the same way.
-//!
-//! # ABI
-//!
-//! Layouts and ioctl numbers are asserted at compile time, for every target, against facts measured
-//! on running kernels. With `FUSE_BACKING_UAPI_CHECK=require` in the environment the build also
-//! compares them with `<linux/fuse.h>`; see the README. Left unset, as for dependents, no C compiler
-//! is asked for.
+//! `EPERM` looks like a device that is not mounted. [`init::negotiate`] looks at the thread in the same way.
 //!
 //! # Android
 //!
 //! Built for Android too. Its kernels before 6.9 have a passthrough of their own, with other
-//! ioctls; there every registration fails with [`BackingOpenError::UnsupportedKernel`].
+//! ioctls; there every registration fails with [`UnsupportedKernel`](error::BackingError::UnsupportedKernel).
 //!
 //! Its kernels from 6.12 on do not ask for `CAP_SYS_ADMIN`, neither to register nor to close: `SELinux`
 //! decides who may. Nor do they check at registration that passthrough was negotiated; where it was
-//! not, every registration fails with [`StackedTooDeep`](BackingOpenError::StackedTooDeep). They also
-//! accept `WRITEBACK_CACHE` beside passthrough, which [`negotiate`] refuses all the same. Read in their
+//! not, every registration fails with [`StackedTooDeep`](error::BackingError::StackedTooDeep). They also
+//! accept `WRITEBACK_CACHE` beside passthrough, which [`init::negotiate`] refuses all the same. Read in their
 //! source; nothing was run there.
 //!
 //! [fuser]: https://docs.rs/fuser
@@ -124,12 +112,14 @@ compile_error!(
 
 mod access;
 mod backing;
+mod client_flags;
 mod device;
 mod diagnose;
-mod error;
+pub mod error;
 mod file;
+mod handles;
 mod id;
-mod init;
+pub mod init;
 mod ioctl;
 #[cfg(test)]
 #[cfg(fuse_backing_modelled)]
@@ -137,24 +127,21 @@ mod model;
 mod register;
 mod reply;
 mod sync;
-mod table;
+pub mod table;
 pub mod uapi;
 
-pub use access::{Access, AccessError};
+pub use access::Access;
 pub use backing::BackingFile;
+pub use client_flags::ClientFlags;
 pub use device::{DeviceFd, FuseDevice};
-pub use error::{
-    BackingCloseCause, BackingCloseError, BackingOpenError, Busy, CloneConnectionError,
-    DeviceOpenError, NotFuseDevice, NotFuseDeviceReason, NotPermitted, Scope, ServerReason,
-    SyncInitError, TableOpenError,
-};
 pub use file::ServerFile;
+pub use handles::{Handle, Handles, Opened};
 pub use id::BackingId;
-pub use init::{InitFlags, MaxStackDepth, NegotiateError, Negotiated, negotiate};
 pub use register::Register;
-pub use reply::{OpenFlags, OpenReply, OpenReplyError};
-pub use rustix::{fs::FileType, io::Errno};
-pub use table::{BackingTable, Entry, Listing, OpenFile, TableStats};
+pub use reply::{FopenFlags, OpenReply};
+pub use rustix::io::Errno;
+#[doc(inline)]
+pub use table::{BackingTable, OpenFile};
 
 /// The README's examples are compiled with the documentation's.
 #[cfg(doctest)]

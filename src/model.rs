@@ -14,14 +14,11 @@ use shuttle::sync::Arc;
 use shuttle::thread;
 
 use crate::access::Access;
-use crate::error::{
-    BackingCloseCause, BackingCloseError, BackingOpenError, NotPermitted, ServerReason,
-    TableOpenError,
-};
+use crate::error::{BackingCloseError, BackingError, NotPermitted, OpenError, ServerReason};
 use crate::file::ServerFile;
 use crate::id::BackingId;
 use crate::register::Register;
-use crate::reply::OpenFlags;
+use crate::reply::FopenFlags;
 use crate::table::{BackingTable, OpenFile};
 
 /// A registrar that stands for the kernel. std's lock: not a point where threads switch, and never held
@@ -37,7 +34,7 @@ struct Kernel {
     /// Of each inode that clients have open: the id, or none in server mode, and how often.
     open: HashMap<u64, (Option<i32>, usize)>,
     /// The results of the next registrations; then they succeed.
-    errors: VecDeque<BackingOpenError>,
+    errors: VecDeque<BackingError>,
     /// Whether the capability to close is missing.
     may_not_close: bool,
     most_ids: usize,
@@ -53,7 +50,7 @@ impl Model {
 }
 
 impl Register for Model {
-    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
         thread::yield_now();
         let inode = rustix::fs::fstat(file).unwrap().st_ino;
         let result = self.kernel(|kernel| {
@@ -73,13 +70,11 @@ impl Register for Model {
         thread::yield_now();
         let result = self.kernel(|kernel| {
             if kernel.may_not_close {
-                return Err(BackingCloseCause::NotPermitted(
-                    NotPermitted::MissingCapability,
-                ));
+                return Err(BackingError::NotPermitted(NotPermitted::MissingCapability));
             }
             match kernel.ids.remove(&id.as_raw()) {
                 Some(_) => Ok(()),
-                None => Err(BackingCloseCause::UnknownId),
+                None => Err(BackingError::UnknownId),
             }
         });
         thread::yield_now();
@@ -113,8 +108,8 @@ impl World {
         self.model.kernel(f)
     }
 
-    fn file(&self, n: usize) -> ServerFile<'_> {
-        ServerFile::with_access(&self.files[n], Access::ReadOnly)
+    fn file(&self, n: usize) -> ServerFile<'_, &File> {
+        ServerFile::new(&self.files[n]).access(Access::ReadOnly)
     }
 
     fn open(&self, inode: u64) -> OpenFile<Registrar> {
@@ -126,8 +121,7 @@ impl World {
     /// The kernel reads the reply: the rules that it answers with EIO.
     fn reply(&self, inode: u64, open: &OpenFile<Registrar>) {
         thread::yield_now();
-        let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
-        let id = (id != 0).then_some(id);
+        let id = open.reply(FopenFlags::empty()).backing_id();
         self.kernel(|kernel| {
             if let Some(id) = id {
                 assert!(
@@ -230,7 +224,7 @@ fn shares() {
 fn modes_do_not_mix() {
     explore(|| {
         let world = World::new();
-        world.kernel(|kernel| kernel.errors.push_back(BackingOpenError::OutOfMemory));
+        world.kernel(|kernel| kernel.errors.push_back(BackingError::OutOfMemory));
         threads(&world, 3, |world, n| {
             for _ in 0..2 {
                 let served = if n == 0 { world.table.serve(&0) } else { None };
@@ -370,13 +364,12 @@ fn forgetting_meets_releasing_and_opening() {
         });
         forgetting.join().unwrap();
         if let Some(fresh) = fresh {
-            let id =
-                |open: &OpenFile<Registrar>| open.reply(OpenFlags::empty()).unwrap().backing_id();
+            let id = |open: &OpenFile<Registrar>| open.reply(FopenFlags::empty()).backing_id();
             let forgotten = world
                 .table
                 .list()
                 .iter()
-                .any(|entry| entry.id == Some(id(&fresh)) && entry.detached);
+                .any(|entry| entry.id == id(&fresh) && entry.detached);
             let again = world.table.open(&0, 0, world.file(1)).unwrap();
             assert_ne!(id(&again) == id(&fresh), forgotten);
         }
@@ -417,7 +410,7 @@ fn table_is_dropped_before_its_files() {
             files,
         } = World::new();
         table.set_idle_limit(1);
-        let file = |n: usize| ServerFile::with_access(&files[n], Access::ReadOnly);
+        let file = |n: usize| ServerFile::new(&files[n]).access(Access::ReadOnly);
         drop(table.open(&1, 0, file(1)).unwrap());
         let open = table.open(&0, 0, file(0)).unwrap();
         let dropping = thread::spawn(move || drop(table));
@@ -438,7 +431,7 @@ fn the_registrar_is_let_go() {
             } = World::new();
             model.kernel(|kernel| kernel.may_not_close = may_not_close);
             table.set_idle_limit(1);
-            let file = ServerFile::with_access(&files[0], Access::ReadOnly);
+            let file = ServerFile::new(&files[0]).access(Access::ReadOnly);
             let open = table.open(&0, 0, file).unwrap();
             let dropping = thread::spawn(move || drop(table));
             drop(open);
@@ -552,7 +545,7 @@ mod listing {
 fn refusals_are_remembered() {
     explore(|| {
         let world = World::new();
-        let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+        let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
         world.kernel(|kernel| kernel.errors.extend([error; 3]));
         threads(&world, 2, |world, n| {
             let open = world.open(n as u64);
@@ -563,8 +556,10 @@ fn refusals_are_remembered() {
         let tried = 3 - world.kernel(|kernel| kernel.errors.len());
         assert!((1..=2).contains(&tried), "{tried}");
         let open = world.open(0);
-        assert_eq!(open.server_reason(), Some(ServerReason::Remembered(error)));
+        assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
         drop(open);
+        let left = world.kernel(|kernel| kernel.errors.len());
+        assert_eq!(left, 3 - tried, "it was tried again");
         world.kernel(|kernel| kernel.errors.clear());
         world.table.reset();
         assert!(world.open(0).is_passthrough());
@@ -577,7 +572,7 @@ fn refusals_are_remembered() {
 fn a_refusal_of_a_thread_is_not_remembered() {
     explore(|| {
         let world = World::new();
-        let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+        let error = BackingError::NotPermitted(NotPermitted::MissingCapability);
         world.kernel(|kernel| kernel.errors.push_back(error));
         let reason = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
         let reasons = std::sync::Arc::clone(&reason);
@@ -599,7 +594,7 @@ fn a_refusal_of_a_thread_is_not_remembered() {
 fn a_reset_is_not_undone() {
     explore(|| {
         let world = World::new();
-        let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+        let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
         world.kernel(|kernel| kernel.errors.push_back(error));
         let opening = {
             let world = world.clone();
@@ -618,7 +613,7 @@ fn a_reset_is_not_undone() {
 /// One thread opens and releases, and nothing that others do meanwhile may be seen there: with nothing
 /// open, an open is the first.
 mod beside {
-    use super::{Arc, BackingOpenError, Errno, World, explore_times, thread};
+    use super::{Arc, BackingError, Errno, World, explore_times, thread};
 
     fn sequential(prepare: fn(&World), open: fn(&World, u64), meanwhile: fn(&World)) {
         // Ten times for each test.
@@ -665,9 +660,7 @@ mod beside {
     fn after_a_failure(world: &World, _: u64) {
         world.table.invalidate(&0).expect("nothing is open");
         world.kernel(|kernel| {
-            kernel
-                .errors
-                .push_back(BackingOpenError::Other(Errno::ACCESS));
+            kernel.errors.push_back(BackingError::Other(Errno::ACCESS));
         });
         assert!(!world.open(0).is_passthrough());
         assert!(world.open(0).is_passthrough());
@@ -783,11 +776,7 @@ mod grants {
     struct Enforcing(Registrar);
 
     impl Register for Enforcing {
-        fn register(
-            &self,
-            file: BorrowedFd<'_>,
-            grant: Access,
-        ) -> Result<BackingId, BackingOpenError> {
+        fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
             self.0.register(file, grant)
         }
 
@@ -811,9 +800,9 @@ mod grants {
                 let (table, file) = (Arc::clone(&table), std::sync::Arc::clone(&file));
                 let model = std::sync::Arc::clone(&registrar.0);
                 thread::spawn(move || {
-                    let file = ServerFile::with_access(&*file, access);
+                    let file = ServerFile::new(&*file).access(access);
                     table.open(&0, flags, file).map(|open| {
-                        let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
+                        let id = open.id().unwrap().as_raw();
                         let (_, grant) = model.kernel(|kernel| kernel.ids[&id]);
                         assert!(grant.allows(access), "{access} by an id for {grant}");
                     })
@@ -849,9 +838,7 @@ fn anything() {
                     5 => drop(world.table.invalidate(&inode)),
                     6 => world.table.set_limit(thread_rng().gen_range(0..3)),
                     7 => world.kernel(|kernel| {
-                        kernel
-                            .errors
-                            .push_back(BackingOpenError::Other(Errno::ACCESS));
+                        kernel.errors.push_back(BackingError::Other(Errno::ACCESS));
                     }),
                     _ => {
                         if let Some((inode, open)) = held.pop() {
@@ -880,12 +867,12 @@ fn another_file() {
             match world.table.open(&0, 0, world.file(n)) {
                 Ok(open) => {
                     world.reply(0, &open);
-                    let id = open.reply(OpenFlags::empty()).unwrap().backing_id();
+                    let id = open.id().unwrap().as_raw();
                     let (file, _) = world.kernel(|kernel| kernel.ids[&id]);
                     assert_eq!(file, rustix::fs::fstat(&world.files[n]).unwrap().st_ino);
                     world.release(0, open);
                 }
-                Err(error) => assert_eq!(error, TableOpenError::DifferentFile),
+                Err(error) => assert_eq!(error, OpenError::DifferentFile),
             }
         });
         world.assert_empty();
@@ -902,7 +889,7 @@ mod controls {
         explore(|| {
             let world = World::new();
             let open = world.open(0);
-            let id = open.reply(crate::OpenFlags::empty()).unwrap().backing_id();
+            let id = open.id().unwrap().as_raw();
             drop(open);
             world.kernel(|kernel| assert!(kernel.ids.contains_key(&id), "EIO: id"));
         });

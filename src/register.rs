@@ -6,32 +6,28 @@ use std::sync::Arc;
 
 use crate::access::Access;
 use crate::device::{DeviceFd, FuseDevice};
-use crate::error::{BackingCloseError, BackingOpenError};
+use crate::error::{BackingCloseError, BackingError};
 use crate::id::BackingId;
 
 /// Who registers backing files, and closes their ids.
 ///
-/// A [`FuseDevice`] does it with the ioctls, in the calling thread and with all of its rights, which the
-/// kernel records: it reads and writes the file with them. Another registrar can lower them, ask another
-/// thread or process, or stand for the kernel in a test. [`BackingFile`](crate::BackingFile) and
-/// [`BackingTable`](crate::BackingTable) work with any.
+/// A [`FuseDevice`] makes the ioctls in the calling thread. The kernel records that thread's rights, and reads
+/// and writes the file with them. Another registrar can lower them, ask another
+/// thread or process, or stand for the kernel in a test.
 ///
 /// An id belongs to the connection of the registrar that gave it. [`BackingTable`](crate::BackingTable)
-/// calls a registrar from whichever thread opens or releases an inode, and holds no lock over the call but
-/// that of the inode which is being opened. If a call panics, nothing counts as registered by it. An id that
-/// was to be closed, where a registrar panics or answers
-/// [`Registrar`](crate::BackingCloseCause::Registrar), may be closed or not: the table keeps it for
-/// [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
+/// calls a registrar from the thread that opens or releases an inode, and holds no lock over the call but
+/// that of the inode which is being opened. If `register` panics, nothing counts as registered. If `unregister`
+/// panics or answers [`Registrar`](crate::error::BackingError::Registrar), the id may be closed or not: the
+/// table keeps it for [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
 ///
 /// # Examples
 ///
 /// A server tested without root and without `/dev/fuse`. This registrar knows what is registered:
 ///
 /// ```
-/// use fuse_backing::{
-///     Access, BackingCloseCause, BackingCloseError, BackingId, BackingOpenError, BackingTable, Errno,
-///     OpenFlags, Register, Scope, ServerFile,
-/// };
+/// use fuse_backing::error::{BackingCloseError, BackingError, Scope};
+/// use fuse_backing::{Access, BackingId, BackingTable, Errno, FopenFlags, Register, ServerFile};
 /// use std::collections::BTreeSet;
 /// use std::os::fd::BorrowedFd;
 /// use std::sync::{Mutex, PoisonError};
@@ -42,15 +38,13 @@ use crate::id::BackingId;
 /// }
 ///
 /// impl Register for Kernel {
-///     fn register(&self, _: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+///     fn register(&self, _: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingError> {
 ///         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
 ///         let next = registered.last().map_or(1, |last| last + 1);
 ///         registered.insert(next);
 ///         // What a registrar itself refuses has a variant of its own.
-///         BackingId::from_raw(next).ok_or(BackingOpenError::Registrar {
-///             errno: Errno::NOSPC,
-///             scope: Scope::Transient,
-///         })
+///         let (errno, scope) = (Errno::NOSPC, Scope::Transient);
+///         BackingId::from_raw(next).ok_or(BackingError::Registrar { errno, scope })
 ///     }
 ///
 ///     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
@@ -58,7 +52,7 @@ use crate::id::BackingId;
 ///         if registered.remove(&id.as_raw()) {
 ///             Ok(())
 ///         } else {
-///             Err(BackingCloseError::new(id, BackingCloseCause::UnknownId))
+///             Err(BackingCloseError::new(id, BackingError::UnknownId))
 ///         }
 ///     }
 /// }
@@ -67,8 +61,8 @@ use crate::id::BackingId;
 /// let table = BackingTable::new(&kernel);
 /// let file = std::fs::File::open("/dev/null")?;
 ///
-/// let open = table.open(&2, 0, ServerFile::of(&file)?)?;
-/// assert_eq!(open.reply(OpenFlags::empty())?.backing_id(), 1);
+/// let open = table.open(&2, 0, ServerFile::new(&file))?;
+/// assert_eq!(open.reply(FopenFlags::empty()).backing_id(), Some(1));
 /// drop(open);
 /// assert!(kernel.registered.lock().unwrap_or_else(PoisonError::into_inner).is_empty());
 /// # Ok::<(), std::io::Error>(())
@@ -81,16 +75,15 @@ pub trait Register {
     ///
     /// # Errors
     ///
-    /// [`BackingOpenError`]; nothing stays registered. What the registrar itself refuses is
-    /// [`BackingOpenError::Registrar`].
-    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError>;
+    /// [`BackingError`]; nothing stays registered.
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError>;
 
     /// Closes an id that [`register`](Self::register) gave.
     ///
     /// # Errors
     ///
     /// [`BackingCloseError`] gives the id back. It counts as registered still, unless the cause is
-    /// [`UnknownId`](crate::BackingCloseCause::UnknownId).
+    /// [`UnknownId`](crate::error::BackingError::UnknownId).
     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>>;
 
     /// Whether [`BackingTable`](crate::BackingTable) is to register an `O_PATH` fd of the file. False: it
@@ -99,8 +92,8 @@ pub trait Register {
         true
     }
 
-    /// Whether an id gives clients no more than its `grant`, whatever a reply says. False: a client
-    /// gets what it asks for, and the grant is the table's to keep to.
+    /// Whether an id gives clients no more than its `grant`, whatever a reply says. False: the table alone
+    /// keeps to the grant.
     fn enforces_grant(&self) -> bool {
         false
     }
@@ -109,7 +102,7 @@ pub trait Register {
 /// The ioctls, in the calling thread. The kernel enforces no grant.
 impl<Fd: DeviceFd> Register for FuseDevice<Fd> {
     #[inline]
-    fn register(&self, file: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingOpenError> {
+    fn register(&self, file: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingError> {
         self.backing_open(file)
     }
 
@@ -127,7 +120,7 @@ macro_rules! forward {
                 &self,
                 file: BorrowedFd<'_>,
                 grant: Access,
-            ) -> Result<BackingId, BackingOpenError> {
+            ) -> Result<BackingId, BackingError> {
                 (**self).register(file, grant)
             }
 

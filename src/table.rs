@@ -3,8 +3,8 @@
 //! # How it stays right
 //!
 //! An open is counted in the slot of its inode, under the lock of its shard. The last release parks the
-//! inode there, or begins to close its id; from then on no open finds it. Nothing else counts, so that
-//! whoever merely looks at an inode is in nobody's way.
+//! inode there, or begins to close its id; from then on no open finds it. Nothing else counts: looking at an
+//! inode is in nobody's way.
 //!
 //! Inodes without opens whose id is kept, idle or because closing it failed, are in the ledger, which also
 //! counts the ids. Whoever takes one from there to close it looks at the inode once more: it may be open.
@@ -22,108 +22,90 @@ mod shared;
 
 use std::fmt;
 use std::hash::Hash;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use static_assertions::{assert_eq_size, assert_impl_all};
 
 use crate::access::Access;
+use crate::client_flags::ClientFlags;
 use crate::device::FuseDevice;
-use crate::error::{BackingCloseCause, Busy, ServerReason, TableOpenError};
-use crate::file::ServerFile;
+use crate::error::{BackingError, Busy, OpenError, ServerReason};
+use crate::file::{FileId, ServerFile};
+use crate::id::BackingId;
 use crate::register::Register;
-use crate::reply::{OpenFlags, OpenReply, OpenReplyError};
+use crate::reply::{FopenFlags, OpenReply};
 use crate::sync::Arc;
 pub use listing::{Entry, Listing, TableStats};
-use mode::Mode;
+use mode::{Mode, Registered};
 use shared::{Open, Shared};
 
 /// How each OPEN is answered: one backing id for each open inode, and one mode.
 ///
 /// The kernel accepts one of two modes for an inode at a time, *passthrough*, with the same id for
-/// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, of
-/// which the server hears nothing. The table keeps to it: the first open of an inode decides, all others
-/// follow until the last one is released. The kernel's one exception is a passthrough open after plain
-/// `DIRECT_IO` ones. It does not hold once a client has mapped such a file `MAP_SHARED`, which no server
-/// sees; so the table does not use it.
+/// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, and the
+/// server no error. So the first open of an inode decides, and all others follow until the last one is
+/// released. (A passthrough open after plain `DIRECT_IO` ones works too, until a client maps such a file
+/// `MAP_SHARED`. No server sees that, so the table does not use it.)
 ///
 /// `R` is who registers, see [`Register`]: a [`FuseDevice`], or a reference or [`Arc`] of one.
 /// `K` is what the server knows an inode by, its node id most often; its `Hash` and `Eq` must not panic for a
-/// key that is in the table.
+/// key that is in the table. [`Handles`](crate::Handles) keeps open files by file handle on a table: most
+/// servers need no more.
 ///
 /// # The life of an open
 ///
-/// 1. OPEN or CREATE: the server opens its backing file itself, with the client's flags, as it would
-///    without passthrough. So permissions are checked, and the errno is the true one where the
-///    kernel's own opening of the file later would give `EIO`: `ETXTBSY`, `EROFS`, `EINVAL` for an
-///    `O_DIRECT` that the filesystem does not know. It hands the fd to [`open`](Self::open).
-/// 2. The [`OpenFile`] that comes back is stored under the open's file handle **before** the reply is
-///    written: the RELEASE of one handle can overtake the reply of another, and its own follows as
-///    soon as the kernel has the reply.
-/// 3. [`OpenFile::reply`] is answered.
-/// 4. RELEASE: the [`OpenFile`] is dropped. The last one closes the id.
-///
-/// If the reply fails, keep the [`OpenFile`] all the same: a RELEASE follows an OPEN that failed in
-/// the kernel or was interrupted. There are two cases without: an OPEN that the server answers with
-/// an errno, and a CREATE reply with invalid attributes.
-///
-/// [`share`](Self::share) answers a further open without a fd or a system call, for servers that
-/// have no need of step 1.
+/// 1. OPEN or CREATE: the server opens its backing file itself, with the client's flags. So permissions are
+///    checked, and the errno is the true one where the kernel's own open of the file later would give `EIO`:
+///    `ETXTBSY`, `EROFS`, `EINVAL` for an `O_DIRECT` that the filesystem does not know. It hands the fd to
+///    [`open`](Self::open).
+/// 2. It stores the [`OpenFile`] under a file handle **before** it writes the reply:
+///    RELEASE can follow as soon as the kernel has the reply.
+/// 3. It answers [`OpenFile::reply`]. If that fails, it keeps the [`OpenFile`] all the same: RELEASE follows an
+///    OPEN that failed in the kernel or was interrupted, but for one that was answered with an errno and for
+///    a CREATE reply with invalid attributes.
+/// 4. RELEASE: it drops the [`OpenFile`]. The last one closes the id.
 ///
 /// Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
+/// What a client has mapped in passthrough mode stays on the backing file after the RELEASE.
 ///
-/// A mapping outlives its RELEASE: what a client has mapped in passthrough mode goes on to the backing
-/// file, whatever mode the inode has by then.
+/// # When passthrough is unavailable
 ///
-/// # When passthrough is not to be had
-///
-/// [`open`](Self::open) succeeds all the same, in server mode, and
-/// [`OpenFile::server_reason`] says why. What concerns the file puts this inode in server mode until
-/// its last release. What concerns the connection ([`Scope::Connection`](crate::Scope::Connection)) is remembered, and no
-/// further registration tried, until [`reset`](Self::reset). What concerns the calling thread, a missing
-/// capability, is not: it leaves this inode in server mode until its last release, and other threads go on
-/// registering. After a transient failure the next open after the last release tries again.
-///
-/// A file that is append-only when its inode is opened first is in server mode ([`ServerReason::AppendOnly`]).
+/// [`open`](Self::open) succeeds all the same, in server mode. [`OpenFile::server_reason`] says why,
+/// [`TableStats::served`] counts, and [`on_server_mode`](Self::on_server_mode) is told.
+/// After a failure of [`Scope::Connection`](crate::error::Scope::Connection) no further registration is tried
+/// until [`reset`](Self::reset); after any other the next open after this inode's last release tries again.
 ///
 /// # What is registered
 ///
 /// The kernel keeps what was registered open until its id is closed. An fd that can write makes the file
 /// busy for that time: running it gives `ETXTBSY`, a lease `EAGAIN`, remounting its filesystem read-only
 /// `EBUSY`; and it keeps a flock(2). So the table registers an `O_PATH` fd of the file, which does none of
-/// that: the one in [`ServerFile::path_fd`], if that is of the same file, or else one that it makes with
-/// `open_tree(2)`. The kernel takes it from Linux 6.12 on. Before, or where a policy denies `open_tree(2)`, the
-/// table registers the fd itself, which [`TableStats::by_open_fd`] counts.
-///
-/// With [`set_keep_fds`](Self::set_keep_fds) the process keeps that fd for as long as the id is registered:
-/// lsof shows it, and `RLIMIT_NOFILE` accounts it.
-///
-/// # Bounded
+/// that: the one in [`ServerFile::path_fd`], or else one that it makes with
+/// `open_tree(2)`. Before Linux 6.12, or where a policy denies `open_tree(2)`, the
+/// table registers the server's fd, which [`TableStats::by_open_fd`] counts.
 ///
 /// The kernel does not account for ids. The table holds at most [`limit`](Self::set_limit) of them, by
-/// default the soft `RLIMIT_NOFILE`. [`list`](Self::list) shows what is registered.
-///
-/// # Closing that fails
+/// default the soft `RLIMIT_NOFILE`; [`list`](Self::list) shows what is registered. With
+/// [`set_keep_fds`](Self::set_keep_fds) the process keeps an fd for as long as its id is registered:
+/// lsof shows it, and `RLIMIT_NOFILE` accounts it.
 ///
 /// A close fails on a thread without `CAP_SYS_ADMIN`, say after the server dropped its privileges.
 /// The id is then kept: counted, listed, used again when the inode is opened next with the same file,
 /// unless it was forgotten or invalidated, and closed by [`retry_closes`](Self::retry_closes).
 ///
-/// # After fork(2)
+/// # Fork and restart
 ///
-/// The child has a copy of the table and of every [`OpenFile`], on the same connection: what it drops is
-/// closed for the parent as well. `_exit` and exec drop nothing.
+/// After fork(2) the child has a copy of the table and of every [`OpenFile`]: what it drops is closed for the
+/// parent as well. `_exit` and exec drop nothing.
 ///
-/// # Restarting on a preserved device fd
-///
-/// A server that hands its device fd to a successor hands over open files and their ids with it. The
-/// successor's table knows neither: an open that it answers with a new id gives `EIO` while the inode is open
-/// with the old one. Hand over the ids as well, keep them as [`BackingFile::from_id`](crate::BackingFile::from_id),
-/// and answer with them, or in server mode for what was in server mode, until these inodes have been released.
+/// A server that hands its device fd to a successor hands over open files with it, the number of
+/// each id ([`OpenFile::id`]) and its fd. The successor [`adopt`](Self::adopt)s each open before it reads
+/// requests, and [`serve`](Self::serve)s those that are in server mode.
 ///
 /// # Examples
 ///
-/// In the [crate's documentation](crate#the-way-of-a-file), in the README on fuser, at [`Register`] without
-/// a kernel.
-pub struct BackingTable<R: Register, K: Hash + Eq + Clone = u64> {
+/// In the [crate's documentation](crate#life-of-a-passthrough-file), and at [`Register`] without a kernel.
+pub struct BackingTable<R: Register = FuseDevice, K: Hash + Eq + Clone = u64> {
     shared: Arc<Shared<R, K>>,
 }
 
@@ -132,21 +114,58 @@ pub struct BackingTable<R: Register, K: Hash + Eq + Clone = u64> {
 /// Dropping it is the release; the last one of an inode closes its id. It owns what it needs, and may
 /// outlive the table. After fork(2) the child must not drop its copy: that closes the parent's id.
 #[must_use = "dropping an OpenFile releases it: keep it under its file handle until RELEASE"]
-pub struct OpenFile<R: Register, K: Hash + Eq + Clone = u64> {
+pub struct OpenFile<R: Register = FuseDevice, K: Hash + Eq + Clone = u64> {
     open: Open<R, K>,
 }
 
-assert_eq_size!(OpenFile<&FuseDevice<std::os::fd::OwnedFd>>, usize);
-assert_impl_all!(BackingTable<FuseDevice<std::os::fd::OwnedFd>>: Send, Sync);
-assert_impl_all!(OpenFile<FuseDevice<std::os::fd::OwnedFd>>: Send, Sync);
+assert_eq_size!(OpenFile<&FuseDevice>, usize);
+assert_impl_all!(BackingTable: Send, Sync);
+assert_impl_all!(OpenFile: Send, Sync);
+
+/// A table without a registrar: every open is in server mode until [`BackingTable::attach`].
+impl<R: Register, K: Hash + Eq + Clone> Default for BackingTable<R, K> {
+    fn default() -> Self {
+        Self {
+            shared: Arc::new(Shared::new()),
+        }
+    }
+}
 
 impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// An empty table for the connection of `registrar`.
     ///
     /// Its limit is the soft `RLIMIT_NOFILE`; it keeps no idle ids, and no fds.
     pub fn new(registrar: R) -> Self {
-        Self {
-            shared: Arc::new(Shared::new(registrar)),
+        let table = Self::default();
+        // The table is new: it has none.
+        let _ = table.attach(registrar);
+        table
+    }
+
+    /// Gives the registrar to a table that began without one: libraries hand out the device only when they
+    /// have the filesystem. An inode that is open stays in server mode until its last release.
+    ///
+    /// # Errors
+    ///
+    /// The registrar, if the table has one already.
+    pub fn attach(&self, registrar: R) -> Result<(), R> {
+        self.shared.attach(registrar)
+    }
+
+    /// Calls `tell` once for each cause of opens in server mode, at the first of them, from the thread that
+    /// opens; now, for causes so far. [`ServerReason::Chosen`] is not told. No lock is held.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # let table = fuse_backing::BackingTable::<fuse_backing::FuseDevice>::default();
+    /// table.on_server_mode(|why| eprintln!("serving without passthrough: {why}"));
+    /// ```
+    pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
+        let tell: std::sync::Arc<ledger::Tell> = std::sync::Arc::new(tell);
+        let set = self.shared.ledger().set_tell(std::sync::Arc::clone(&tell));
+        for cause in set.0 {
+            tell(cause);
         }
     }
 
@@ -155,49 +174,68 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// The first open registers the file, later ones share its id; or it is in server mode, see
     /// [`OpenFile::server_reason`]. The fd is not kept.
     ///
-    /// - `client_flags`: of the OPEN or CREATE request. `O_TRUNC` asks for nothing here: the server's
-    ///   own open with these flags has truncated the file, or failed.
-    /// - `file`: what the server has opened, most often [`ServerFile::of`] it. What its opens are granted
-    ///   adds up while the inode is registered: one open that may read and one that may write are
-    ///   answered with one id. Where the registrar [enforces](Register::enforces_grant) its grant, that of
-    ///   the first open ([`ServerFile::grant`]) is the most that a later one can get. While the inode is
-    ///   idle, one that wants more has it registered anew.
+    /// What the opens are granted adds up while the inode is registered: one that may read and one that may
+    /// write are answered with one id. Where the registrar [enforces](Register::enforces_grant) its grant,
+    /// that of the first open ([`ServerFile::grant`]) is the most that a later one can get; an idle inode is
+    /// registered anew for more.
     ///
     /// # Errors
     ///
-    /// [`TableOpenError`]; the open is then not counted, and nothing changed.
+    /// [`OpenError`]; the open is then not counted, and nothing changed.
     pub fn open(
         &self,
         inode: &K,
-        client_flags: i32,
-        file: ServerFile<'_>,
-    ) -> Result<OpenFile<R, K>, TableOpenError> {
-        let wanted = Access::wanted_by_mode(client_flags);
-        let granted = file.access();
+        client_flags: impl Into<ClientFlags>,
+        file: ServerFile<'_, impl AsFd + Copy>,
+    ) -> Result<OpenFile<R, K>, OpenError> {
+        self.open_lent(inode, client_flags.into().access(), &file.lend())
+    }
+
+    pub(crate) fn open_lent(
+        &self,
+        inode: &K,
+        wanted: Access,
+        file: &ServerFile<'_, BorrowedFd<'_>>,
+    ) -> Result<OpenFile<R, K>, OpenError> {
+        let granted = file.granted()?;
         if !granted.allows(wanted) {
-            return Err(TableOpenError::AccessExceeded { granted, wanted });
+            return Err(OpenError::AccessExceeded { granted, wanted });
         }
-        let looked = file.look().map_err(TableOpenError::Unreadable)?;
         let shared = &self.shared;
-        let enforced = shared.registrar.enforces_grant();
-        let admits = |mode: &Mode, is_open: bool| match mode {
-            // Idle, it was not append-only when it was registered.
-            Mode::Passthrough(registered)
-                if registered.file != looked.id || !is_open && looked.refusal.is_some() =>
-            {
-                Err(TableOpenError::DifferentFile)
+        let enforced = shared.enforces_grant();
+        let admits = |mode: &Mode, file: FileId| match mode {
+            Mode::Passthrough(registered) if registered.file != file => {
+                Err(OpenError::DifferentFile)
             }
             Mode::Passthrough(registered) if enforced && !registered.grant.allows(wanted) => {
                 let registered = registered.grant;
-                Err(TableOpenError::GrantExceeded { registered, wanted })
+                Err(OpenError::GrantExceeded { registered, wanted })
             }
             Mode::Passthrough(_) | Mode::Server(_) => Ok(()),
         };
-        let open = shared.join_or_insert(inode, admits, || shared.register(&file, looked))?;
+        let joined = file.known().and_then(|known| {
+            shared.join(inode, |mode, is_open| {
+                is_open && admits(mode, known).is_ok()
+            })
+        });
+        let open = if let Some(open) = joined {
+            open
+        } else {
+            let looked = file.look()?;
+            let admits = |mode: &Mode, is_open: bool| {
+                // Idle, it was not append-only when it was registered.
+                if !is_open && looked.refusal.is_some() {
+                    return Err(OpenError::DifferentFile);
+                }
+                admits(mode, looked.id)
+            };
+            let decide = || shared.register(file, looked, file.at_most(granted));
+            shared.join_or_insert(inode, admits, decide)?
+        };
         if let Some(Mode::Passthrough(registered)) = open.mode() {
             registered.add(granted, enforced);
         }
-        Ok(OpenFile { open })
+        Ok(self.opened(open))
     }
 
     /// Opens an inode that is registered already, without a fd and without a system call.
@@ -205,17 +243,16 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// `None` when the server must open the file itself and call [`open`](Self::open): the inode is
     /// not registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
     ///
-    /// What this skips: the permission check and the errno that the server's own open would have
-    /// given. It is for servers that check permissions elsewhere, such as those mounted with
-    /// `default_permissions`.
+    /// This skips the permission check and the errno of the server's own open. It is for servers that are
+    /// mounted with `default_permissions`, or check permissions elsewhere.
     #[inline]
-    pub fn share(&self, inode: &K, client_flags: i32) -> Option<OpenFile<R, K>> {
-        if Access::truncates(client_flags) {
+    pub fn share(&self, inode: &K, client_flags: impl Into<ClientFlags>) -> Option<OpenFile<R, K>> {
+        let client_flags = client_flags.into();
+        if client_flags.truncates() {
             return None;
         }
-        let wanted = Access::wanted_by_mode(client_flags);
-        let admits = |mode: &Mode| match mode {
-            Mode::Passthrough(registered) => registered.has_granted(wanted),
+        let admits = |mode: &Mode, _| match mode {
+            Mode::Passthrough(registered) => registered.has_granted(client_flags.access()),
             Mode::Server(_) => false,
         };
         let open = self.shared.join(inode, admits)?;
@@ -233,18 +270,75 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         };
         let chosen = || Mode::Server(ServerReason::Chosen);
         let open = self.shared.join_or_insert(inode, admits, chosen).ok()?;
-        Some(OpenFile { open })
+        Some(self.opened(open))
+    }
+
+    /// An open that a predecessor on the same connection answered with `id`, until its RELEASE. To be called
+    /// for each of the inode's opens; `file` is the fd of this one.
+    ///
+    /// The id counts whatever the limit, and is closed after the last release.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::DifferentFile`] while the inode is open with another id or file, or in server mode;
+    /// [`OpenError::NoAccess`] or [`OpenError::Unreadable`] for the fd. The id stays registered, and is the
+    /// caller's to close.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(device: fuse_backing::FuseDevice, handed_over: (u64, i32, std::fs::File))
+    /// # -> Result<(), Box<dyn std::error::Error>> {
+    /// use fuse_backing::{BackingId, BackingTable, ServerFile};
+    ///
+    /// let table = BackingTable::new(device);
+    /// let (inode, id, file) = handed_over;
+    /// let id = BackingId::from_raw(id).ok_or("not an id")?;
+    /// let open = table.adopt(&inode, id, ServerFile::new(&file))?;
+    /// # drop(open); Ok(()) }
+    /// ```
+    #[allow(clippy::needless_pass_by_value, reason = "the table closes the id")]
+    pub fn adopt(
+        &self,
+        inode: &K,
+        id: BackingId,
+        file: ServerFile<'_, impl AsFd + Copy>,
+    ) -> Result<OpenFile<R, K>, OpenError> {
+        let file = file.lend();
+        let (granted, looked) = (file.granted()?, file.look()?);
+        let admits = |mode: &Mode, _| match mode {
+            Mode::Passthrough(known) if known.id == id && known.file == looked.id => Ok(()),
+            Mode::Passthrough(_) | Mode::Server(_) => Err(OpenError::DifferentFile),
+        };
+        let decide = || {
+            self.shared.ledger().stats.ids += 1;
+            let at_most = file.at_most(granted);
+            Mode::Passthrough(Registered::new(id.alias(), looked.id, at_most, None))
+        };
+        let open = self.shared.join_or_insert(inode, admits, decide)?;
+        if let Some(Mode::Passthrough(registered)) = open.mode() {
+            registered.add(granted, self.shared.enforces_grant());
+        }
+        Ok(OpenFile { open })
+    }
+
+    fn opened(&self, open: Open<R, K>) -> OpenFile<R, K> {
+        if let Some(Mode::Server(reason)) = open.mode() {
+            let tell = self.shared.ledger().served(*reason);
+            if let Some(tell) = tell {
+                tell(*reason);
+            }
+        }
+        OpenFile { open }
     }
 
     /// Detaches an inode from its number, which the server is about to give to another one: after
-    /// FORGET, or together with another generation.
-    ///
-    /// The next open under this number starts fresh. Those that are open keep their registration.
+    /// FORGET, or together with another generation. The next open under this number starts fresh. Those that
+    /// are open keep their registration.
     ///
     /// For the kernel it must be another inode as well. While it has the old one open under this node
     /// id, a reply with the new id gives the client `EIO`. A file that was replaced under an open inode
-    /// is opened afresh once the inode has been released; until then it is
-    /// [`DifferentFile`](TableOpenError::DifferentFile).
+    /// is [`DifferentFile`](OpenError::DifferentFile) until the inode was released.
     pub fn forget(&self, inode: &K) {
         let _open_or_not = self.shared.detach(inode, true);
     }
@@ -263,9 +357,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         })
     }
 
-    /// Forgets what was remembered of the connection, so that registering is tried again: after the
-    /// server got the capability back, or the mount was completed. An inode that is open in server mode
-    /// stays in it until its last release.
+    /// Tries again to register after a failure that concerned the connection, when its cause was removed. An
+    /// inode that is open in server mode stays in it until its last release.
     pub fn reset(&self) {
         self.shared.ledger().reset();
     }
@@ -287,9 +380,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     }
 
     /// Whether the process keeps the fd that it registers for as long as the id is registered: no, unless
-    /// this is called. Then lsof and `/proc/PID/fd` show every backing file, and `RLIMIT_NOFILE` accounts it.
-    /// An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]). Applies to what is
-    /// registered from now on.
+    /// this is called. An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]).
+    /// Applies to what is registered from now on.
     pub fn set_keep_fds(&self, keep: bool) {
         self.shared.ledger().keep_fds = keep;
     }
@@ -299,7 +391,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// # Errors
     ///
     /// The cause of the first that failed again; all are tried.
-    pub fn retry_closes(&self) -> Result<(), BackingCloseCause> {
+    pub fn retry_closes(&self) -> Result<(), BackingError> {
         let mut result = Ok(());
         let unclosed = self.shared.ledger().unclosed();
         for _ in 0..unclosed {
@@ -333,10 +425,25 @@ impl<R: Register, K: Hash + Eq + Clone> Drop for BackingTable<R, K> {
 }
 
 impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
+    /// What the server knows the inode by.
+    #[must_use]
+    pub fn inode(&self) -> &K {
+        self.open.key()
+    }
+
+    /// The backing id; `None` in server mode.
+    #[must_use]
+    pub fn id(&self) -> Option<&BackingId> {
+        match self.open.mode() {
+            Some(Mode::Passthrough(registered)) => Some(&registered.id),
+            Some(Mode::Server(_)) | None => None,
+        }
+    }
+
     /// Whether the kernel reads and writes the backing file; else the server does.
     #[must_use]
     pub fn is_passthrough(&self) -> bool {
-        matches!(self.open.mode(), Some(Mode::Passthrough(_)))
+        self.id().is_some()
     }
 
     /// Why the inode is in server mode; `None` in passthrough mode.
@@ -348,17 +455,13 @@ impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
         }
     }
 
-    /// The reply to this OPEN or CREATE, with `flags` besides what the mode demands.
+    /// The reply to this OPEN or CREATE, with those of `flags` that the mode permits.
     ///
-    /// # Errors
-    ///
-    /// [`OpenReplyError::FlagsNotAllowed`]: in passthrough mode all but `DIRECT_IO`, `NOFLUSH` and
-    /// `PARALLEL_DIRECT_WRITES` are refused, in server mode `PASSTHROUGH` is.
-    pub fn reply(&self, flags: OpenFlags) -> Result<OpenReply<'_>, OpenReplyError> {
-        match self.open.mode() {
-            Some(Mode::Passthrough(registered)) => OpenReply::with_id(&registered.id, flags),
-            Some(Mode::Server(_)) | None => OpenReply::server(flags),
-        }
+    /// Passthrough mode keeps `NOFLUSH` and `PARALLEL_DIRECT_WRITES` alone: the kernel refuses others, and
+    /// with `DIRECT_IO` it would ask the server to read and write ([`OpenReply::passthrough`] permits
+    /// that). Server mode keeps all but `PASSTHROUGH`.
+    pub fn reply(&self, flags: FopenFlags) -> OpenReply<'_> {
+        OpenReply::unchecked(self.id(), flags.permitted(self.is_passthrough()))
     }
 }
 

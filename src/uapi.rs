@@ -110,14 +110,14 @@ impl fuse_backing_map {
 /// # Examples
 ///
 /// ```
-/// use fuse_backing::{OpenFlags, OpenReply};
+/// use fuse_backing::{FopenFlags, OpenReply};
 ///
-/// let out = OpenReply::server(OpenFlags::KEEP_CACHE)?.to_fuse_open_out(7);
+/// let out = OpenReply::server(FopenFlags::KEEP_CACHE)?.to_fuse_open_out(7);
 /// let mut expected = 7u64.to_ne_bytes().to_vec();
 /// expected.extend(fuse_backing::uapi::FOPEN_KEEP_CACHE.to_ne_bytes());
 /// expected.extend([0; 4]);
 /// assert_eq!(out.to_bytes().as_slice(), expected);
-/// # Ok::<(), fuse_backing::OpenReplyError>(())
+/// # Ok::<(), fuse_backing::error::OpenError>(())
 /// ```
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,10 +10,9 @@
 use std::env;
 use std::fs;
 
-use fuse_backing::{
-    Access, BackingId, InitFlags, MaxStackDepth, NegotiateError, Negotiated, OpenFlags, OpenReply,
-    OpenReplyError, negotiate,
-};
+use fuse_backing::error::{NegotiateError, OpenError};
+use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate};
+use fuse_backing::{Access, BackingId, FopenFlags, OpenReply};
 use proptest::prelude::{any, prop};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
@@ -104,18 +103,18 @@ fn passthrough_as_the_rules_say(
         backing_id: u64::from(id as u32),
     };
     let id = BackingId::from_raw(id).unwrap();
-    let flags = OpenFlags::from_bits_retain(flags);
-    match OpenReply::passthrough_with_id(&id, granted, client_flags, flags) {
+    let flags = FopenFlags::from_bits_retain(flags);
+    match OpenReply::passthrough(&id, granted, client_flags, flags) {
         Ok(reply) => {
             assert!(!exceeds, "{granted} for {client_flags:#o}");
             let bytes = reply.to_fuse_open_out(fh).to_bytes();
             let decoded = OpenOut::decode(&bytes);
             assert_eq!(decoded, wished);
             assert!(decoded.is_accepted(), "{decoded:?}");
-            assert_eq!(u64::from(reply.open_flags()), wished.open_flags);
-            assert_eq!(reply.backing_id(), id.as_raw());
+            assert_eq!(u64::from(reply.open_flags().bits()), wished.open_flags);
+            assert_eq!(reply.backing_id(), Some(id.as_raw()));
         }
-        Err(OpenReplyError::AccessExceeded {
+        Err(OpenError::AccessExceeded {
             granted: said,
             wanted,
         }) => {
@@ -124,7 +123,7 @@ fn passthrough_as_the_rules_say(
             let (_, rights) = GRANTS.iter().find(|(access, _)| *access == wanted).unwrap();
             assert_eq!(*rights, (reads, writes));
         }
-        Err(OpenReplyError::FlagsNotAllowed { refused }) => {
+        Err(OpenError::FlagsNotAllowed(refused)) => {
             assert!(!exceeds && !wished.is_accepted(), "{wished:?}");
             let kept = OpenOut {
                 open_flags: wished.open_flags & !u64::from(refused.bits()),
@@ -161,7 +160,7 @@ fn open_replies_of_every_named_combination() {
                 }
             }
         }
-        let reply = OpenReply::server(OpenFlags::from_bits_retain(flags));
+        let reply = OpenReply::server(FopenFlags::from_bits_retain(flags));
         let out = OpenOut {
             fh: 2,
             open_flags: u64::from(flags),
@@ -195,7 +194,7 @@ fn open_replies_of_random_numbers() {
 fn bytes_of_any_fuse_open_out() {
     let cases = (any::<u64>(), any::<u32>(), any::<i32>());
     check(&cases, |(fh, open_flags, backing_id)| {
-        let mut out = OpenReply::server(OpenFlags::empty())
+        let mut out = OpenReply::server(FopenFlags::empty())
             .unwrap()
             .to_fuse_open_out(fh);
         out.open_flags = open_flags;

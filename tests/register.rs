@@ -2,108 +2,24 @@
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
+#[path = "support/registrar.rs"]
+mod registrar;
+
 use std::cell::Cell;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use fuse_backing::error::{BackingError, OpenError, Scope, ServerReason};
 use fuse_backing::{
-    Access, BackingCloseCause, BackingCloseError, BackingFile, BackingId, BackingOpenError,
-    BackingTable, Errno, OpenFile, OpenFlags, Register, Scope, ServerFile, ServerReason,
-    TableOpenError,
+    Access, BackingFile, BackingTable, Errno, FopenFlags, Handles, OpenFile, Register, ServerFile,
 };
-use rustix::fs::{Mode, OFlags, fcntl_getfl, fstat, open};
-
-/// Stands for the kernel.
-#[derive(Debug, Default)]
-struct Fake {
-    /// What was registered, by id.
-    registered: Mutex<BTreeMap<i32, Registration>>,
-    /// All that ever was.
-    past: Mutex<Vec<Registration>>,
-    /// Refuse the next call with this.
-    refusal: Mutex<Option<(Errno, Scope)>>,
-    panics: AtomicBool,
-    enforces_grant: bool,
-    takes_open_fd: bool,
-    /// As before Linux 6.12.
-    refuses_path_fds: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Registration {
-    ino: u64,
-    grant: Access,
-    is_path: bool,
-}
-
-impl Fake {
-    fn ids(&self) -> Vec<i32> {
-        self.registered.lock().unwrap().keys().copied().collect()
-    }
-
-    fn past(&self) -> Vec<Registration> {
-        self.past.lock().unwrap().clone()
-    }
-
-    fn refuse_next(&self, errno: Errno, scope: Scope) {
-        *self.refusal.lock().unwrap() = Some((errno, scope));
-    }
-
-    fn fuse(&self) {
-        if self.panics.swap(false, Ordering::SeqCst) {
-            resume_unwind(Box::new("a registrar that panics"));
-        }
-    }
-}
-
-impl Register for Fake {
-    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingOpenError> {
-        self.fuse();
-        if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
-            return Err(BackingOpenError::Registrar { errno, scope });
-        }
-        let is_path = fcntl_getfl(file).unwrap().contains(OFlags::PATH);
-        if is_path && self.refuses_path_fds {
-            return Err(BackingOpenError::PathOnlyFd);
-        }
-        let registration = Registration {
-            ino: fstat(file).unwrap().st_ino,
-            grant,
-            is_path,
-        };
-        let mut past = self.past.lock().unwrap();
-        past.push(registration);
-        let id = i32::try_from(past.len()).unwrap();
-        self.registered.lock().unwrap().insert(id, registration);
-        Ok(BackingId::from_raw(id).unwrap())
-    }
-
-    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
-        self.fuse();
-        if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
-            let cause = BackingCloseCause::Registrar { errno, scope };
-            return Err(BackingCloseError::new(id, cause));
-        }
-        match self.registered.lock().unwrap().remove(&id.as_raw()) {
-            Some(_) => Ok(()),
-            None => Err(BackingCloseError::new(id, BackingCloseCause::UnknownId)),
-        }
-    }
-
-    fn takes_path_fd(&self) -> bool {
-        !self.takes_open_fd
-    }
-
-    fn enforces_grant(&self) -> bool {
-        self.enforces_grant
-    }
-}
+use registrar::{Fake, Registration};
+use rustix::fs::{Mode, OFlags, fstat, open};
 
 const RDONLY: i32 = 0;
 const RDWR: i32 = 2;
@@ -112,67 +28,71 @@ fn file() -> File {
     tempfile::tempfile().unwrap()
 }
 
-fn both(file: &File) -> ServerFile<'_> {
-    ServerFile::with_access(file, Access::ReadWrite)
+fn both(file: &File) -> ServerFile<'_, &File> {
+    ServerFile::new(file).access(Access::ReadWrite)
 }
 
-fn id<R: Register>(open: &OpenFile<R>) -> i32 {
-    open.reply(OpenFlags::empty()).unwrap().backing_id()
+fn id<R: Register>(open: &OpenFile<R>) -> Option<i32> {
+    open.reply(FopenFlags::empty()).backing_id()
 }
 
 /// What a server's author writes: the server, and a test of it.
 mod server {
+    use std::io;
+    use std::os::fd::OwnedFd;
+
     use super::*;
 
     struct Server<R: Register> {
-        table: BackingTable<R>,
+        handles: Handles<R, OwnedFd>,
         root: tempfile::TempDir,
-        open: Mutex<BTreeMap<u64, OpenFile<R>>>,
     }
 
+    type Fields = (u64, FopenFlags, Option<i32>);
+
     impl<R: Register> Server<R> {
-        fn open(&self, name: &str, ino: u64, flags: OFlags) -> Result<(u32, i32), Errno> {
+        fn open(&self, name: &str, ino: u64, flags: OFlags) -> io::Result<Fields> {
             let file = open(self.root.path().join(name), flags, Mode::empty())?;
-            let file = ServerFile::of(&file).map_err(|error| error.errno())?;
-            let opened = self.table.open(&ino, flags.bits() as i32, file);
-            let opened = opened.map_err(|error| error.errno())?;
-            let reply = opened
-                .reply(OpenFlags::empty())
-                .map_err(|error| error.errno())?;
-            let fields = (reply.open_flags(), reply.backing_id());
-            let mut open = self.open.lock().unwrap();
-            let fh = open.last_key_value().map_or(1, |(last, _)| last + 1);
-            open.insert(fh, opened);
-            Ok(fields)
+            let opened = self.handles.open(&ino, flags, file, FopenFlags::empty())?;
+            Ok((opened.fh, opened.open_flags, opened.backing_id))
         }
 
         fn release(&self, fh: u64) {
-            let released = self.open.lock().unwrap().remove(&fh);
-            drop(released);
+            drop(self.handles.release(fh));
         }
     }
 
     #[test]
-    fn is_tested_without_root() {
+    fn is_tested_without_root() -> io::Result<()> {
         let kernel = Arc::new(Fake::default());
+        // As `Box<dyn Register>`, so that the server need not be generic.
+        let registrar: Box<dyn Register + Send + Sync> = Box::new(Arc::clone(&kernel));
         let server = Server {
-            // As `Box<dyn Register>`, so that the server need not be generic.
-            table: BackingTable::new(
-                Box::new(Arc::clone(&kernel)) as Box<dyn Register + Send + Sync>
-            ),
-            root: tempfile::tempdir().unwrap(),
-            open: Mutex::default(),
+            handles: Handles::new(BackingTable::new(registrar)),
+            root: tempfile::tempdir()?,
         };
-        std::fs::write(server.root.path().join("a"), "content").unwrap();
-        assert_eq!(server.open("a", 2, OFlags::RDONLY), Ok((0x80, 1)));
-        assert_eq!(server.open("a", 2, OFlags::RDWR), Ok((0x80, 1)));
-        assert_eq!(server.open("b", 3, OFlags::RDWR), Err(Errno::NOENT));
+        std::fs::write(server.root.path().join("a"), "content")?;
+        let passthrough = FopenFlags::PASSTHROUGH;
+        assert_eq!(
+            server.open("a", 2, OFlags::RDONLY)?,
+            (1, passthrough, Some(1))
+        );
+        assert_eq!(
+            server.open("a", 2, OFlags::RDWR)?,
+            (2, passthrough, Some(1))
+        );
+        let absent = server.open("b", 3, OFlags::RDWR).unwrap_err();
+        assert_eq!(absent.raw_os_error(), Some(Errno::NOENT.raw_os_error()));
         server.release(1);
         assert_eq!(kernel.ids(), [1]);
         server.release(2);
         assert_eq!(kernel.ids(), [] as [i32; 0]);
         kernel.refuse_next(Errno::DQUOT, Scope::Transient);
-        assert_eq!(server.open("a", 2, OFlags::RDONLY), Ok((0, 0)));
+        assert_eq!(
+            server.open("a", 2, OFlags::RDONLY)?,
+            (3, FopenFlags::empty(), None)
+        );
+        Ok(())
     }
 }
 
@@ -205,7 +125,7 @@ fn refusals_have_the_scope_that_the_registrar_gives() {
         let errno = Errno::DQUOT;
         fake.refuse_next(errno, scope);
         let open = table.open(&1, RDONLY, both(&file)).unwrap();
-        let error = BackingOpenError::Registrar { errno, scope };
+        let error = BackingError::Registrar { errno, scope };
         assert_eq!((error.errno(), error.scope()), (errno, scope));
         assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
         error
@@ -222,8 +142,9 @@ fn refusals_have_the_scope_that_the_registrar_gives() {
     }
     let error = refused(Scope::Connection);
     assert_eq!(table.stats().refused, Some(error));
+    // Not asked again: it would refuse no more.
     let open = table.open(&1, RDONLY, both(&file)).unwrap();
-    assert_eq!(open.server_reason(), Some(ServerReason::Remembered(error)));
+    assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
     drop(open);
 
     table.reset();
@@ -249,12 +170,9 @@ fn enforced_grants() {
     let table = BackingTable::<_, u64>::new(&fake);
     table.set_idle_limit(2);
     let file = file();
-    let (read, both) = (
-        ServerFile::with_access(&file, Access::ReadOnly),
-        both(&file),
-    );
+    let (read, both) = (ServerFile::new(&file).access(Access::ReadOnly), both(&file));
     let reader = table.open(&1, RDONLY, read).unwrap();
-    let exceeded = TableOpenError::GrantExceeded {
+    let exceeded = OpenError::GrantExceeded {
         registered: Access::ReadOnly,
         wanted: Access::ReadWrite,
     };
@@ -263,11 +181,11 @@ fn enforced_grants() {
     // One that only reads is within it, whatever it could do.
     drop(table.open(&1, RDONLY, both).unwrap());
     assert!(table.share(&1, RDWR).is_none());
-    assert_eq!(id(&reader), 1);
+    assert_eq!(id(&reader), Some(1));
     drop(reader);
     assert_eq!((table.stats().idle, fake.ids()), (1, vec![1]));
     let writer = table.open(&1, RDWR, both).unwrap();
-    assert_eq!((id(&writer), fake.ids()), (2, vec![2]));
+    assert_eq!((id(&writer), fake.ids()), (Some(2), vec![2]));
 
     // What the first open says of later ones.
     let reader = table
@@ -294,18 +212,41 @@ fn grants_that_are_not_enforced() {
     let table = BackingTable::<_, u64>::new(&fake);
     let file = file();
     let reader = table
-        .open(&1, RDONLY, ServerFile::with_access(&file, Access::ReadOnly))
+        .open(&1, RDONLY, ServerFile::new(&file).access(Access::ReadOnly))
         .unwrap();
     let writer = table.open(&1, RDWR, both(&file)).unwrap();
-    assert_eq!((id(&reader), id(&writer)), (1, 1));
+    assert_eq!((id(&reader), id(&writer)), (Some(1), Some(1)));
     drop((reader, writer));
     assert_eq!(fake.past().len(), 1);
+}
+
+/// What would not be the mode's is left out of the reply, and what it permits is not.
+#[test]
+fn replies_of_either_mode() {
+    let fake = Fake::default();
+    let table = BackingTable::<_, u64>::new(&fake);
+    let passed = table.open(&1, RDWR, both(&file())).unwrap();
+    let served = table.serve(&2).unwrap();
+    for bit in 0..32 {
+        let flag = FopenFlags::from_bits_retain(1 << bit);
+        // NOFLUSH and PARALLEL_DIRECT_WRITES.
+        let kept = if [5, 6].contains(&bit) { 1 << bit } else { 0 };
+        let out = passed.reply(flag).to_fuse_open_out(1);
+        assert_eq!(
+            (out.open_flags, out.backing_id),
+            (1 << 7 | kept, 1),
+            "{flag:?}"
+        );
+        let kept = if bit == 7 { 0 } else { 1 << bit };
+        let out = served.reply(flag).to_fuse_open_out(1);
+        assert_eq!((out.open_flags, out.backing_id), (kept, 0), "{flag:?}");
+    }
 }
 
 mod registered_fd {
     use super::*;
 
-    fn registered(fake: &Fake, file: ServerFile<'_>) -> (Registration, u64) {
+    fn registered(fake: &Fake, file: ServerFile<'_, &File>) -> (Registration, u64) {
         let table = BackingTable::<_, u64>::new(fake);
         let open = table.open(&1, RDONLY, file).unwrap();
         assert!(open.is_passthrough(), "{open:?}");
@@ -378,9 +319,9 @@ mod registered_fd {
         let named = tempfile::NamedTempFile::new().unwrap();
         let path = open(named.path(), OFlags::PATH, Mode::empty()).unwrap();
         let table = BackingTable::<_, u64>::new(&fake);
-        let file = ServerFile::with_access(&path, Access::ReadOnly);
+        let file = ServerFile::new(&path).access(Access::ReadOnly);
         let reason = table.open(&1, RDONLY, file).unwrap().server_reason();
-        let expected = ServerReason::Refused(BackingOpenError::PathOnlyFd);
+        let expected = ServerReason::Refused(BackingError::PathOnlyFd);
         assert_eq!(reason, Some(expected));
         assert_eq!(table.stats().ids, 0);
     }
@@ -407,9 +348,7 @@ mod registered_fd {
             let path = named.path().canonicalize().unwrap();
             let open = |ino| {
                 let file = File::open(&path).unwrap();
-                table
-                    .open(&ino, RDONLY, ServerFile::of(&file).unwrap())
-                    .unwrap()
+                table.open(&ino, RDONLY, ServerFile::new(&file)).unwrap()
             };
             let before = fds_of(&path);
             let unkept = open(1);
@@ -603,9 +542,8 @@ mod stress {
                     let random = usize::try_from(random.below(held.len().max(1) as u64)).unwrap();
                     if random < held.len() {
                         let open = held.swap_remove(random);
-                        let id = id(&open);
-                        let registered = fake.registered.lock().unwrap().contains_key(&id);
-                        assert_eq!(registered, open.is_passthrough(), "id {id}");
+                        let ids = fake.registered.lock().unwrap();
+                        assert!(id(&open).is_none_or(|id| ids.contains_key(&id)), "{open:?}");
                     }
                 }
             }

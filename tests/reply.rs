@@ -1,4 +1,4 @@
-//! `OpenReply`, `OpenFlags` and `Access`, which need no kernel: every combination, against rules
+//! `OpenReply`, `FopenFlags`, `ClientFlags` and `Access`, which need no kernel: every combination, against rules
 //! written down a second time. That the kernel has the same rules: tests/kernel/passthrough.rs.
 
 #![allow(clippy::unwrap_used)]
@@ -7,9 +7,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 
+use fuse_backing::error::OpenError;
 use fuse_backing::{
-    Access, AccessError, BackingId, Errno, OpenFlags, OpenReply, OpenReplyError,
-    uapi::fuse_open_out,
+    Access, BackingId, ClientFlags, Errno, FopenFlags, OpenReply, uapi::fuse_open_out,
 };
 use rustix::fs::OFlags;
 
@@ -17,6 +17,11 @@ const ALL: [Access; 3] = [Access::ReadOnly, Access::WriteOnly, Access::ReadWrite
 
 fn id() -> BackingId {
     BackingId::from_raw(7).unwrap()
+}
+
+/// What a client gets.
+fn raw(error: OpenError) -> i32 {
+    io::Error::from(error).raw_os_error().unwrap()
 }
 
 #[test]
@@ -34,23 +39,20 @@ fn access_of_an_fd() {
     assert_eq!(Access::of(&write), Ok(Access::WriteOnly));
     assert_eq!(Access::of(both.unwrap()), Ok(Access::ReadWrite));
     // F_GETFL says O_RDONLY of it: an fd that nothing can be read from.
-    assert_eq!(Access::of(open(OFlags::PATH)), Err(AccessError::PathOnly));
-    // What a read of them gives.
-    assert_eq!(AccessError::PathOnly.errno(), Errno::BADF);
-    assert_eq!(AccessError::Neither.errno(), Errno::BADF);
-    let error = io::Error::from(AccessError::Unreadable(Errno::PERM));
-    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(Access::of(open(OFlags::PATH)), Err(OpenError::NoAccess));
+    // What a read of it gives.
+    assert_eq!(OpenError::NoAccess.errno(), Errno::BADF);
 }
 
 /// Which Linux has for ioctls alone; qemu-user does not know it.
 #[test]
 fn access_of_an_fd_of_mode_3() {
     let fd = rustix::fs::open("/dev/null", OFlags::ACCMODE, rustix::fs::Mode::empty());
-    assert_eq!(Access::of(fd.unwrap()), Err(AccessError::Neither));
+    assert_eq!(Access::of(fd.unwrap()), Err(OpenError::NoAccess));
 }
 
 #[test]
-fn access_that_open_flags_ask_for() {
+fn access_that_client_flags_ask_for() {
     // What a client's open may carry besides, exec's 0o40 among it.
     let others = [
         OFlags::empty(),
@@ -67,14 +69,32 @@ fn access_that_open_flags_ask_for() {
             (OFlags::RDWR, Access::ReadWrite, Access::ReadWrite),
             (OFlags::ACCMODE, Access::ReadWrite, Access::ReadWrite),
         ] {
-            let wanted = |flags: OFlags| Access::wanted_by(flags.bits() as i32);
-            assert_eq!(wanted(mode | other), plain, "{mode:?} {other:?}");
-            assert_eq!(
-                wanted(mode | other | OFlags::TRUNC),
-                truncating,
-                "{mode:?} {other:?}"
-            );
+            let flags = mode | other;
+            let truncates = flags | OFlags::TRUNC;
+            let wanted = ClientFlags::from(flags).access();
+            assert_eq!(wanted, plain, "{flags:?}");
+            // The server's own open has truncated the file.
+            assert_eq!(ClientFlags::from(truncates).access(), plain, "{flags:?}");
+            // Of a reply alone nobody knows that, and it counts as writing.
+            for (flags, wanted) in [(flags, plain), (truncates, truncating)] {
+                for granted in ALL {
+                    let id = id();
+                    let empty = FopenFlags::empty();
+                    let reply = OpenReply::passthrough(&id, granted, flags, empty);
+                    assert_eq!(reply.is_ok(), granted.allows(wanted), "{granted} {flags:?}");
+                }
+            }
         }
+    }
+}
+
+/// As whatever number a FUSE library has them.
+#[test]
+fn client_flags_of_each_type() {
+    for flags in [0, 1, 2, 3, OFlags::TRUNC.bits() | 1, 1 << 31, u32::MAX] {
+        let expected = ClientFlags::from(OFlags::from_bits_retain(flags));
+        assert_eq!(ClientFlags::from(flags), expected, "{flags:#x}");
+        assert_eq!(ClientFlags::from(flags as i32), expected, "{flags:#x}");
     }
 }
 
@@ -101,26 +121,19 @@ fn access_in_words() {
 fn access_exceeded() {
     for granted in ALL {
         for flags in [OFlags::RDONLY, OFlags::WRONLY, OFlags::RDWR] {
-            let wanted = Access::wanted_by(flags.bits() as i32);
+            let wanted = ClientFlags::from(flags).access();
             let id = id();
-            let reply = OpenReply::passthrough_with_id(
-                &id,
-                granted,
-                flags.bits() as i32,
-                OpenFlags::empty(),
-            );
+            let empty = FopenFlags::empty();
+            let reply = OpenReply::passthrough(&id, granted, flags, empty);
             if granted.allows(wanted) {
                 assert!(reply.is_ok());
             } else {
                 let error = reply.unwrap_err();
-                assert_eq!(error, OpenReplyError::AccessExceeded { granted, wanted });
+                assert_eq!(error, OpenError::AccessExceeded { granted, wanted });
                 let message = format!("the client asks for {wanted} access, {granted} is granted");
                 assert_eq!(error.to_string(), message);
                 assert_eq!(error.errno(), Errno::ACCESS);
-                assert_eq!(
-                    io::Error::from(error).kind(),
-                    io::ErrorKind::PermissionDenied
-                );
+                assert_eq!(raw(error), Errno::ACCESS.raw_os_error());
             }
         }
     }
@@ -130,17 +143,17 @@ fn access_exceeded() {
 fn flags_beside_passthrough() {
     let allowed = [0, 5, 6, 7];
     for bit in 0..32 {
-        let flags = OpenFlags::from_bits_retain(1 << bit);
+        let flags = FopenFlags::from_bits_retain(1 << bit);
         let id = id();
-        let reply = OpenReply::passthrough_with_id(&id, Access::ReadOnly, 0, flags);
+        let reply = OpenReply::passthrough(&id, Access::ReadOnly, 0, flags);
         if allowed.contains(&bit) {
             let reply = reply.unwrap();
-            assert_eq!(reply.open_flags(), 1 << bit | 1 << 7);
-            assert_eq!(reply.backing_id(), 7);
+            assert_eq!(reply.open_flags().bits(), 1 << bit | 1 << 7);
+            assert_eq!(reply.backing_id(), Some(7));
         } else {
             let error = reply.unwrap_err();
-            assert_eq!(error, OpenReplyError::FlagsNotAllowed { refused: flags });
-            assert_eq!(io::Error::from(error).kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(error, OpenError::FlagsNotAllowed(flags));
+            assert_eq!(raw(error), Errno::INVAL.raw_os_error());
         }
     }
 }
@@ -149,21 +162,22 @@ fn flags_beside_passthrough() {
 #[test]
 fn flags_without_passthrough() {
     for bit in (0..32).filter(|&bit| bit != 7) {
-        let reply = OpenReply::server(OpenFlags::from_bits_retain(1 << bit)).unwrap();
-        assert_eq!((reply.open_flags(), reply.backing_id()), (1 << bit, 0));
+        let flags = FopenFlags::from_bits_retain(1 << bit);
+        let reply = OpenReply::server(flags).unwrap();
+        assert_eq!((reply.open_flags(), reply.backing_id()), (flags, None));
+        let out = reply.to_fuse_open_out(1);
+        assert_eq!((out.open_flags, out.backing_id), (1 << bit, 0));
     }
     assert_eq!(
-        OpenReply::server(OpenFlags::PASSTHROUGH | OpenFlags::KEEP_CACHE),
-        Err(OpenReplyError::FlagsNotAllowed {
-            refused: OpenFlags::PASSTHROUGH
-        })
+        OpenReply::server(FopenFlags::PASSTHROUGH | FopenFlags::KEEP_CACHE),
+        Err(OpenError::FlagsNotAllowed(FopenFlags::PASSTHROUGH))
     );
 }
 
 #[test]
 fn bytes_of_fuse_open_out() {
     let id = BackingId::from_raw(i32::MAX).unwrap();
-    let reply = OpenReply::passthrough_with_id(&id, Access::ReadWrite, 2, OpenFlags::NOFLUSH);
+    let reply = OpenReply::passthrough(&id, Access::ReadWrite, 2, FopenFlags::NOFLUSH);
     let out: fuse_open_out = reply.unwrap().to_fuse_open_out(u64::MAX - 1);
     assert_eq!(
         (out.fh, out.open_flags, out.backing_id),

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use fuse_backing::{FuseDevice, uapi};
+use fuse_backing::{FopenFlags, FuseDevice, uapi};
 use libtest_mimic::Failed;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
@@ -22,7 +22,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::fuse::{attach, connection_number};
 use crate::sandbox::Sandbox;
 
-pub type Device = Arc<FuseDevice<OwnedFd>>;
+pub type Device = Arc<FuseDevice>;
 
 /// The only file.
 pub const NAME: &str = "file";
@@ -30,15 +30,15 @@ const NODE: u64 = 2;
 
 /// What a server answers OPEN with, and does at RELEASE. Called by one thread.
 pub trait Opens: Send {
-    fn open(&mut self, client_flags: i32) -> Answer;
+    fn open(&mut self, client_flags: u32) -> Answer;
     fn release(&mut self, fh: u64);
 }
 
 /// `fuse_open_out`
 pub struct Answer {
     pub fh: u64,
-    pub open_flags: u32,
-    pub backing_id: i32,
+    pub open_flags: FopenFlags,
+    pub backing_id: Option<i32>,
 }
 
 pub struct Server {
@@ -211,10 +211,10 @@ impl<O: Opens> Serving<O> {
                 Ok(16 + self.attributes(nodeid, &mut body[16..])?)
             }
             OPEN => {
-                let out = self.opens.open(u32_at(request, IN_HEADER) as i32);
+                let out = self.opens.open(u32_at(request, IN_HEADER));
                 body[..8].copy_from_slice(&out.fh.to_ne_bytes());
-                body[8..12].copy_from_slice(&out.open_flags.to_ne_bytes());
-                body[12..16].copy_from_slice(&out.backing_id.to_ne_bytes());
+                body[8..12].copy_from_slice(&out.open_flags.bits().to_ne_bytes());
+                body[12..16].copy_from_slice(&out.backing_id.unwrap_or(0).to_ne_bytes());
                 Ok(16)
             }
             READ => {

@@ -1,17 +1,22 @@
 //! The ways to answer an OPEN.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use fuse_backing::{Access, BackingFile, BackingTable, OpenFile, OpenFlags, ServerFile};
+use fuse_backing::{
+    Access, BackingFile, BackingTable, ClientFlags, FopenFlags, Handles, OpenFile, ServerFile,
+};
 use libtest_mimic::Failed;
+use rustix::fs::{Mode, OFlags, open};
 
 use crate::server::{Answer, Device, Opens};
 
 const INODE: u64 = 2;
 
-fn answer(fh: u64, open_flags: u32, backing_id: i32) -> Answer {
+fn answer(fh: u64, open_flags: FopenFlags, backing_id: Option<i32>) -> Answer {
     Answer {
         fh,
         open_flags,
@@ -29,13 +34,13 @@ pub struct Plain {
 }
 
 impl Opens for Plain {
-    fn open(&mut self, _: i32) -> Answer {
+    fn open(&mut self, _: u32) -> Answer {
         let keep = if self.keep_cache {
-            OpenFlags::KEEP_CACHE
+            FopenFlags::KEEP_CACHE
         } else {
-            OpenFlags::empty()
+            FopenFlags::empty()
         };
-        answer(0, keep.bits(), 0)
+        answer(0, keep, None)
     }
     fn release(&mut self, _: u64) {}
 }
@@ -45,7 +50,7 @@ pub struct HardCoded {
     id: BackingFile<Device>,
     /// The server opens the file itself at every OPEN, for the errno that the client should get.
     own: Option<PathBuf>,
-    opened: Handles<File>,
+    opened: Slots<File>,
 }
 
 impl HardCoded {
@@ -53,18 +58,18 @@ impl HardCoded {
         Ok(Self {
             id: BackingFile::open(Arc::clone(device), file(path)?, Access::ReadWrite)?,
             own: own_open.then(|| path.to_owned()),
-            opened: Handles::default(),
+            opened: Slots::default(),
         })
     }
 }
 
 impl Opens for HardCoded {
-    fn open(&mut self, _: i32) -> Answer {
+    fn open(&mut self, _: u32) -> Answer {
         let own = self.own.as_ref();
         let fh = own.map_or(0, |path| {
             self.opened.add(File::open(path).expect("it opens"))
         });
-        answer(fh, OpenFlags::PASSTHROUGH.bits(), self.id.id().as_raw())
+        answer(fh, FopenFlags::PASSTHROUGH, Some(self.id.id().as_raw()))
     }
     fn release(&mut self, fh: u64) {
         if self.own.is_some() {
@@ -77,7 +82,7 @@ impl Opens for HardCoded {
 pub struct EveryOpen {
     device: Device,
     file: File,
-    opened: Handles<BackingFile<Device>>,
+    opened: Slots<BackingFile<Device>>,
 }
 
 impl EveryOpen {
@@ -85,18 +90,18 @@ impl EveryOpen {
         Ok(Self {
             device: Arc::clone(device),
             file: file(path)?,
-            opened: Handles::default(),
+            opened: Slots::default(),
         })
     }
 }
 
 impl Opens for EveryOpen {
-    fn open(&mut self, _: i32) -> Answer {
+    fn open(&mut self, _: u32) -> Answer {
         let device = Arc::clone(&self.device);
         let backing = BackingFile::open(device, &self.file, Access::ReadWrite);
         let backing = backing.expect("registered");
         let id = backing.id().as_raw();
-        answer(self.opened.add(backing), OpenFlags::PASSTHROUGH.bits(), id)
+        answer(self.opened.add(backing), FopenFlags::PASSTHROUGH, Some(id))
     }
     fn release(&mut self, fh: u64) {
         self.opened.take(fh);
@@ -123,7 +128,7 @@ pub struct Table {
     file: File,
     /// For whom the file is hot.
     _held: Option<OpenFile<Device>>,
-    opened: Handles<(OpenFile<Device>, Option<File>)>,
+    opened: Slots<(OpenFile<Device>, Option<File>)>,
 }
 
 impl Table {
@@ -134,7 +139,7 @@ impl Table {
             table.set_idle_limit(1);
         }
         let hot = matches!(usage, Use::Share | Use::OwnOpen);
-        let known = ServerFile::with_access(&file, Access::ReadWrite);
+        let known = ServerFile::new(&file).access(Access::ReadWrite);
         let held = hot.then(|| table.open(&INODE, libc::O_RDWR, known));
         Ok(Self {
             _held: held.transpose()?,
@@ -142,35 +147,35 @@ impl Table {
             usage,
             path: path.to_owned(),
             file,
-            opened: Handles::default(),
+            opened: Slots::default(),
         })
     }
 
-    fn answer(&mut self, client_flags: i32) -> (OpenFile<Device>, Option<File>) {
+    fn answer(&mut self, client_flags: u32) -> (OpenFile<Device>, Option<File>) {
         if self.usage == Use::OwnOpen {
             let own = File::open(&self.path).expect("it opens");
-            let opened = ServerFile::of(&own).expect("it has an access mode");
-            return (self.by_open(client_flags, opened), Some(own));
+            let open = self.by_open(client_flags, ServerFile::new(&own));
+            return (open, Some(own));
         }
         let shared = self.table.share(&INODE, client_flags);
         let open = shared.unwrap_or_else(|| {
-            let known = ServerFile::with_access(&self.file, Access::ReadWrite);
+            let known = ServerFile::new(&self.file).access(Access::ReadWrite);
             self.by_open(client_flags, known)
         });
         (open, None)
     }
 
-    fn by_open(&self, client_flags: i32, file: ServerFile<'_>) -> OpenFile<Device> {
+    fn by_open(&self, client_flags: u32, file: ServerFile<'_, &File>) -> OpenFile<Device> {
         let open = self.table.open(&INODE, client_flags, file);
         open.expect("the table answers")
     }
 }
 
 impl Opens for Table {
-    fn open(&mut self, client_flags: i32) -> Answer {
+    fn open(&mut self, client_flags: u32) -> Answer {
         let open = self.answer(client_flags);
-        let reply = open.0.reply(OpenFlags::empty()).expect("a reply");
-        assert!(reply.backing_id() > 0, "it is passed through");
+        let reply = open.0.reply(FopenFlags::empty());
+        assert!(reply.backing_id().is_some(), "it is passed through");
         let (open_flags, backing_id) = (reply.open_flags(), reply.backing_id());
         answer(self.opened.add(open), open_flags, backing_id)
     }
@@ -179,13 +184,65 @@ impl Opens for Table {
     }
 }
 
+/// The crate's file handles: the server opens the file itself first. Somebody has it open.
+pub struct ByHandles {
+    handles: Handles<Device>,
+    path: PathBuf,
+    known: Option<Known>,
+}
+
+/// What a server has found out that keeps an `O_PATH` fd of each inode.
+struct Known {
+    path_fd: OwnedFd,
+    metadata: Metadata,
+}
+
+impl ByHandles {
+    pub fn new(device: &Device, path: &Path, known: bool) -> Result<Self, Failed> {
+        let handles = Handles::new(BackingTable::new(Arc::clone(device)));
+        // For whom the file is hot: it is never released.
+        let held = handles.open(&INODE, libc::O_RDWR, file(path)?, FopenFlags::empty())?;
+        assert!(held.backing_id.is_some(), "it is passed through");
+        let look = || {
+            let path_fd = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            let metadata = File::from(path_fd.try_clone()?).metadata()?;
+            Ok::<_, Failed>(Known { path_fd, metadata })
+        };
+        Ok(Self {
+            handles,
+            path: path.to_owned(),
+            known: known.then(look).transpose()?,
+        })
+    }
+}
+
+impl Opens for ByHandles {
+    fn open(&mut self, client_flags: u32) -> Answer {
+        let mut own = ServerFile::new(File::open(&self.path).expect("it opens"));
+        if let Some(Known { path_fd, metadata }) = &self.known {
+            own = own
+                .access(ClientFlags::from(client_flags).access())
+                .identity(metadata.dev(), metadata.ino())
+                .path_fd(path_fd);
+        }
+        let flags = FopenFlags::empty();
+        let opened = self.handles.open(&INODE, client_flags, own, flags);
+        let opened = opened.expect("the table answers");
+        assert!(opened.backing_id.is_some(), "it is passed through");
+        answer(opened.fh, opened.open_flags, opened.backing_id)
+    }
+    fn release(&mut self, fh: u64) {
+        drop(self.handles.release(fh).expect("it is open"));
+    }
+}
+
 /// What is kept under a file handle.
-struct Handles<T> {
+struct Slots<T> {
     slots: Vec<Option<T>>,
     free: Vec<usize>,
 }
 
-impl<T> Default for Handles<T> {
+impl<T> Default for Slots<T> {
     fn default() -> Self {
         Self {
             slots: Vec::new(),
@@ -194,7 +251,7 @@ impl<T> Default for Handles<T> {
     }
 }
 
-impl<T> Handles<T> {
+impl<T> Slots<T> {
     fn add(&mut self, value: T) -> u64 {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);

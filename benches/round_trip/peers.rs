@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
@@ -61,7 +61,7 @@ pub mod nix_macros {
 /// fuser's `BackingId`, and is good for any number of them.
 pub struct FuserSession {
     pub reply: Option<fuser::ReplyOpen>,
-    pub device: FuseDevice<OwnedFd>,
+    pub device: FuseDevice,
     mountpoint: std::path::PathBuf,
     abort: std::sync::Arc<std::fs::File>,
     session: Option<JoinHandle<()>>,

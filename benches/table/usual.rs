@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use fuse_backing::{Access, BackingFile, BackingOpenError};
+use fuse_backing::error::BackingError;
+use fuse_backing::{Access, BackingFile};
 
 use crate::Device;
 
@@ -27,7 +28,7 @@ impl<'d> Usual<'d> {
     }
 
     /// Dropping what it returns is the release.
-    pub fn open(&self, inode: u64, file: &File) -> Result<Backing<'d>, BackingOpenError> {
+    pub fn open(&self, inode: u64, file: &File) -> Result<Backing<'d>, BackingError> {
         let mut by_inode = self.by_inode.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(backing) = by_inode.get(&inode).and_then(Weak::upgrade) {
             return Ok(backing);

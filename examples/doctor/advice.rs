@@ -1,9 +1,7 @@
 //! What failed, and what to do about it.
 
-use fuse_backing::{
-    BackingCloseCause, BackingOpenError, DeviceOpenError, Errno, NegotiateError, NotPermitted,
-    Scope,
-};
+use fuse_backing::Errno;
+use fuse_backing::error::{BackingError, DeviceError, NegotiateError, NotPermitted, Scope};
 
 pub(crate) const LOOK_INTO_THE_LOG: &str = "look into the kernel's log";
 
@@ -22,24 +20,22 @@ impl Failure {
     }
 }
 
-impl From<DeviceOpenError> for Failure {
-    fn from(error: DeviceOpenError) -> Self {
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
         let advice = match error {
-            DeviceOpenError::Missing => {
+            DeviceError::Missing => {
                 "load the module with `modprobe fuse`; start a container with `--device /dev/fuse`"
             }
-            DeviceOpenError::NoDriver { .. } => {
+            DeviceError::NoDriver(_) => {
                 "load the module with `modprobe fuse`, or boot a kernel with CONFIG_FUSE_FS"
             }
-            DeviceOpenError::Denied { .. } if error.errno() == Errno::ACCESS => {
+            DeviceError::Denied(_) if error.errno() == Errno::ACCESS => {
                 "run it as root, which registering files takes as well"
             }
-            DeviceOpenError::Denied { .. } => {
+            DeviceError::Denied(_) => {
                 "a device cgroup denies it: start the container with `--device /dev/fuse`"
             }
-            DeviceOpenError::NotFuse(_) => {
-                "put the real node there: `mknod -m 666 /dev/fuse c 10 229`"
-            }
+            DeviceError::NotFuse(_) => "put the real node there: `mknod -m 666 /dev/fuse c 10 229`",
             _ => by_scope(error.scope()),
         };
         Self::new(error, advice)
@@ -63,32 +59,22 @@ impl From<NegotiateError> for Failure {
     }
 }
 
-impl From<BackingOpenError> for Failure {
-    fn from(error: BackingOpenError) -> Self {
+impl From<BackingError> for Failure {
+    fn from(error: BackingError) -> Self {
         let advice = match error {
-            BackingOpenError::UnsupportedKernel => "boot Linux 6.9 or newer",
-            BackingOpenError::DisabledInKernel => "boot a kernel with CONFIG_FUSE_PASSTHROUGH=y",
-            BackingOpenError::Unimplemented => {
+            BackingError::UnsupportedKernel => "boot Linux 6.9 or newer",
+            BackingError::DisabledInKernel => "boot a kernel with CONFIG_FUSE_PASSTHROUGH=y",
+            BackingError::Unimplemented => {
                 "run it without the emulator, or with a seccomp profile that lets ioctl(2) through"
             }
-            BackingOpenError::NotPermitted(why) => to_be_permitted(why),
-            BackingOpenError::Other(_) => LOOK_INTO_THE_LOG,
-            BackingOpenError::StackedTooDeep => {
+            BackingError::NotPermitted(why) => to_be_permitted(why),
+            BackingError::UnknownId | BackingError::Other(_) => LOOK_INTO_THE_LOG,
+            BackingError::StackedTooDeep => {
                 "serve such files without passthrough, or keep them on a filesystem beneath"
             }
             _ => by_scope(error.scope()),
         };
         Self::new(error, advice)
-    }
-}
-
-impl From<BackingCloseCause> for Failure {
-    fn from(cause: BackingCloseCause) -> Self {
-        let advice = match cause {
-            BackingCloseCause::NotPermitted(why) => to_be_permitted(why),
-            _ => LOOK_INTO_THE_LOG,
-        };
-        Self::new(cause, advice)
     }
 }
 

@@ -5,10 +5,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use fuse_backing::{
-    Access, BackingFile, BackingOpenError, FuseDevice, InitFlags, MaxStackDepth, NegotiateError,
-    NotPermitted, SyncInitError, negotiate,
-};
+use fuse_backing::error::{BackingError, DeviceError, NegotiateError, NotPermitted};
+use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
+use fuse_backing::{Access, BackingFile, FuseDevice};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
@@ -145,9 +144,7 @@ fn open_device() -> Found<Device> {
 /// the kernel was built without passthrough shows only on one that is.
 fn try_ioctl(device: &Device) -> Result<String, Trouble> {
     match device.backing_open(device) {
-        Err(BackingOpenError::NotAttached { .. }) => {
-            Ok("FUSE_DEV_IOC_BACKING_OPEN is known".to_owned())
-        }
+        Err(BackingError::NotAttached(_)) => Ok("FUSE_DEV_IOC_BACKING_OPEN is known".to_owned()),
         Err(error) => Err(error.into()),
         Ok(id) => {
             let closed = device.backing_close(id);
@@ -217,7 +214,7 @@ fn look_at_offer(scratch: &Scratch) -> Found<Offer> {
         Err(_) => None,
     };
     let mut failure = match why {
-        Some(why @ (BackingOpenError::UnsupportedKernel | BackingOpenError::DisabledInKernel)) => {
+        Some(why @ (BackingError::UnsupportedKernel | BackingError::DisabledInKernel)) => {
             Failure::from(why)
         }
         _ => NegotiateError::NotOffered.into(),
@@ -342,7 +339,7 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
             drop(backing);
             Feature::present("O_PATH fds can be registered (Linux 6.12)")
         }
-        Err(error @ BackingOpenError::PathOnlyFd) => Feature::absent(error),
+        Err(error @ BackingError::PathOnlyFd) => Feature::absent(error),
         Err(error) => Feature::unknown(error),
     }
 }
@@ -358,7 +355,7 @@ fn try_sync_init(device: Done<&Device>) -> Feature {
     };
     match device.sync_init() {
         Ok(()) => Feature::present("mount(2) can wait for INIT (Linux 6.18)"),
-        Err(error @ SyncInitError::UnsupportedKernel) => Feature::absent(error),
+        Err(error @ DeviceError::UnsupportedKernel { .. }) => Feature::absent(error),
         Err(error) => Feature::unknown(error),
     }
 }

@@ -8,7 +8,8 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use fuse_backing::{Access, BackingFile, BackingOpenError, DeviceFd, FuseDevice};
+use fuse_backing::error::BackingError;
+use fuse_backing::{Access, BackingFile, DeviceFd, FuseDevice};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, fstatfs, openat,
     openat2, statx,
@@ -208,7 +209,7 @@ fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<
     let regular = file_type(&file) == FileType::RegularFile;
     let backing = match BackingFile::open(device, &file, Access::ReadOnly) {
         // Before Linux 6.12.
-        Err(BackingOpenError::PathOnlyFd) if regular => {
+        Err(BackingError::PathOnlyFd) if regular => {
             let file = for_reading(&file)?;
             BackingFile::open(device, file, Access::ReadOnly)
         }
@@ -216,7 +217,7 @@ fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<
     };
     let backing = match backing {
         Ok(backing) => backing,
-        Err(error @ BackingOpenError::StackedTooDeep) => return Ok(Some(error.into())),
+        Err(error @ BackingError::StackedTooDeep) => return Ok(Some(error.into())),
         Err(error) => return Err(error.into()),
     };
     backing.close().map_err(|error| {

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 
-use fuse_backing::{FuseDevice, MaxStackDepth};
+use fuse_backing::FuseDevice;
+use fuse_backing::init::MaxStackDepth;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -21,7 +22,7 @@ use crate::advice::{Failure, LOOK_INTO_THE_LOG};
 use crate::client::{PATIENCE, within};
 use crate::server::{Offer, Server, Shared};
 
-pub(crate) type Device = Arc<FuseDevice<OwnedFd>>;
+pub(crate) type Device = Arc<FuseDevice>;
 
 /// Where the tmpfs is attached for a moment: a directory that is there wherever `/dev/fuse` is.
 const FOR_A_MOMENT: &str = "/dev";

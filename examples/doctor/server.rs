@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use fuse_backing::{
-    Access, BackingFile, InitFlags, MaxStackDepth, NegotiateError, Negotiated, OpenFlags,
-    OpenReply, negotiate,
-};
+use fuse_backing::error::NegotiateError;
+use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate};
+use fuse_backing::{Access, BackingFile, FopenFlags, OpenReply};
 use rustix::io::{Errno, read, write};
 
 use crate::scratch::Device;
@@ -153,15 +152,14 @@ impl Server {
         let backing = backing.unwrap_or_else(PoisonError::into_inner);
         let reply = if nodeid == PASSED_THROUGH_NODE {
             let backing = backing.as_ref().ok_or(Errno::IO)?;
-            let (granted, wanted) = (Access::ReadOnly, flags as i32);
-            let reply = OpenReply::passthrough(backing, granted, wanted, OpenFlags::empty())
-                .map_err(|_| Errno::ACCESS)?;
+            let granted = Access::ReadOnly;
+            let reply = OpenReply::passthrough(backing.id(), granted, flags, FopenFlags::empty())?;
             // An OPEN that is answered with an error gets no RELEASE.
             let opens = &self.shared.passed_through_opens;
             opens.fetch_add(1, Ordering::SeqCst);
             reply
         } else {
-            OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::INVAL)?
+            OpenReply::server(FopenFlags::empty())?
         };
         Ok(reply.to_fuse_open_out(0).to_bytes().to_vec())
     }

@@ -144,9 +144,9 @@ fn show_hot_and_cold(plain: &Running, passthrough: &Running) -> Result<()> {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()?;
-    let table = passthrough.mirror.status().table();
+    let files = passthrough.mirror.status().files.upgrade();
     let is_open = || {
-        let list = table.as_ref().map(|table| table.list());
+        let list = files.as_ref().map(|files| files.table().list());
         list.filter(|list| list.iter().any(|entry| entry.opens > 0))
     };
     let mut listing = None;

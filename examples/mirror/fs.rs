@@ -9,9 +9,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use fuse_backing::Opened;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
     INodeNo, InitFlags, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
@@ -25,9 +26,9 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
-use crate::handles::Handles;
+use crate::dirs::Dirs;
 use crate::inodes::{Inode, Inodes};
-use crate::opens::{Answer, Device, Opens, TableOpen};
+use crate::opens::{self, Device, Files, OpenFile};
 use crate::source::{self, proc_path};
 use crate::status::Status;
 
@@ -45,37 +46,29 @@ const UNKNOWN_INODE: INodeNo = INodeNo(0xffff_ffff);
 
 pub(crate) struct Mirror {
     inodes: Inodes,
-    opens: Opens,
-    files: Handles<OpenFile>,
-    /// Locked while the directory is read, which moves the position of the fd.
-    dirs: Handles<Mutex<OwnedFd>>,
+    files: Arc<Files>,
+    dirs: Dirs,
+    /// Until INIT, if passthrough is wanted.
+    device: Option<Device>,
+    /// Files that were opened with `O_DIRECT` can be mapped all the same.
+    can_map_direct: bool,
     /// The kernel checks POSIX ACLs, and leaves the umask to the server.
     acl: bool,
     status: Arc<Status>,
-}
-
-struct OpenFile {
-    file: OwnedFd,
-    /// Released when dropped, after RELEASE and whatever still reads or writes.
-    _counted: Option<TableOpen>,
-}
-
-/// An open file, from OPEN or CREATE, and how to answer.
-struct Opened {
-    handle: FileHandle,
-    answer: Answer,
 }
 
 impl Mirror {
     /// `source` is an fd of the directory that becomes the root, `device` that of the session to
     /// come, if passthrough is wanted.
     pub(crate) fn new(source: OwnedFd, device: Option<Device>) -> Result<Self> {
-        let status: Arc<Status> = Arc::default();
+        let files = Arc::new(Files::default());
+        let status = Arc::new(Status::of(Arc::downgrade(&files)));
         Ok(Self {
             inodes: Inodes::new(source)?,
-            opens: Opens::new(device, &status),
-            files: Handles::new(),
-            dirs: Handles::new(),
+            files,
+            dirs: Dirs::default(),
+            device,
+            can_map_direct: false,
             acl: false,
             status,
         })
@@ -199,7 +192,6 @@ impl Mirror {
         file: OwnedFd,
         flags: OFlags,
     ) -> Result<Opened> {
-        let (answer, counted) = self.opens.open(nodeid, inode, &file, flags)?;
         // The server reads and writes what the page cache asks for, at any alignment and offset.
         // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
         if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {
@@ -207,11 +199,14 @@ impl Mirror {
                 let _ = rustix::fs::fcntl_setfl(&file, set - OFlags::DIRECT - OFlags::APPEND);
             }
         }
-        let handle = self.files.insert(Arc::new(OpenFile {
-            file,
-            _counted: counted,
-        }));
-        Ok(Opened { handle, answer })
+        let asked = opens::reply_flags(flags, self.can_map_direct);
+        let file = opens::opened(inode, file, flags);
+        Ok(self.files.open(&nodeid, flags, file, asked)?)
+    }
+
+    /// An open file.
+    fn handle(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
+        self.files.get(handle.0).ok_or(Errno::BADF)
     }
 
     fn set_attributes(&self, nodeid: INodeNo, set: &SetAttr) -> Result<FileAttr> {
@@ -227,7 +222,7 @@ impl Mirror {
         }
         if let Some(size) = set.size {
             match set.handle {
-                Some(handle) => rustix::fs::ftruncate(&self.files.get(handle)?.file, size)?,
+                Some(handle) => rustix::fs::ftruncate(&self.handle(handle)?.file, size)?,
                 None => source::truncate(&inode, size)?,
             }
         }
@@ -245,7 +240,7 @@ impl Mirror {
         let inode = self.inodes.get(nodeid)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = rustix::fs::openat(&inode, ".", flags, Mode::empty())?;
-        Ok(self.dirs.insert(Arc::new(Mutex::new(dir))))
+        Ok(self.dirs.insert(dir))
     }
 
     /// Adds the entries from `offset` on. Offsets are the source's own, good for as long as the
@@ -280,7 +275,7 @@ impl Mirror {
     }
 
     fn read_at(&self, handle: FileHandle, offset: u64, size: u32) -> Result<Vec<u8>> {
-        let open = self.files.get(handle)?;
+        let open = self.handle(handle)?;
         let mut data = Vec::with_capacity(size as usize);
         let unused = rustix::buffer::spare_capacity(&mut data);
         rustix::io::pread(&open.file, unused, offset)?;
@@ -294,7 +289,7 @@ impl Mirror {
         data: &[u8],
         append: bool,
     ) -> Result<usize> {
-        let open = self.files.get(handle)?;
+        let open = self.handle(handle)?;
         if append {
             // The kernel's idea of where the file ends may be old.
             let data = [std::io::IoSlice::new(data)];
@@ -321,30 +316,29 @@ fn open_flags(client: i32) -> OFlags {
     OFlags::from_bits_retain(client as u32)
 }
 
+fn fuser_fields(opened: &Opened) -> (FileHandle, FopenFlags) {
+    let flags = FopenFlags::from_bits_retain(opened.open_flags.bits());
+    (FileHandle(opened.fh), flags)
+}
+
 fn fuse_errno(errno: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno.raw_os_error())
 }
 
-/// The id in the type that fuser's reply wants it in. That type would close the id when it is
-/// dropped, so it is to be taken apart with `into_raw`.
-#[allow(
-    unsafe_code,
-    reason = "fuser cannot check an id that it did not register"
-)]
-fn lend_to_open(reply: &ReplyOpen, id: u32) -> fuser::BackingId {
-    // SAFETY: `Opens` registered the id with the device of this session, and keeps it open until the
-    // RELEASE of the very open that is being answered.
-    unsafe { reply.wrap_backing(id) }
-}
-
-/// As [`lend_to_open`].
-#[allow(
-    unsafe_code,
-    reason = "fuser cannot check an id that it did not register"
-)]
-fn lend_to_create(reply: &ReplyCreate, id: u32) -> fuser::BackingId {
-    // SAFETY: as in `lend_to_open`.
-    unsafe { reply.wrap_backing(id) }
+/// The id in the type that fuser's reply wants it in: `lend!(reply, id)`. That type would close the id when it
+/// is dropped, so it is to be taken apart with `into_raw`.
+macro_rules! lend {
+    ($reply:ident, $id:ident) => {{
+        #[allow(
+            unsafe_code,
+            reason = "fuser cannot check an id that it did not register"
+        )]
+        // SAFETY: `Files` registered the id with the device of this session, and keeps it open until the
+        // RELEASE of the very open that is being answered.
+        unsafe {
+            $reply.wrap_backing($id as u32)
+        }
+    }};
 }
 
 /// Sends what the call returned: `answer!(reply, result, |value| reply.method(value))`.
@@ -366,16 +360,13 @@ impl Filesystem for Mirror {
         add(InitFlags::FUSE_AUTO_INVAL_DATA);
         // The kernel is to check the ACLs that the source's files have, not their modes alone.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
-        if let Some(negotiated) = self.opens.negotiate(config) {
+        self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
+        if let Some(device) = self.device.take() {
+            let negotiated = opens::attach(&self.files, device, config);
             // INIT comes once.
             let _ = self.status.negotiated.set(negotiated);
         }
         Ok(())
-    }
-
-    fn destroy(&mut self) {
-        // A device that is kept would keep the connection, and with it every id.
-        self.opens.shut_down();
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -538,13 +529,14 @@ impl Filesystem for Mirror {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
         let opened = self.open_file(ino, open_flags(flags.0));
-        answer!(reply, opened, |Opened { handle, answer }| match answer {
-            Answer::Server(flags) => reply.opened(handle, flags),
-            Answer::Passthrough { flags, id } => {
-                let lent = lend_to_open(&reply, id);
-                reply.opened_passthrough(handle, flags, &lent);
-                let _ = lent.into_raw();
-            }
+        answer!(reply, opened, |opened| {
+            let (handle, flags) = fuser_fields(&opened);
+            let Some(id) = opened.backing_id else {
+                return reply.opened(handle, flags);
+            };
+            let lent = lend!(reply, id);
+            reply.opened_passthrough(handle, flags, &lent);
+            let _ = lent.into_raw();
         });
     }
 
@@ -559,20 +551,15 @@ impl Filesystem for Mirror {
         reply: ReplyCreate,
     ) {
         let created = self.create_file(req, parent, name, (mode, umask), open_flags(flags));
-        answer!(
-            reply,
-            created,
-            |(attr, Opened { handle, answer })| match answer {
-                Answer::Server(flags) => {
-                    reply.created(&TTL, &attr, GENERATION, handle, flags);
-                }
-                Answer::Passthrough { flags, id } => {
-                    let lent = lend_to_create(&reply, id);
-                    reply.created_passthrough(&TTL, &attr, GENERATION, handle, flags, &lent);
-                    let _ = lent.into_raw();
-                }
-            }
-        );
+        answer!(reply, created, |(attr, opened)| {
+            let (handle, flags) = fuser_fields(&opened);
+            let Some(id) = opened.backing_id else {
+                return reply.created(&TTL, &attr, GENERATION, handle, flags);
+            };
+            let lent = lend!(reply, id);
+            reply.created_passthrough(&TTL, &attr, GENERATION, handle, flags, &lent);
+            let _ = lent.into_raw();
+        });
     }
 
     fn read(
@@ -634,7 +621,7 @@ impl Filesystem for Mirror {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        drop(self.files.remove(fh));
+        drop(self.files.release(fh.0));
         reply.ok();
     }
 
@@ -647,8 +634,7 @@ impl Filesystem for Mirror {
         reply: ReplyEmpty,
     ) {
         let done = self
-            .files
-            .get(fh)
+            .handle(fh)
             .and_then(|open| source::sync(&open.file, datasync));
         answer!(reply, done, |()| reply.ok());
     }
@@ -771,7 +757,7 @@ impl Filesystem for Mirror {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let done = self.files.get(fh).and_then(|open| {
+        let done = self.handle(fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
             rustix::fs::fallocate(&open.file, mode, offset, length)
         });
@@ -788,7 +774,7 @@ impl Filesystem for Mirror {
         reply: ReplyLseek,
     ) {
         // The kernel asks for holes and data alone: it keeps the positions itself.
-        let position = self.files.get(fh).and_then(|open| {
+        let position = self.handle(fh).and_then(|open| {
             let from = match whence {
                 libc::SEEK_DATA => SeekFrom::Data(offset as u64),
                 libc::SEEK_HOLE => SeekFrom::Hole(offset as u64),
@@ -814,8 +800,8 @@ impl Filesystem for Mirror {
     ) {
         // The reply counts in 32 bits.
         let len = len.min(1 << 30) as usize;
-        let copied = self.files.get(fh_in).and_then(|from| {
-            let to = self.files.get(fh_out)?;
+        let copied = self.handle(fh_in).and_then(|from| {
+            let to = self.handle(fh_out)?;
             let (at, into) = (Some(&mut offset_in), Some(&mut offset_out));
             rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)
         });

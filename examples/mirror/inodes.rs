@@ -31,6 +31,13 @@ pub(crate) struct Inode {
     key: Key,
 }
 
+impl Inode {
+    /// `st_dev` and `st_ino`.
+    pub(crate) fn identity(&self) -> (u64, u64) {
+        (self.key.dev, self.key.ino)
+    }
+}
+
 impl AsFd for Inode {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use rustix::process::{Resource, getrlimit};
 
 use super::listing::TableStats;
-use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
+use crate::error::{BackingError, Scope, ServerReason};
+use std::sync::Arc;
 
 /// What the ledger's lock protects. `T` is a reference to an inode.
 pub(super) struct Ledger<T> {
-    /// `ids` has those that are just being registered as well, `idle` is not kept up.
+    /// `ids` includes those that are being registered; `idle` is not maintained.
     pub(super) stats: TableStats,
     /// How many of the ids are just being closed.
     pub(super) closing: usize,
@@ -20,13 +21,18 @@ pub(super) struct Ledger<T> {
     /// Registered without opens, by LRU sequence number.
     idle: BTreeMap<usize, T>,
     /// The same for those whose close failed, with the cause.
-    unclosed: BTreeMap<usize, (T, BackingCloseCause)>,
+    unclosed: BTreeMap<usize, (T, BackingError)>,
     last: usize,
     /// The table is gone, and with it whoever could reopen what is parked, or retry.
     orphaned: bool,
     /// How often `stats.refused` was forgotten.
     resets: usize,
+    /// Whom to tell of a cause that is new in `stats.served`.
+    tell: Option<Arc<Tell>>,
 }
+
+/// What [`BackingTable::on_server_mode`](super::BackingTable::on_server_mode) was given.
+pub(super) type Tell = dyn Fn(ServerReason) + Send + Sync;
 
 /// Whether an id may be registered.
 pub(super) enum Room<T> {
@@ -59,7 +65,7 @@ impl<T: Clone> Ledger<T> {
                 ids: 0,
                 limit: limit.unwrap_or(usize::MAX),
                 idle: 0,
-                over_limit: 0,
+                served: Vec::new(),
                 close_failures: 0,
                 by_open_fd: 0,
                 refused: None,
@@ -73,12 +79,13 @@ impl<T: Clone> Ledger<T> {
             last: 0,
             orphaned: false,
             resets: 0,
+            tell: None,
         }
     }
 
     pub(super) fn reserve(&mut self) -> Room<T> {
         if let Some(error) = self.stats.refused {
-            Room::None(ServerReason::Remembered(error))
+            Room::None(ServerReason::Refused(error))
         } else if self.stats.ids < self.stats.limit {
             self.stats.ids += 1;
             Room::Reserved {
@@ -90,14 +97,13 @@ impl<T: Clone> Ledger<T> {
         } else if self.closing > 0 {
             Room::Wait
         } else {
-            self.stats.over_limit += 1;
             Room::None(ServerReason::LimitReached)
         }
     }
 
     /// Registering failed; `resets` is what it was reserved with. What holds for every thread is
     /// remembered, unless `reset` was called after the attempt began.
-    pub(super) fn refused(&mut self, error: BackingOpenError, resets: usize) {
+    pub(super) fn refused(&mut self, error: BackingError, resets: usize) {
         if error.scope() == Scope::Connection && resets == self.resets {
             self.stats.refused = Some(error);
         }
@@ -184,15 +190,11 @@ impl<T: Clone> Ledger<T> {
 
     /// What was counted as being closed is closed, or failed to be. In the latter case it is parked again,
     /// under the number returned, unless nobody could retry.
-    pub(super) fn closed(
-        &mut self,
-        inode: &T,
-        result: Result<(), BackingCloseCause>,
-    ) -> Option<usize> {
+    pub(super) fn closed(&mut self, inode: &T, result: Result<(), BackingError>) -> Option<usize> {
         self.closing -= 1;
         self.stats.close_failures += u64::from(result.is_err());
         match result {
-            Err(cause) if cause != BackingCloseCause::UnknownId => {
+            Err(cause) if cause != BackingError::UnknownId => {
                 if self.orphaned {
                     return None;
                 }
@@ -208,14 +210,32 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    pub(super) fn close_failed(&self, parked: usize) -> Option<BackingCloseCause> {
+    pub(super) fn close_failed(&self, parked: usize) -> Option<BackingError> {
         self.unclosed.get(&parked).map(|(_, cause)| *cause)
+    }
+
+    /// Counts an open in server mode; returns whom to tell of its cause.
+    pub(super) fn served(&mut self, reason: ServerReason) -> Option<Arc<Tell>> {
+        let served = &mut self.stats.served;
+        if let Some((_, opens)) = served.iter_mut().find(|(counted, _)| *counted == reason) {
+            *opens += 1;
+            return None;
+        }
+        served.push((reason, 1));
+        self.tell.clone().filter(|_| reason != ServerReason::Chosen)
+    }
+
+    /// Returns the causes so far, to be told, and what was set before, to be dropped without the lock.
+    pub(super) fn set_tell(&mut self, tell: Arc<Tell>) -> (Vec<ServerReason>, Option<Arc<Tell>>) {
+        let causes = self.stats.served.iter().map(|(reason, _)| *reason);
+        let causes = causes.filter(|reason| *reason != ServerReason::Chosen);
+        (causes.collect(), self.tell.replace(tell))
     }
 
     pub(super) fn stats(&self) -> TableStats {
         TableStats {
             idle: self.idle.len(),
-            ..self.stats
+            ..self.stats.clone()
         }
     }
 }
@@ -227,7 +247,7 @@ mod tests {
     #[test]
     fn numbers_come_round() {
         let mut ledger = Ledger::new();
-        let cause = BackingCloseCause::UnknownId;
+        let cause = BackingError::UnknownId;
         assert_eq!((ledger.next(), ledger.next()), (1, 2));
         ledger.last = usize::MAX - 1;
         ledger.idle.insert(usize::MAX, ());

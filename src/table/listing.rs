@@ -4,11 +4,13 @@ use std::fmt;
 use std::ops::Deref;
 use std::time::Duration;
 
+use rustix::fs::{major, minor};
+
 use crate::access::Access;
-use crate::error::{BackingCloseCause, BackingOpenError, ServerReason};
+use crate::error::{BackingError, ServerReason};
 
 /// Figures of a [`BackingTable`](super::BackingTable).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TableStats {
     /// Registered ids: open, idle, and those that could not be closed.
@@ -17,15 +19,15 @@ pub struct TableStats {
     pub limit: usize,
     /// Those without opens, kept for reopening.
     pub idle: usize,
-    /// Inodes that were opened in server mode because of the limit, so far.
-    pub over_limit: u64,
+    /// Opens in server mode, so far, by cause.
+    pub served: Vec<(ServerReason, u64)>,
     /// Closes that failed, so far, retries among them.
     pub close_failures: u64,
     /// Registrations, so far, of the fd that [`open`](super::BackingTable::open) was given: there was no
     /// `O_PATH` fd of the file, or the kernel, older than 6.12, does not take one.
     pub by_open_fd: u64,
     /// What is remembered of the connection: nothing is registered any more.
-    pub refused: Option<BackingOpenError>,
+    pub refused: Option<BackingError>,
 }
 
 /// An inode in a [`Listing`].
@@ -49,12 +51,12 @@ pub struct Entry<K> {
     /// Why it is in server mode.
     pub server_reason: Option<ServerReason>,
     /// Why it could not be closed.
-    pub close_failed: Option<BackingCloseCause>,
+    pub close_failed: Option<BackingError>,
     /// Since its first open, in whole seconds.
     pub age: Duration,
 }
 
-/// What [`BackingTable::list`](super::BackingTable::list) found: dereferences to the entries, and prints as a table.
+/// What [`BackingTable::list`](super::BackingTable::list) found: the entries, which print as a table.
 #[derive(Clone, Debug)]
 pub struct Listing<K>(pub(super) Vec<Entry<K>>);
 
@@ -63,6 +65,15 @@ impl<K> Deref for Listing<K> {
 
     fn deref(&self) -> &[Entry<K>] {
         &self.0
+    }
+}
+
+impl<'a, K> IntoIterator for &'a Listing<K> {
+    type Item = &'a Entry<K>;
+    type IntoIter = std::slice::Iter<'a, Entry<K>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
     }
 }
 
@@ -82,25 +93,16 @@ impl<K: fmt::Display> fmt::Display for Listing<K> {
             "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>7} MODE",
             "INODE", "ID", "DEVICE", "BACKING", "ACCESS", "OPENS", "AGE"
         )?;
-        let dash = || "-".to_owned();
         for entry in &self.0 {
-            let device = entry.backing_device.map_or_else(dash, |device| {
-                format!(
-                    "{}:{}",
-                    rustix::fs::major(device),
-                    rustix::fs::minor(device)
-                )
-            });
+            let device = |device| format!("{}:{}", major(device), minor(device));
             write!(
                 f,
                 "{:>10} {:>10} {:>8} {:>12} {:<10} {:>6} {:>6}s ",
                 entry.inode,
-                entry.id.map_or_else(dash, |id| id.to_string()),
-                device,
-                entry
-                    .backing_inode
-                    .map_or_else(dash, |inode| inode.to_string()),
-                entry.access.map_or_else(dash, |access| access.to_string()),
+                or_dash(entry.id),
+                or_dash(entry.backing_device.map(device)),
+                or_dash(entry.backing_inode),
+                or_dash(entry.access),
                 entry.opens,
                 entry.age.as_secs(),
             )?;
@@ -114,4 +116,8 @@ impl<K: fmt::Display> fmt::Display for Listing<K> {
         }
         Ok(())
     }
+}
+
+fn or_dash(value: Option<impl fmt::Display>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }

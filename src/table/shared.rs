@@ -1,6 +1,8 @@
 //! What the opens of a table share: the inodes in their shards, and the ledger.
 
 use std::hash::Hash;
+use std::os::fd::BorrowedFd;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -10,16 +12,20 @@ use super::inode::{self, Inodes};
 use super::ledger::{Claim, Ledger, Room};
 use super::listing::Entry;
 use super::mode::{Mode, Registered};
-use crate::error::{BackingCloseCause, BackingOpenError, Scope, ServerReason};
+use crate::access::Access;
+use crate::error::{BackingError, Scope, ServerReason};
 use crate::file::{Backing, Looked, ServerFile};
 use crate::register::Register;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, lock, wait};
+use crate::sync::{Arc, AtomicBool, Condvar, Mutex, MutexGuard, Ordering, lock, wait};
 
 /// Enough that threads seldom meet, in 8 KiB of empty maps.
 const SHARDS: u8 = 64;
 
 pub(super) struct Shared<R: Register, K: Hash + Eq + Clone> {
-    pub(super) registrar: R,
+    /// Set once, by `attach`.
+    registrar: OnceLock<R>,
+    /// The registrar takes no `O_PATH` fd: its kernel is older than 6.12.
+    refuses_path_fd: AtomicBool,
     seeds: Seeds,
     shards: Box<[Shard<R, K>]>,
     ledger: Mutex<Ledger<Arc<Inode<R, K>>>>,
@@ -41,17 +47,26 @@ type Locked<'a, R, K> = MutexGuard<'a, Inodes<K, Shared<R, K>>>;
 pub(super) struct Open<R: Register, K: Hash + Eq + Clone>(Arc<Inode<R, K>>);
 
 impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
-    pub(super) fn new(registrar: R) -> Self {
+    pub(super) fn new() -> Self {
         let seeds = Seeds::random();
         let shard = |_| Shard(Mutex::new(Inodes::new(seeds)));
         Self {
-            registrar,
+            registrar: OnceLock::new(),
+            refuses_path_fd: AtomicBool::new(false),
             seeds,
             shards: (0..SHARDS).map(shard).collect(),
             ledger: Mutex::new(Ledger::new()),
             closed: Condvar::new(),
             start: Instant::now(),
         }
+    }
+
+    pub(super) fn attach(&self, registrar: R) -> Result<(), R> {
+        self.registrar.set(registrar)
+    }
+
+    pub(super) fn enforces_grant(&self) -> bool {
+        self.registrar.get().is_some_and(Register::enforces_grant)
     }
 
     pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger<Arc<Inode<R, K>>>> {
@@ -69,17 +84,22 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         lock(&self.shards[usize::from(shard)].0)
     }
 
-    /// One open more of an inode that is open or parked, if `admits` its mode.
+    /// One open more of an inode that is open or parked, if `admits` its mode; it is told whether the inode
+    /// is open.
     #[inline]
-    pub(super) fn join(&self, key: &K, admits: impl FnOnce(&Mode) -> bool) -> Option<Open<R, K>> {
+    pub(super) fn join(
+        &self,
+        key: &K,
+        admits: impl FnOnce(&Mode, bool) -> bool,
+    ) -> Option<Open<R, K>> {
         let (_, inodes) = self.lock_of(key);
         let inode = inodes.find(key)?;
-        inode.mode().is_some_and(admits).then(|| self.count(inode))
+        let mode = inode.mode()?;
+        admits(mode, inode.opens() > 0).then(|| self.count(inode))
     }
 
-    /// The same, or the first open of a new one, whose mode is decided now. `admits` is also told whether the
-    /// inode is open: what it refuses is replaced if it is merely parked. Waits for another open that is
-    /// deciding, without counting as one.
+    /// The same, or the first open of a new one, whose mode is decided now. What `admits` refuses is replaced
+    /// if it is merely parked. Waits for another open that is deciding, without counting as one.
     pub(super) fn join_or_insert<E>(
         self: &Arc<Self>,
         key: &K,
@@ -191,20 +211,25 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
 
     /// Closes the id of an inode that the ledger counts as being closed, and that nobody can open.
     /// Caller must hold no lock but the `deciding` of another inode.
-    fn close(&self, inode: &Arc<Inode<R, K>>) -> Result<(), BackingCloseCause> {
+    fn close(&self, inode: &Arc<Inode<R, K>>) -> Result<(), BackingError> {
         let Some(Mode::Passthrough(registered)) = inode.mode() else {
             return Ok(());
         };
         let mut closing = Closing {
             inode,
             // That is what it comes to if the registrar panics.
-            result: Err(BackingCloseCause::Registrar {
+            result: Err(BackingError::Registrar {
                 errno: Errno::IO,
                 scope: Scope::File,
             }),
         };
-        let closed = self.registrar.unregister(registered.id.alias());
-        closing.result = closed.map_err(|failed| failed.cause());
+        closing.result = match self.registrar.get() {
+            Some(registrar) => registrar
+                .unregister(registered.id.alias())
+                .map_err(|failed| failed.cause()),
+            // Adopted before `attach`.
+            None => Err(BackingError::NotAttached(Errno::PERM)),
+        };
         closing.result
     }
 
@@ -220,24 +245,21 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     }
 
     /// What a close has come to.
-    fn closed(&self, inode: &Arc<Inode<R, K>>, result: Result<(), BackingCloseCause>) {
+    fn closed(&self, inode: &Arc<Inode<R, K>>, result: Result<(), BackingError>) {
         let mut inodes = self.lock(inode.shard);
         let parked = self.settle(|ledger| ledger.closed(inode, result));
         match parked {
             Some(parked) => inode.set_parked(parked),
             None => return inodes.remove(inode),
         }
-        if matches!(result, Err(BackingCloseCause::Registrar { .. })) && !inode.is_detached() {
+        if matches!(result, Err(BackingError::Registrar { .. })) && !inode.is_detached() {
             // It may be closed all the same: not to be answered again.
             inodes.detach(&inode.key);
         }
     }
 
     /// Closes what was claimed, unless it was opened since.
-    pub(super) fn close_claimed(
-        &self,
-        claim: Claim<Arc<Inode<R, K>>>,
-    ) -> Result<(), BackingCloseCause> {
+    pub(super) fn close_claimed(&self, claim: Claim<Arc<Inode<R, K>>>) -> Result<(), BackingError> {
         let Claim { inode, parked } = claim;
         let inodes = self.lock(inode.shard);
         if inode.parked() != parked {
@@ -270,31 +292,38 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     }
 
     /// The mode of an inode whose first open brings this file.
-    pub(super) fn register(&self, file: &ServerFile<'_>, looked: Looked) -> Mode {
-        self.try_register(file, looked)
+    pub(super) fn register(
+        &self,
+        file: &ServerFile<'_, BorrowedFd<'_>>,
+        looked: Looked,
+        grant: Access,
+    ) -> Mode {
+        self.try_register(file, looked, grant)
             .map_or_else(Mode::Server, Mode::Passthrough)
     }
 
     fn try_register(
         &self,
-        file: &ServerFile<'_>,
+        file: &ServerFile<'_, BorrowedFd<'_>>,
         looked: Looked,
+        grant: Access,
     ) -> Result<Registered, ServerReason> {
+        let registrar = self.registrar.get().ok_or(ServerReason::NoRegistrar)?;
         if let Some(reason) = looked.refusal {
             return Err(reason);
         }
         let (resets, keep_fds) = self.reserve()?;
         let reserved = Reserved(self);
-        let by_path = self.registrar.takes_path_fd();
+        let wants_path = registrar.takes_path_fd();
+        let by_path = wants_path && !self.refuses_path_fd.load(Ordering::Relaxed);
         let mut backing = file.backing(looked.id, by_path);
-        let grant = file.at_most();
         let result = loop {
             if keep_fds {
                 backing.keep().map_err(ServerReason::NoFd)?;
             }
-            match self.registrar.register(backing.as_fd(), grant) {
-                // Before Linux 6.12.
-                Err(BackingOpenError::PathOnlyFd) if backing.is_path() => {
+            match registrar.register(backing.as_fd(), grant) {
+                Err(BackingError::PathOnlyFd) if backing.is_path() => {
+                    self.refuses_path_fd.store(true, Ordering::Relaxed);
                     backing = Backing::lent(file);
                 }
                 result => break result,
@@ -305,7 +334,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             ServerReason::Refused(error)
         })?;
         std::mem::forget(reserved);
-        if by_path && !backing.is_path() {
+        if wants_path && !backing.is_path() {
             self.ledger().stats.by_open_fd += 1;
         }
         let kept = if keep_fds { backing.into_kept() } else { None };
@@ -386,7 +415,7 @@ impl<R: Register, K: Hash + Eq + Clone> Drop for Reserved<'_, R, K> {
 /// An id for which the registrar was called: it is told to the books on drop, also where that panics.
 struct Closing<'a, R: Register, K: Hash + Eq + Clone> {
     inode: &'a Arc<Inode<R, K>>,
-    result: Result<(), BackingCloseCause>,
+    result: Result<(), BackingError>,
 }
 
 impl<R: Register, K: Hash + Eq + Clone> Drop for Closing<'_, R, K> {
@@ -396,6 +425,10 @@ impl<R: Register, K: Hash + Eq + Clone> Drop for Closing<'_, R, K> {
 }
 
 impl<R: Register, K: Hash + Eq + Clone> Open<R, K> {
+    pub(super) fn key(&self) -> &K {
+        &self.0.key
+    }
+
     /// `None` until it is decided.
     pub(super) fn mode(&self) -> Option<&Mode> {
         self.0.mode()

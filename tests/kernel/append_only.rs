@@ -18,9 +18,10 @@ use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use fuse_backing::error::ServerReason;
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, OpenReply,
-    ServerFile, ServerReason,
+    Access, BackingFile, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
+    ServerFile,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{
@@ -374,10 +375,9 @@ fn table_only_lets_clients_append(sandbox: &Sandbox, folder: &Path) -> Result<()
         let (shared, kept) = (Arc::clone(&table), Arc::clone(&opens));
         let answer = move |device: &Device, nodeid, flags, file: &OwnedFd| {
             let table = shared.get_or_init(|| BackingTable::new(Arc::clone(device)));
-            let file = ServerFile::of(file).map_err(|_| Errno::BADF)?;
-            let open = table.open(&nodeid, flags, file).map_err(|_| Errno::IO)?;
+            let open = table.open(&nodeid, flags, ServerFile::new(file))?;
             let mut opens = kept.lock().unwrap();
-            let reply = open.reply(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+            let reply = open.reply(FopenFlags::empty());
             let out = reply.to_fuse_open_out(opens.len() as u64);
             opens.push(open);
             Ok(out)
@@ -399,7 +399,7 @@ fn table_only_lets_clients_append(sandbox: &Sandbox, folder: &Path) -> Result<()
         let reasons: Vec<_> = opens.iter().map(OpenFile::server_reason).collect();
         assert_eq!(reasons, [Some(ServerReason::AppendOnly), None]);
         // The connection's first id: the append-only file was not registered for a moment either.
-        assert_eq!(opens[1].reply(OpenFlags::empty())?.backing_id(), 1);
+        assert_eq!(opens[1].reply(FopenFlags::empty()).backing_id(), Some(1));
         Ok(outcome)
     })?;
     for (way, outcome) in outcomes {
@@ -420,7 +420,7 @@ fn idle_id_is_not_used_again(sandbox: &Sandbox, folder: &Path) -> Result<(), Fai
         .append(true)
         .create(true)
         .open(folder.join("later"))?;
-    let open = || table.open(&1, libc::O_WRONLY, ServerFile::of(&file).expect("readable"));
+    let open = || table.open(&1, libc::O_WRONLY, ServerFile::new(&file));
     let before = open()?;
     assert!(before.is_passthrough());
     make_append_only(&file)?;
@@ -439,12 +439,12 @@ fn passthrough_lets_clients_overwrite(sandbox: &Sandbox, folder: &Path) -> Resul
     let outcomes = each_way(folder, |way, folder| {
         let kept: Mutex<Option<BackingFile<Device>>> = Mutex::default();
         let answer = move |device: &Device, _, flags, file: &OwnedFd| {
-            let granted = Access::of(file).map_err(|_| Errno::BADF)?;
-            let backing = BackingFile::open(Arc::clone(device), file, granted);
+            let granted = Access::of(file)?;
+            let backing = BackingFile::open(Arc::clone(device), file, granted)?;
             let mut kept = kept.lock().unwrap();
-            let backing = kept.insert(backing.map_err(|error| error.errno())?);
-            let reply = OpenReply::passthrough(backing, granted, flags, OpenFlags::empty());
-            Ok(reply.map_err(|_| Errno::IO)?.to_fuse_open_out(0))
+            let backing = kept.insert(backing);
+            let reply = OpenReply::passthrough(backing.id(), granted, flags, FopenFlags::empty())?;
+            Ok(reply.to_fuse_open_out(0))
         };
         let connection = serve(sandbox, folder, &[PROTECTED], answer)?;
         let outcome = attempt(&connection, folder, PROTECTED, way)?;

@@ -7,10 +7,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use fuse_backing::{
-    BackingCloseCause, BackingId, BackingOpenError, DeviceFd, Errno, FileType, FuseDevice,
-    NotFuseDeviceReason, NotPermitted, OpenFlags, OpenReply, Scope, uapi,
-};
+use fuse_backing::error::{BackingError, FileType, NotFuseDeviceReason, NotPermitted, Scope};
+use fuse_backing::{BackingId, DeviceFd, Errno, FopenFlags, FuseDevice, OpenReply, uapi};
 use libtest_mimic::Failed;
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, mknodat, open};
 use rustix::mount::{MountFlags, mount};
@@ -99,7 +97,7 @@ pub const ROLES: &[(&str, Role)] = &[
 ];
 
 /// The error of registering `fd`; nothing is left registered if there is none.
-fn error(device: &FuseDevice<impl DeviceFd>, fd: impl AsFd) -> Option<BackingOpenError> {
+fn error(device: &FuseDevice<impl DeviceFd>, fd: impl AsFd) -> Option<BackingError> {
     match device.backing_open(fd) {
         Ok(id) => {
             device.backing_close(id).expect("an id just registered");
@@ -110,7 +108,7 @@ fn error(device: &FuseDevice<impl DeviceFd>, fd: impl AsFd) -> Option<BackingOpe
 }
 
 #[track_caller]
-fn assert_error(error: Option<BackingOpenError>, debug: &str, errno: Errno, scope: Scope) {
+fn assert_error(error: Option<BackingError>, debug: &str, errno: Errno, scope: Scope) {
     let error = error.expect("refused");
     assert_eq!(format!("{error:?}"), debug);
     assert_eq!((error.errno(), error.scope()), (errno, scope), "{debug}");
@@ -121,7 +119,7 @@ fn assert_error(error: Option<BackingOpenError>, debug: &str, errno: Errno, scop
 
 /// The remainder of `EPERM`.
 #[track_caller]
-fn assert_not_negotiated(error: Option<BackingOpenError>) {
+fn assert_not_negotiated(error: Option<BackingError>) {
     assert_error(
         error,
         "NotPermitted(NotNegotiatedOrDenied)",
@@ -135,7 +133,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let refused = error(&device, tempfile::tempfile()?).expect("refused");
     expect::assert_unattached(refused.errno());
     let not_attached = |refused, errno: Errno| {
-        let debug = format!("NotAttached {{ errno: {errno:?} }}");
+        let debug = format!("NotAttached({errno:?})");
         assert_error(Some(refused), &debug, errno, Scope::Connection);
     };
     not_attached(refused, refused.errno());
@@ -241,10 +239,10 @@ fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
     let device = connection.device();
     let known = expect::regular_files_only(connection.offer());
     // Not by every kernel, and before Linux 6.12 with other errnos.
-    let said = |refused: &Option<BackingOpenError>| match refused {
+    let said = |refused: &Option<BackingError>| match refused {
         None => known != Some(true),
-        Some(BackingOpenError::PathOnlyFd) => !expect::path_only_files(connection.offer()),
-        Some(refused) => matches!(refused, BackingOpenError::NotRegularFile { .. }),
+        Some(BackingError::PathOnlyFd) => !expect::path_only_files(connection.offer()),
+        Some(refused) => matches!(refused, BackingError::NotRegularFile { .. }),
     };
     let refused = |fd: OwnedFd, file_type: FileType, errno: Errno| {
         let refused = error(&device, fd);
@@ -387,7 +385,7 @@ fn files_of_other_fuse_mounts(sandbox: &Sandbox) -> Result<(), Failed> {
             backing: tmpfs.file("file", "content")?,
         };
         let on_open = |_, _| {
-            let reply = OpenReply::server(OpenFlags::empty()).expect("no passthrough");
+            let reply = OpenReply::server(FopenFlags::empty()).expect("no passthrough");
             Ok(reply.to_fuse_open_out(1))
         };
         Connection::serve(sandbox, init, vec![node], Arc::new(on_open))
@@ -428,7 +426,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let unattached = FuseDevice::open()?;
     let refused = without_cap_sys_admin(|| error(&unattached, &file));
     assert!(
-        matches!(refused, Some(BackingOpenError::NotAttached { .. })),
+        matches!(refused, Some(BackingError::NotAttached(_))),
         "{refused:?}"
     );
     Ok(())
@@ -588,11 +586,11 @@ fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error:
     let id = device.backing_open(&file)?;
 
     drop(owned);
-    let unknown = Some(BackingOpenError::Other(Errno::BADF));
+    let unknown = Some(BackingError::Other(Errno::BADF));
     assert_eq!(error(&device, &path_only), unknown);
     assert_eq!(error(&device, &file), unknown);
     let failed = device.backing_close(id).unwrap_err();
-    assert_eq!(failed.cause(), BackingCloseCause::Other(Errno::BADF));
+    assert_eq!(failed.cause(), BackingError::Other(Errno::BADF));
 
     let again = rustix::io::fcntl_dupfd_cloexec(stdin.as_fd(), lent.as_raw_fd())?;
     assert_eq!(again.as_raw_fd(), lent.as_raw_fd());
@@ -627,11 +625,10 @@ fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Err
 
 /// Whether a device is attached is asked by a write, which a read-only fd does not allow.
 fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
-    let undetermined = BackingOpenError::NotPermitted(NotPermitted::Undetermined);
+    let undetermined = BackingError::NotPermitted(NotPermitted::Undetermined);
     let device = FuseDevice::new(File::open("/dev/fuse")?)?;
     assert_eq!(error(&device, tempfile::tempfile()?), Some(undetermined));
     let close = device.backing_close(BackingId::from_raw(1).expect("positive"));
-    let undetermined = BackingCloseCause::NotPermitted(NotPermitted::Undetermined);
     assert_eq!(close.map_err(|failed| failed.cause()), Err(undetermined));
     Ok(())
 }
@@ -648,7 +645,7 @@ fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
         error(&device, &file)
     });
     assert!(
-        matches!(refused, Some(BackingOpenError::NotAttached { .. })),
+        matches!(refused, Some(BackingError::NotAttached(_))),
         "{refused:?}"
     );
     Ok(())
@@ -756,7 +753,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     );
     assert_eq!(
         forged(&file, &[(OPEN, Errno::PERM)]),
-        Some(BackingOpenError::NotPermitted(
+        Some(BackingError::NotPermitted(
             NotPermitted::NotNegotiatedOrDenied
         ))
     );

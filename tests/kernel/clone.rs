@@ -1,6 +1,7 @@
 //! `FUSE_DEV_IOC_CLONE`: further fds of one connection.
 
-use fuse_backing::{CloneConnectionError, Errno, FuseDevice, Scope, uapi};
+use fuse_backing::error::{DeviceError, Scope};
+use fuse_backing::{Errno, FuseDevice, uapi};
 use libtest_mimic::Failed;
 
 use crate::expect;
@@ -24,10 +25,7 @@ pub const TESTS: &[Test] = &[
 fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let failed = FuseDevice::open()?.clone_connection().unwrap_err();
     expect::assert_clone_unattached(failed.errno());
-    assert!(
-        matches!(failed, CloneConnectionError::NotAttached { .. }),
-        "{failed:?}"
-    );
+    assert!(matches!(failed, DeviceError::NotAttached(_)), "{failed:?}");
     assert_eq!(failed.scope(), Scope::Connection);
 
     // As older releases.
@@ -38,10 +36,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
         device.clone_connection().unwrap_err()
     });
     assert_eq!(forged.errno(), Errno::INVAL);
-    assert!(
-        matches!(forged, CloneConnectionError::NotAttached { .. }),
-        "{forged:?}"
-    );
+    assert!(matches!(forged, DeviceError::NotAttached(_)), "{forged:?}");
     Ok(())
 }
 
@@ -81,30 +76,23 @@ fn keeps_the_connection(sandbox: &Sandbox) -> Result<(), Failed> {
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let device = connection.device();
+    const UNSUPPORTED: DeviceError = DeviceError::UnsupportedKernel { needs: "4.2" };
     for (errno, error, scope) in [
-        (
-            Errno::NOTTY,
-            CloneConnectionError::UnsupportedKernel,
-            Scope::Connection,
-        ),
-        (
-            Errno::NOSYS,
-            CloneConnectionError::Unimplemented,
-            Scope::Connection,
-        ),
+        (Errno::NOTTY, UNSUPPORTED, Scope::Connection),
+        (Errno::NOSYS, DeviceError::Unimplemented, Scope::Connection),
         (
             Errno::NOMEM,
-            CloneConnectionError::OutOfMemory,
+            DeviceError::Other(Errno::NOMEM),
             Scope::Transient,
         ),
         (
             Errno::INTR,
-            CloneConnectionError::Interrupted,
+            DeviceError::Other(Errno::INTR),
             Scope::Transient,
         ),
         (
             Errno::INVAL,
-            CloneConnectionError::Other(Errno::INVAL),
+            DeviceError::Other(Errno::INVAL),
             Scope::Connection,
         ),
     ] {

@@ -6,10 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use fuse_backing::{
-    CloneConnectionError, DeviceFd, DeviceOpenError, Errno, FileType, FuseDevice,
-    NotFuseDeviceReason, Scope,
-};
+use fuse_backing::error::{DeviceError, FileType, NotFuseDeviceReason, Scope};
+use fuse_backing::{DeviceFd, Errno, FuseDevice};
 use libtest_mimic::Failed;
 use rustix::fs::{CWD, Mode, OFlags, makedev, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_bind};
@@ -134,7 +132,7 @@ fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
         assert_eq!(returned.ino(), inode, "the same fd, still open");
         format!("{reason:?}")
     };
-    let other = |file_type| format!("NotCharacterDevice {{ file_type: {file_type} }}");
+    let other = |file_type| format!("NotCharacterDevice({file_type})");
     assert_eq!(
         refused(opened(&folder.join("file"), OFlags::RDONLY)?),
         other("RegularFile")
@@ -184,17 +182,12 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
         },
     )?;
     let error = FuseDevice::open().unwrap_err();
-    assert_eq!(error, DeviceOpenError::Other(Errno::MFILE));
+    assert_eq!(error, DeviceError::Other(Errno::MFILE));
     assert_eq!(
         (error.errno(), error.scope()),
         (Errno::MFILE, Scope::Transient)
     );
-    let clone = device.clone_connection().unwrap_err();
-    assert_eq!(clone, CloneConnectionError::Open(error));
-    assert_eq!(
-        (clone.errno(), clone.scope()),
-        (Errno::MFILE, Scope::Transient)
-    );
+    assert_eq!(device.clone_connection().unwrap_err(), error);
     setrlimit(Resource::Nofile, limit)?;
 
     mount_bind("/dev/null", "/dev/fuse")?;
@@ -202,7 +195,7 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
     assert!(
         matches!(
             error,
-            DeviceOpenError::NotFuse(NotFuseDeviceReason::OtherDevice {
+            DeviceError::NotFuse(NotFuseDeviceReason::OtherDevice {
                 major: 1,
                 minor: 3,
                 ..
@@ -217,10 +210,7 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
 
     mount("tmpfs", "/dev", "tmpfs", MountFlags::empty(), None)?;
     let error = FuseDevice::open().unwrap_err();
-    assert_eq!(
-        (error, error.errno()),
-        (DeviceOpenError::Missing, Errno::NOENT)
-    );
+    assert_eq!((error, error.errno()), (DeviceError::Missing, Errno::NOENT));
     assert_eq!(error.scope(), Scope::Connection);
 
     // A device number that no driver has claimed.
@@ -232,10 +222,7 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
         makedev(10, 255),
     )?;
     let error = FuseDevice::open().unwrap_err();
-    assert!(
-        matches!(error, DeviceOpenError::NoDriver { .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, DeviceError::NoDriver(_)), "{error:?}");
 
     // A filesystem that denies devices to everybody.
     mount("tmpfs", "/dev", "tmpfs", MountFlags::NODEV, None)?;
@@ -247,7 +234,7 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
         makedev(10, 229),
     )?;
     let error = FuseDevice::open().unwrap_err();
-    assert!(matches!(error, DeviceOpenError::Denied { .. }), "{error:?}");
+    assert!(matches!(error, DeviceError::Denied(_)), "{error:?}");
     assert_eq!(
         (error.errno(), error.scope()),
         (Errno::ACCESS, Scope::Connection)

@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use fuse_backing::error::{OpenError, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, OpenReply,
-    ServerFile, ServerReason, TableOpenError,
+    Access, BackingFile, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
+    ServerFile,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
@@ -87,7 +88,7 @@ pub const ROLES: &[(&str, Role)] = &[
 type Device = Arc<FuseDevice<Arc<OwnedFd>>>;
 type Table = BackingTable<Device>;
 
-const RDWR: i32 = OFlags::RDWR.bits() as i32;
+const RDWR: OFlags = OFlags::RDWR;
 
 /// How the file is registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,8 +149,8 @@ impl State {
             (self.register_own(&file, flags)?, None)
         } else {
             let open = self.open_in_table(nodeid, flags, &file)?;
-            let reply = open.reply(OpenFlags::empty()).map_err(|_| Errno::IO)?;
-            (reply.to_fuse_open_out(1), Some(open))
+            let out = open.reply(FopenFlags::empty()).to_fuse_open_out(1);
+            (out, Some(open))
         };
         self.opens.lock().unwrap().push(Open {
             writes,
@@ -163,12 +164,13 @@ impl State {
         let device = self.device.get().ok_or(Errno::IO)?;
         let mut own = self.own.lock().unwrap();
         if own.is_none() {
-            let new = BackingFile::open(Arc::clone(device), file, Access::ReadWrite);
-            *own = Some(new.map_err(|error| error.errno())?);
+            let device = Arc::clone(device);
+            *own = Some(BackingFile::open(device, file, Access::ReadWrite)?);
         }
         let own = own.as_ref().ok_or(Errno::IO)?;
-        let reply = OpenReply::passthrough(own, Access::ReadWrite, flags, OpenFlags::empty());
-        Ok(reply.map_err(|_| Errno::IO)?.to_fuse_open_out(1))
+        let reply =
+            OpenReply::passthrough(own.id(), Access::ReadWrite, flags, FopenFlags::empty())?;
+        Ok(reply.to_fuse_open_out(1))
     }
 
     fn open_in_table(
@@ -178,13 +180,11 @@ impl State {
         file: &OwnedFd,
     ) -> Result<OpenFile<Device>, Errno> {
         let table = self.table.get().ok_or(Errno::IO)?;
-        let file = ServerFile::of(file).map_err(|_| Errno::BADF)?;
-        let open = || table.open(&nodeid, flags, file);
-        let opened = match self.registered {
-            Registered::WithoutPath => without(libc::SYS_open_tree, Errno::PERM, open),
-            _ => open(),
-        };
-        opened.map_err(|error| error.errno())
+        let open = || table.open(&nodeid, flags, ServerFile::new(file));
+        Ok(match self.registered {
+            Registered::WithoutPath => without(libc::SYS_open_tree, Errno::PERM, open)?,
+            _ => open()?,
+        })
     }
 }
 
@@ -393,7 +393,7 @@ fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed
         OFlags::PATH | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
-    let own = ServerFile::of(&file)?;
+    let own = ServerFile::new(&file);
     let by_path = u64::from(path_only_files(connection.offer()));
     for (file, by_open_fd) in [(own.path_fd(&path), 1 - by_path), (own, 2 - by_path)] {
         let open = without(libc::SYS_open_tree, Errno::PERM, || {
@@ -413,18 +413,18 @@ const FSTAT_IS_STATX: bool = cfg!(any(target_pointer_width = "32", target_arch =
 fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, table, tmpfs) = setup(sandbox)?;
     let file = tmpfs.file("file", "")?;
-    let open = || table.open(&1, RDWR, ServerFile::of(&file).expect("readable"));
+    let open = || table.open(&1, RDWR, ServerFile::new(&file));
     for errno in [Errno::NOSYS, Errno::PERM] {
         let opened = without(libc::SYS_statx, errno, open);
         if FSTAT_IS_STATX && errno == Errno::PERM {
-            assert_eq!(opened.err(), Some(TableOpenError::Unreadable(errno)));
+            assert_eq!(opened.err(), Some(OpenError::Unreadable(errno)));
         } else {
             let opened = opened?;
             assert_eq!(
                 opened.server_reason(),
                 Some(ServerReason::Unreadable(errno))
             );
-            assert_eq!(opened.reply(OpenFlags::empty())?.backing_id(), 0);
+            assert_eq!(opened.reply(FopenFlags::empty()).backing_id(), None);
             // Of the inode's opens alone.
             assert_eq!((table.stats().ids, table.stats().refused), (0, None));
             assert!(!open()?.is_passthrough());
@@ -443,7 +443,7 @@ fn refused_statx(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table = BackingTable::<_, u64>::new(&device);
     let file = tempfile::tempfile()?;
-    let open = || table.open(&1, RDWR, ServerFile::of(&file).expect("readable"));
+    let open = || table.open(&1, RDWR, ServerFile::new(&file));
     let refused = without(libc::SYS_statx, Errno::PERM, || open().map(drop));
     Ok(format!(
         "{:?}, {}",
@@ -484,7 +484,7 @@ fn kept_fds_are_listed(sandbox: &Sandbox) -> Result<(), Failed> {
         table.set_keep_fds(keep);
         table.set_idle_limit(1);
         let file = tmpfs.file("file", "")?;
-        let open = table.open(&1, RDWR, ServerFile::of(&file)?)?;
+        let open = table.open(&1, RDWR, ServerFile::new(&file))?;
         drop(file);
         let expect_fd = |when| -> Result<(), Failed> {
             assert_eq!(table.stats().ids, 1);
@@ -531,7 +531,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
             ..limit
         },
     )?;
-    let open = |table: &BackingTable<_>, inode: u64| -> Result<_, std::io::Error> {
+    let open = |table: &BackingTable<_>, inode: u64| -> std::io::Result<_> {
         let path = Path::new(folder).join(inode.to_string());
         let options = File::options()
             .read(true)
@@ -540,8 +540,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
             .truncate(false)
             .clone();
         let file = options.open(path)?;
-        let file = ServerFile::of(&file).map_err(std::io::Error::other)?;
-        table.open(&inode, RDWR, file).map_err(std::io::Error::from)
+        Ok(table.open(&inode, RDWR, ServerFile::new(&file))?)
     };
     // Takes all fds but one, which the server's own open gets.
     let take_all_but_one = || -> Vec<OwnedFd> {
@@ -579,7 +578,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
     assert!(opens.iter().all(OpenFile::is_passthrough));
     let no_fd = ServerReason::NoFd(Errno::MFILE);
     assert_eq!(refused.server_reason(), Some(no_fd));
-    assert_eq!(refused.reply(OpenFlags::empty())?.backing_id(), 0);
+    assert_eq!(refused.reply(FopenFlags::empty()).backing_id(), None);
     assert_eq!(
         (table.stats().ids, table.stats().refused),
         (opens.len(), None)

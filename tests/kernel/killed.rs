@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fuse_backing::{Errno, OpenFlags, OpenReply, uapi};
+use fuse_backing::{Errno, FopenFlags, OpenReply, uapi};
 use libtest_mimic::Failed;
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -71,10 +71,10 @@ fn serve(args: &[String]) -> Result<String, Box<dyn Error>> {
     fuse::serve_here(mountpoint, Init::passthrough(1), vec![node], |device| {
         Arc::new(move |_, _| {
             let file = File::open(&backing).map_err(|_| Errno::IO)?;
-            let id = device.backing_open(file).map_err(|error| error.errno())?;
+            let id = device.backing_open(file)?;
             println!("registered");
             wait_for_parent().map_err(|_| Errno::IO)?;
-            let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+            let reply = OpenReply::server(FopenFlags::empty())?;
             let mut out = reply.to_fuse_open_out(1);
             (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id.into_raw());
             Ok(out)

@@ -38,6 +38,7 @@ mod cost;
 mod device;
 mod expect;
 mod faults;
+mod handles;
 mod held;
 mod killed;
 mod passthrough;
@@ -47,7 +48,7 @@ mod table;
 
 use std::process::ExitCode;
 
-use fuse_backing::{BackingId, BackingOpenError};
+use fuse_backing::{BackingId, error::BackingError};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use expect::Support;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
         ("device", device::TESTS),
         ("expect", expect::TESTS),
         ("faults", faults::TESTS),
+        ("handles", handles::TESTS),
         ("held", held::TESTS),
         ("killed", killed::TESTS),
         ("passthrough", passthrough::TESTS),
@@ -153,8 +155,8 @@ fn assert_absent(sandbox: &Sandbox, support: Support) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();
     let expected = match support {
-        Support::Disabled => BackingOpenError::DisabledInKernel,
-        _ => BackingOpenError::UnsupportedKernel,
+        Support::Disabled => BackingError::DisabledInKernel,
+        _ => BackingError::UnsupportedKernel,
     };
     assert_eq!(device.backing_open(tempfile::tempfile()?), Err(expected));
     let id = BackingId::from_raw(1).expect("positive");

@@ -9,9 +9,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use fuse_backing::error::ServerReason;
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, OpenReply,
-    OpenReplyError, ServerFile, ServerReason, uapi,
+    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile,
+    OpenReply, ServerFile, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::fs::{Mode, OFlags, open};
@@ -232,17 +233,22 @@ fn registered(
             Some(id) => id,
             None => {
                 let fd = open(&path, flags | OFlags::CLOEXEC, Mode::empty())?;
-                let new = device.backing_open(fd).map_err(|e| e.errno())?.into_raw();
-                *id.insert(new)
+                *id.insert(device.backing_open(fd)?.into_raw())
             }
         };
         let (open_flags, backing_id) = reply(id, client_flags)?;
-        let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        let reply = OpenReply::server(FopenFlags::empty())?;
         let mut out = reply.to_fuse_open_out(fh);
         out.open_flags = open_flags;
         out.backing_id = backing_id;
         Ok(out)
     })
+}
+
+/// What a server does that has its reply checked.
+fn fields(reply: &OpenReply<'_>) -> (u32, i32) {
+    let out = reply.to_fuse_open_out(0);
+    (out.open_flags, out.backing_id)
 }
 
 /// What a server does that checks nothing.
@@ -284,7 +290,7 @@ fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> 
                 let device = Arc::new(device.unwrap());
                 opens.push(BackingFile::open(device, &file, granted).unwrap());
             }
-            let reply = OpenReply::passthrough(&opens[0], granted, flags, OpenFlags::NOFLUSH);
+            let reply = OpenReply::passthrough(opens[0].id(), granted, flags, FopenFlags::NOFLUSH);
             Ok(reply.unwrap().to_fuse_open_out(fh))
         }),
     )?;
@@ -312,11 +318,10 @@ fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> 
 fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let checked = |id: i32, flags| {
-        let id = fuse_backing::BackingId::from_raw(id).ok_or(Errno::IO)?;
-        let reply =
-            OpenReply::passthrough_with_id(&id, Access::ReadWrite, flags, OpenFlags::DIRECT_IO)
-                .map_err(|_| Errno::IO)?;
-        Ok((reply.open_flags(), reply.backing_id()))
+        let id = BackingId::from_raw(id).ok_or(Errno::IO)?;
+        let direct = FopenFlags::DIRECT_IO;
+        let reply = OpenReply::passthrough(&id, Access::ReadWrite, flags, direct)?;
+        Ok(fields(&reply))
     };
     let answer = registered(&tmpfs.path().join("file"), OFlags::RDWR, checked);
     let connection = serve(sandbox, &tmpfs, answer)?;
@@ -329,7 +334,7 @@ fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
 fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer: Arc<Answer> = Arc::new(|_, fh, _| {
-        let reply = OpenReply::server(OpenFlags::empty()).map_err(|_| Errno::IO)?;
+        let reply = OpenReply::server(FopenFlags::empty())?;
         Ok(reply.to_fuse_open_out(fh))
     });
     let connection = serve(sandbox, &tmpfs, answer)?;
@@ -382,12 +387,10 @@ fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     let path = tmpfs.path().join("file");
     let granted = Access::of(File::open("/proc/self/exe")?)?;
     let checked = move |id: i32, flags| {
-        let id = fuse_backing::BackingId::from_raw(id).ok_or(Errno::IO)?;
-        match OpenReply::passthrough_with_id(&id, granted, flags, OpenFlags::empty()) {
-            Ok(reply) => Ok((reply.open_flags(), reply.backing_id())),
-            Err(OpenReplyError::AccessExceeded { .. }) => Err(Errno::ACCESS),
-            Err(_) => Err(Errno::IO),
-        }
+        let id = BackingId::from_raw(id).ok_or(Errno::IO)?;
+        let empty = FopenFlags::empty();
+        let reply = OpenReply::passthrough(&id, granted, flags, empty)?;
+        Ok(fields(&reply))
     };
     let connection = serve(sandbox, &tmpfs, registered(&path, OFlags::RDONLY, checked))?;
     assert_eq!(
@@ -420,7 +423,7 @@ fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
             );
             device.backing_open(file.unwrap()).unwrap().into_raw()
         });
-        let mut out = OpenReply::server(OpenFlags::empty())
+        let mut out = OpenReply::server(FopenFlags::empty())
             .unwrap()
             .to_fuse_open_out(fh);
         (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, *id);
@@ -453,19 +456,15 @@ fn read_only(tree: &OwnedFd) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// The control of `OpenReplyError::FlagsNotAllowed`: with each of them the client gets EIO, and with
+/// The control of `OpenError::FlagsNotAllowed`: with each of them the client gets EIO, and with
 /// each that is allowed it does not.
 fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
     for bit in 0..32 {
         let flag = 1 << bit;
-        let id = fuse_backing::BackingId::from_raw(1).ok_or("positive")?;
-        let allowed = OpenReply::passthrough_with_id(
-            &id,
-            Access::ReadOnly,
-            0,
-            OpenFlags::from_bits_retain(flag),
-        )
-        .is_ok();
+        let id = BackingId::from_raw(1).ok_or("positive")?;
+        let allowed =
+            OpenReply::passthrough(&id, Access::ReadOnly, 0, FopenFlags::from_bits_retain(flag))
+                .is_ok();
 
         let tmpfs = sandbox.tmpfs()?;
         let with_flag = move |id, _| Ok((uapi::FOPEN_PASSTHROUGH | flag, id));
@@ -487,7 +486,7 @@ fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
     let path = tmpfs.path().join("file");
     let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
         let id = device.backing_open(File::open(&path).unwrap()).unwrap();
-        let mut out = OpenReply::server(OpenFlags::empty())
+        let mut out = OpenReply::server(FopenFlags::empty())
             .unwrap()
             .to_fuse_open_out(fh);
         (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id.as_raw());
@@ -509,7 +508,7 @@ fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let mut holder = Client::start("hold", &[path.as_os_str()])?;
     assert_eq!(holder.line()?, "open");
 
-    let id = fuse_backing::BackingId::from_raw(1).ok_or("positive")?;
+    let id = BackingId::from_raw(1).ok_or("positive")?;
     connection.device().backing_close(id)?;
     assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
 
@@ -529,7 +528,7 @@ fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
             .backing_open(File::open(&path).unwrap())
             .unwrap()
             .into_raw();
-        let mut out = OpenReply::server(OpenFlags::empty())
+        let mut out = OpenReply::server(FopenFlags::empty())
             .unwrap()
             .to_fuse_open_out(fh);
         (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id);
@@ -687,12 +686,9 @@ fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), F
             table.serve(&Connection::NODE).ok_or(Errno::IO)?
         } else {
             let file = File::open(&path).map_err(|_| Errno::IO)?;
-            let file = ServerFile::of(&file).map_err(|_| Errno::BADF)?;
-            let opened = table.open(&Connection::NODE, flags, file);
-            opened.map_err(|error| error.errno())?
+            table.open(&Connection::NODE, flags, ServerFile::new(&file))?
         };
-        let reply = open.reply(OpenFlags::DIRECT_IO).map_err(|_| Errno::IO)?;
-        let out = reply.to_fuse_open_out(fh);
+        let out = open.reply(FopenFlags::DIRECT_IO).to_fuse_open_out(fh);
         kept.lock().unwrap().push(open);
         Ok(out)
     });
@@ -711,7 +707,10 @@ fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), F
     }
     connection.wait_for_releases(2)?;
     opens.lock().unwrap().clear();
+    let before = reads(&connection);
     assert_eq!(client(&connection, "read", "")?, CONTENT);
     assert!(opens.lock().unwrap()[0].is_passthrough(), "later");
+    // And without DIRECT_IO, with which the server would be asked.
+    assert_eq!(reads(&connection), before);
     Ok(())
 }

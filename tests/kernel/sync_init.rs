@@ -3,7 +3,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use fuse_backing::{Errno, FuseDevice, Scope, SyncInitError, uapi};
+use fuse_backing::error::{DeviceError, Scope};
+use fuse_backing::{Errno, FuseDevice, uapi};
 use libtest_mimic::Failed;
 
 use crate::client::{self, Role};
@@ -33,10 +34,12 @@ pub const ROLES: &[(&str, Role)] = &[
     ("register-before-mount", register_before_mount),
 ];
 
+const UNSUPPORTED: DeviceError = DeviceError::UnsupportedKernel { needs: "6.18" };
+
 /// Instead of the tests, on an older kernel.
 pub fn assert_absent() -> Result<(), Failed> {
     let refused = FuseDevice::open()?.sync_init();
-    assert_eq!(refused, Err(SyncInitError::UnsupportedKernel));
+    assert_eq!(refused, Err(UNSUPPORTED));
     Ok(())
 }
 
@@ -76,7 +79,7 @@ fn mount_synchronously(args: &[String]) -> Result<String, Box<dyn std::error::Er
 fn already_attached(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let refused = connection.device().sync_init().unwrap_err();
-    assert_eq!(refused, SyncInitError::AlreadyAttached);
+    assert_eq!(refused, DeviceError::AlreadyAttached);
     assert_eq!(
         (refused.errno(), refused.scope()),
         (Errno::INVAL, Scope::Connection)
@@ -115,9 +118,9 @@ fn register_before_mount(_: &[String]) -> Result<String, Box<dyn std::error::Err
 fn forged_errors(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     for (errno, error) in [
-        (Errno::NOTTY, SyncInitError::UnsupportedKernel),
-        (Errno::NOSYS, SyncInitError::Unimplemented),
-        (Errno::IO, SyncInitError::Other(Errno::IO)),
+        (Errno::NOTTY, UNSUPPORTED),
+        (Errno::NOSYS, DeviceError::Unimplemented),
+        (Errno::IO, DeviceError::Other(Errno::IO)),
     ] {
         let failed = apart(|| {
             forge(&[(uapi::FUSE_DEV_IOC_SYNC_INIT, Forged::Error(errno))]).expect("seccomp");

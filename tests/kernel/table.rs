@@ -8,17 +8,21 @@ use std::fs::File;
 use std::hash::{Hash, Hasher};
 use std::hint::black_box;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fuse_backing::error::{
+    BackingError, NegotiateError, NotPermitted, OpenError, Scope, ServerReason,
+};
+use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 use fuse_backing::{
-    Access, BackingCloseCause, BackingOpenError, BackingTable, Errno, FuseDevice, InitFlags,
-    MaxStackDepth, NegotiateError, NotPermitted, OpenFile, OpenFlags, Scope, ServerFile,
-    ServerReason, TableOpenError, negotiate, uapi,
+    Access, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, Handles, OpenFile, ServerFile,
+    uapi,
 };
 use libtest_mimic::Failed;
 use rustix::fs::OFlags;
@@ -142,10 +146,10 @@ pub const ROLES: &[(&str, Role)] = &[
 type Device = Arc<FuseDevice<Arc<OwnedFd>>>;
 type Table = BackingTable<Device>;
 
-const RDONLY: i32 = OFlags::RDONLY.bits() as i32;
-const WRONLY: i32 = OFlags::WRONLY.bits() as i32;
-const RDWR: i32 = OFlags::RDWR.bits() as i32;
-const TRUNC: i32 = OFlags::TRUNC.bits() as i32;
+const RDONLY: OFlags = OFlags::RDONLY;
+const WRONLY: OFlags = OFlags::WRONLY;
+const RDWR: OFlags = OFlags::RDWR;
+const TRUNC: OFlags = OFlags::TRUNC;
 
 struct Setup {
     table: Table,
@@ -182,16 +186,16 @@ impl Setup {
     }
 }
 
-fn for_reading(file: &File) -> ServerFile<'_> {
-    ServerFile::with_access(file, Access::ReadOnly)
+fn for_reading(file: &File) -> ServerFile<'_, &File> {
+    ServerFile::new(file).access(Access::ReadOnly)
 }
 
-fn for_both(file: &File) -> ServerFile<'_> {
-    ServerFile::with_access(file, Access::ReadWrite)
+fn for_both(file: &File) -> ServerFile<'_, &File> {
+    ServerFile::new(file).access(Access::ReadWrite)
 }
 
-fn id(open: &OpenFile<Device>) -> i32 {
-    open.reply(OpenFlags::empty()).unwrap().backing_id()
+fn id(open: &OpenFile<Device>) -> Option<i32> {
+    open.reply(FopenFlags::empty()).backing_id()
 }
 
 /// What `negotiate` says turns passthrough on, as far as the kernel is asked.
@@ -250,16 +254,16 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
     let first = setup.open(7);
     assert!(first.is_passthrough());
     assert_eq!(first.server_reason(), None);
-    let reply = first.reply(OpenFlags::NOFLUSH)?;
-    assert_eq!((reply.open_flags(), reply.backing_id()), (0x80 | 0x20, 1));
-    assert!(first.reply(OpenFlags::KEEP_CACHE).is_err());
+    let reply = first.reply(FopenFlags::NOFLUSH | FopenFlags::KEEP_CACHE);
+    assert_eq!(reply.open_flags().bits(), 0x80 | 0x20);
+    assert_eq!(reply.backing_id(), Some(1));
 
     let second = setup.open(7);
     let third = setup.table.share(&7, RDONLY).ok_or("registered")?;
     let other = setup.open(8);
     assert_eq!(
         [id(&first), id(&second), id(&third), id(&other)],
-        [1, 1, 1, 2]
+        [Some(1), Some(1), Some(1), Some(2)]
     );
     assert_eq!(setup.table.stats().ids, 2);
     // Both by an O_PATH fd, where the kernel takes such.
@@ -268,7 +272,7 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
 
     drop((first, third, other));
     assert!(setup.pinned());
-    assert_eq!(id(&second), 1);
+    assert_eq!(id(&second), Some(1));
     drop(second);
     assert_eq!(setup.table.stats().ids, 0);
     setup.tmpfs.unmount_when_idle()
@@ -281,10 +285,11 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let refused = setup
         .table
         .open(&1, RDONLY, for_reading(&File::open("/proc/version")?))?;
-    let reason = ServerReason::Refused(BackingOpenError::StackedTooDeep);
+    let reason = ServerReason::Refused(BackingError::StackedTooDeep);
     assert_eq!(refused.server_reason(), Some(reason));
-    assert_eq!(refused.reply(OpenFlags::KEEP_CACHE)?.open_flags(), 2);
-    assert_eq!(id(&refused), 0);
+    let keeps = FopenFlags::KEEP_CACHE;
+    assert_eq!(refused.reply(keeps).open_flags(), keeps);
+    assert_eq!(id(&refused), None);
 
     // This inode stays in server mode whatever is brought, others do not care.
     let again = setup.table.open(&1, RDONLY, for_reading(&good))?;
@@ -314,7 +319,7 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
 fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::unanswered(sandbox, FuseDevice::open()?.into_inner())?;
     let setup = Setup::on(sandbox, connection)?;
-    let error = BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+    let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
     assert_eq!(error.scope(), Scope::Connection);
     let refused = apart(|| setup.open(1));
     assert_eq!(refused.server_reason(), Some(ServerReason::Refused(error)));
@@ -322,8 +327,11 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     // From here on it could be registered.
     let device: Arc<OwnedFd> = setup.connection.device().into_inner();
     handshake(&device, Init::passthrough(1))?;
-    let remembered = ServerReason::Remembered(error);
-    assert_eq!(setup.open(2).server_reason(), Some(remembered));
+    // And is not: it would be open in passthrough mode.
+    assert_eq!(
+        setup.open(2).server_reason(),
+        Some(ServerReason::Refused(error))
+    );
     setup.table.reset();
     assert!(setup.open(2).is_passthrough());
     // What is open stays as it is.
@@ -337,7 +345,7 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
 /// Other inodes are none the worse for it, if another thread opens them.
 fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
-    let error = BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
+    let error = BackingError::NotPermitted(NotPermitted::MissingCapability);
     assert_eq!(error.scope(), Scope::Thread);
     let reason = Some(ServerReason::Refused(error));
     let refused = without_cap_sys_admin(|| setup.open(1));
@@ -366,10 +374,10 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let both = setup.file("1");
     let read = File::open(setup.tmpfs.path().join("1"))?;
-    let exceeded = |granted, wanted| TableOpenError::AccessExceeded { granted, wanted };
+    let exceeded = |granted, wanted| OpenError::AccessExceeded { granted, wanted };
 
     // Nothing is counted or registered for an open that asks for too much.
-    let refused = setup.table.open(&1, RDWR, ServerFile::of(&read)?);
+    let refused = setup.table.open(&1, RDWR, ServerFile::new(&read));
     assert_eq!(
         refused.err(),
         Some(exceeded(Access::ReadOnly, Access::ReadWrite))
@@ -377,30 +385,30 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(setup.table.list().len(), 0);
     assert_eq!(setup.table.stats().ids, 0);
 
-    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::new(&read))?;
     assert!(setup.table.share(&1, RDONLY).is_some());
     assert!(setup.table.share(&1, WRONLY).is_none());
     assert!(setup.table.share(&1, RDWR).is_none());
     // Somebody else's registration does not help.
-    let refused = setup.table.open(&1, WRONLY, ServerFile::of(&read)?);
+    let refused = setup.table.open(&1, WRONLY, ServerFile::new(&read));
     assert_eq!(
         refused.err(),
         Some(exceeded(Access::ReadOnly, Access::WriteOnly))
     );
 
-    let writer = setup.table.open(&1, RDWR, ServerFile::of(&both)?)?;
+    let writer = setup.table.open(&1, RDWR, ServerFile::new(&both))?;
     assert_eq!(id(&reader), id(&writer));
     assert!(setup.table.share(&1, RDWR).is_some());
     assert_eq!(setup.table.list()[0].access, Some(Access::ReadWrite));
 
     // The grant ends with the registration.
     drop((reader, writer));
-    let write = ServerFile::with_access(&both, Access::WriteOnly);
+    let write = ServerFile::new(&both).access(Access::WriteOnly);
     let writer = setup.table.open(&1, WRONLY, write)?;
     assert!(setup.table.share(&1, WRONLY).is_some());
     assert!(setup.table.share(&1, RDONLY).is_none());
     drop(writer);
-    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::new(&read))?;
     assert!(setup.table.share(&1, RDWR).is_none());
 
     // What is kept, idle or because it cannot be closed, grants no more than it did.
@@ -409,7 +417,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.table.share(&1, RDWR).is_none());
     assert!(setup.table.share(&1, RDONLY).is_some());
     setup.table.set_idle_limit(0);
-    let reader = setup.table.open(&1, RDONLY, ServerFile::of(&read)?)?;
+    let reader = setup.table.open(&1, RDONLY, ServerFile::new(&read))?;
     without_cap_sys_admin(|| drop(reader));
     assert!(setup.table.share(&1, RDWR).is_none());
     assert!(setup.table.share(&1, RDONLY).is_some());
@@ -423,36 +431,26 @@ fn serve(
     path: &Path,
     access: Option<Access>,
 ) -> Result<Connection, Failed> {
-    let late: Arc<OnceLock<Table>> = Arc::default();
-    let table = Arc::clone(&late);
+    let handles: Arc<Handles<Device>> = Arc::default();
     let path = path.to_owned();
-    let opens: Mutex<Vec<OpenFile<Device>>> = Mutex::default();
     let node = Node {
         name: "file".into(),
         backing: File::open(&path)?,
     };
-    let on_open = move |nodeid, flags: i32| {
-        let table = table.get().ok_or(Errno::IO)?;
-        let file = File::open(&path).map_err(|_| Errno::IO)?;
-        let opened = match access {
-            Some(access) => ServerFile::with_access(&file, access),
-            None => ServerFile::of(&file).map_err(|_| Errno::BADF)?,
-        };
-        let open = table
-            .open(&nodeid, flags, opened)
-            .map_err(|error| match error {
-                TableOpenError::AccessExceeded { .. } => Errno::ACCESS,
-                _ => Errno::IO,
-            })?;
-        let mut opens = opens.lock().unwrap();
-        let reply = open.reply(OpenFlags::empty()).map_err(|_| Errno::IO)?;
-        let out = reply.to_fuse_open_out(opens.len() as u64);
-        opens.push(open);
-        Ok(out)
+    let on_open = {
+        let handles = Arc::clone(&handles);
+        move |nodeid, flags: i32| {
+            let mut file = ServerFile::new(File::open(&path).map_err(|_| Errno::IO)?);
+            if let Some(access) = access {
+                file = file.access(access);
+            }
+            let opened = handles.open(&nodeid, flags, file, FopenFlags::empty())?;
+            Ok(opened.to_fuse_open_out())
+        }
     };
     let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
-    let table = BackingTable::new(Arc::new(connection.device()));
-    late.set(table).map_err(|_| "set twice")?;
+    let attached = handles.table().attach(Arc::new(connection.device()));
+    attached.map_err(|_| "attached twice")?;
     Ok(connection)
 }
 
@@ -519,12 +517,12 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     let other = setup.file("other");
     let open = setup.open(1);
     let refused = setup.table.open(&1, RDONLY, for_reading(&other));
-    assert_eq!(refused.err(), Some(TableOpenError::DifferentFile));
+    assert_eq!(refused.err(), Some(OpenError::DifferentFile));
     // A second name of the same file is the same file.
     std::fs::hard_link(setup.tmpfs.path().join("1"), setup.tmpfs.path().join("1b"))?;
     let link = File::open(setup.tmpfs.path().join("1b"))?;
     assert_eq!(
-        id(&setup.table.open(&1, RDONLY, ServerFile::of(&link)?)?),
+        id(&setup.table.open(&1, RDONLY, ServerFile::new(&link))?),
         id(&open)
     );
 
@@ -533,7 +531,7 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     drop(open);
     assert_eq!(setup.table.stats().idle, 1);
     let open = setup.table.open(&1, RDONLY, for_reading(&other))?;
-    assert_eq!(id(&open), 2);
+    assert_eq!(id(&open), Some(2));
     assert_eq!((setup.table.stats().ids, setup.table.stats().idle), (1, 0));
     Ok(())
 }
@@ -589,7 +587,8 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(three.server_reason(), Some(ServerReason::LimitReached));
     assert!(setup.open(1).is_passthrough(), "shares");
     let stats = setup.table.stats();
-    assert_eq!((stats.ids, stats.over_limit), (2, 1));
+    assert_eq!(stats.ids, 2);
+    assert_eq!(stats.served, [(ServerReason::LimitReached, 1)]);
 
     // Idle ids go first.
     drop(three);
@@ -667,7 +666,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
     let (one, other) = (setup.file("1"), setup.file("2"));
     let never = File::open("/proc/version")?;
     let open = |inode, file| {
-        let file = ServerFile::with_access(file, Access::ReadOnly);
+        let file = ServerFile::new(file).access(Access::ReadOnly);
         table.open(&inode, RDONLY, file)
     };
     // One that is open or being closed for longer than it should would take the room.
@@ -705,7 +704,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
             expect("invalidate", table.invalidate(&1) == Ok(()), &());
             let opened = open(1, &never);
             let reason = opened.as_ref().ok().and_then(OpenFile::server_reason);
-            let refused = ServerReason::Refused(BackingOpenError::StackedTooDeep);
+            let refused = ServerReason::Refused(BackingError::StackedTooDeep);
             expect("refused", reason == Some(refused), &reason);
             drop(opened);
             for what in ["after a refusal", "again"] {
@@ -733,7 +732,7 @@ fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(setup.table.stats().idle, 2);
     assert!(setup.table.share(&1, RDONLY).is_none());
     let two = setup.table.share(&2, RDWR).ok_or("idle")?;
-    assert_eq!((id(&two), id(&setup.open(3))), (2, 3));
+    assert_eq!((id(&two), id(&setup.open(3))), (Some(2), Some(3)));
     assert!(setup.pinned());
     drop(two);
     // 3 was released before 2, so that it is the oldest now.
@@ -753,7 +752,7 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.table.share(&1, RDONLY).is_none());
     let other = setup.file("other");
     let new = setup.table.open(&1, RDONLY, for_reading(&other))?;
-    assert_eq!((id(&old), id(&new)), (1, 2));
+    assert_eq!((id(&old), id(&new)), (Some(1), Some(2)));
     let mut listed: Vec<_> = setup
         .table
         .list()
@@ -766,7 +765,7 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     // Each closes its own.
     drop(old);
     assert_eq!(setup.table.stats().ids, 1);
-    assert_eq!(id(&setup.table.share(&1, RDONLY).ok_or("open")?), 2);
+    assert_eq!(id(&setup.table.share(&1, RDONLY).ok_or("open")?), Some(2));
     drop(new);
     assert_eq!(setup.table.stats().ids, 0);
 
@@ -813,7 +812,7 @@ fn invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
 
 fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
-    let cause = BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
+    let cause = BackingError::NotPermitted(NotPermitted::MissingCapability);
     let release_incapably = |open| without_cap_sys_admin(|| drop(open));
 
     release_incapably(setup.open(1));
@@ -825,7 +824,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
 
     // Reusable: the same id, and released again.
     let again = setup.table.share(&1, RDWR).ok_or("kept")?;
-    assert_eq!(id(&again), 1);
+    assert_eq!(id(&again), Some(1));
     assert_eq!(setup.table.list()[0].close_failed, None);
     drop(again);
     assert_eq!(setup.table.stats().ids, 0);
@@ -856,7 +855,8 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
 fn closed_behind_its_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let open = setup.open(1);
-    let stolen = fuse_backing::BackingId::from_raw(id(&open)).ok_or("positive")?;
+    let stolen = id(&open).and_then(BackingId::from_raw);
+    let stolen = stolen.ok_or("no passthrough")?;
     setup.connection.device().backing_close(stolen)?;
     drop(open);
     let stats = setup.table.stats();
@@ -880,7 +880,7 @@ fn dropped_before_its_files(sandbox: &Sandbox) -> Result<(), Failed> {
     drop(opened(2)?);
     assert_eq!(table.stats().ids, 2);
     drop(table);
-    assert_eq!(id(&open), 1);
+    assert_eq!(id(&open), Some(1));
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     drop(open);
     tmpfs.unmount_when_idle()?;
@@ -1059,9 +1059,14 @@ fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Erro
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table: BackingTable<_> = BackingTable::new(&device);
     let _open = table.open(&1, RDWR, for_both(&tempfile::tempfile()?))?;
+    let file = tempfile::tempfile()?;
+    let numbers = file.metadata()?;
+    let known = || for_both(&file).identity(numbers.dev(), numbers.ino());
+    let _known = table.open(&2, RDWR, known())?;
     trace::traced(|| {
         for _ in 0..SHARES {
             assert!(black_box(table.share(&1, RDWR)).is_some());
+            assert!(black_box(table.open(&2, RDWR, known())).is_ok());
         }
     })?;
     Ok("done".into())

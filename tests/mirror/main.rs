@@ -35,6 +35,7 @@ mod differential;
 mod errnos;
 mod fsx;
 mod held;
+mod hello;
 mod killed;
 mod place;
 mod program;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         ("differences", differences::TESTS),
         ("errnos", errnos::TESTS),
         ("held", held::TESTS),
+        ("hello", hello::TESTS),
         ("killed", killed::TESTS),
         ("stopped", stopped::TESTS),
     ] {
@@ -91,6 +93,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         differences::ROLES,
         differential::ROLES,
         held::ROLES,
+        hello::ROLES,
         killed::ROLES,
         race::ROLES,
         stopped::ROLES,

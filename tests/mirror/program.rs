@@ -1,4 +1,4 @@
-//! Programs that the tests run: the mirror, and others by name.
+//! Programs that the tests run: the examples, and others by name.
 
 use std::env;
 use std::ffi::OsStr;
@@ -6,14 +6,14 @@ use std::path::PathBuf;
 
 use libtest_mimic::Failed;
 
-/// The mirror that `cargo test` has built: beside the folder that this program is in.
-pub fn mirror() -> Result<PathBuf, Failed> {
-    let built = folder(2)?.join("examples/mirror");
+/// An example that `cargo test` has built: beside the folder that this program is in.
+pub fn example(name: &str) -> Result<PathBuf, Failed> {
+    let built = folder(2)?.join("examples").join(name);
     if built.is_file() {
         Ok(built)
     } else {
         let built = built.display();
-        Err(format!("there is no {built}: run `cargo build --example mirror`, or all tests").into())
+        Err(format!("there is no {built}: run `cargo build --examples`, or all tests").into())
     }
 }
 

@@ -52,9 +52,19 @@ pub struct Mirror {
 
 impl Mirror {
     pub fn start(sandbox: &Sandbox, source: &Path, way: Way) -> Result<Self, Failed> {
+        Self::spawn(&program::example("mirror")?, sandbox, source, way)
+    }
+
+    /// Any server that is called like it.
+    pub fn spawn(
+        program: &Path,
+        sandbox: &Sandbox,
+        source: &Path,
+        way: Way,
+    ) -> Result<Self, Failed> {
         let mountpoint = sandbox.folder("mnt")?;
         let log = sandbox.folder("log")?.join("stderr");
-        let mut command = Command::new(program::mirror()?);
+        let mut command = Command::new(program);
         if way == Way::Plain {
             command.arg("--no-passthrough");
         }
@@ -201,6 +211,14 @@ impl Mirror {
         unmounted()?;
         drop(device);
         Ok(())
+    }
+
+    /// Its end, after it was unmounted, and what it has said.
+    pub fn wait_for_end(mut self) -> Result<String, Failed> {
+        let status = self.wait()?;
+        let said = fs::read_to_string(&self.log)?;
+        assert!(status.success(), "it ended with {status}: {said}");
+        Ok(said)
     }
 
     /// SIGKILL, and its end.

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use fuse_backing::{
-    Access, BackingCloseCause, BackingOpenError, Entry, NotPermitted, ServerReason, TableOpenError,
-};
+use fuse_backing::error::{BackingError, NotPermitted, OpenError, ServerReason};
+use fuse_backing::table::Entry;
+use fuse_backing::{Access, ClientFlags};
 
 /// From what kind of thread the table is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,18 +60,15 @@ pub struct Model {
     clock: u64,
     pub limit: usize,
     pub idle_limit: usize,
-    pub over_limit: u64,
+    /// Opens in server mode, by cause.
+    pub served: Vec<(ServerReason, u64)>,
     pub close_failures: u64,
-    pub refused: Option<BackingOpenError>,
+    pub refused: Option<BackingError>,
 }
 
-/// What a close from an incapable thread gives.
-pub const NOT_CLOSED: BackingCloseCause =
-    BackingCloseCause::NotPermitted(NotPermitted::MissingCapability);
-const NOT_REGISTERED: BackingOpenError =
-    BackingOpenError::NotPermitted(NotPermitted::MissingCapability);
-const DENIED: BackingOpenError =
-    BackingOpenError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+/// What an incapable thread gets.
+const INCAPABLE: BackingError = BackingError::NotPermitted(NotPermitted::MissingCapability);
+const DENIED: BackingError = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
 
 impl Model {
     pub fn new(limit: usize) -> Self {
@@ -80,7 +77,7 @@ impl Model {
             clock: 0,
             limit,
             idle_limit: 0,
-            over_limit: 0,
+            served: Vec::new(),
             close_failures: 0,
             refused: None,
         }
@@ -93,11 +90,10 @@ impl Model {
         file: FileId,
         access: Access,
         thread: Thread,
-    ) -> Result<Uid, TableOpenError> {
-        // Truncating is between the client and the server, which did it when it opened the file.
-        let wanted = Access::wanted_by(flags & !libc::O_TRUNC);
+    ) -> Result<Uid, OpenError> {
+        let wanted = ClientFlags::from(flags).access();
         if !access.allows(wanted) {
-            return Err(TableOpenError::AccessExceeded {
+            return Err(OpenError::AccessExceeded {
                 granted: access,
                 wanted,
             });
@@ -115,7 +111,7 @@ impl Model {
                     return Ok(self.count_open(uid));
                 }
                 Mode::Passthrough { .. } if inode.opens > 0 => {
-                    return Err(TableOpenError::DifferentFile);
+                    return Err(OpenError::DifferentFile);
                 }
                 Mode::Passthrough { .. } => self.detach(uid, thread),
             }
@@ -136,7 +132,8 @@ impl Model {
         let uid = self.attached(key)?;
         match self.inode(uid).mode {
             Mode::Passthrough { granted, .. }
-                if flags & libc::O_TRUNC == 0 && granted.allows(Access::wanted_by(flags)) =>
+                if flags & libc::O_TRUNC == 0
+                    && granted.allows(ClientFlags::from(flags).access()) =>
             {
                 Some(self.count_open(uid))
             }
@@ -211,7 +208,7 @@ impl Model {
         self.trim_idle(thread);
     }
 
-    pub fn retry_closes(&mut self, thread: Thread) -> Result<(), BackingCloseCause> {
+    pub fn retry_closes(&mut self, thread: Thread) -> Result<(), BackingError> {
         let failed = self.inodes.iter().filter(|(_, inode)| inode.close_failed);
         let failed: Vec<_> = failed.map(|(uid, _)| *uid).collect();
         // All are tried.
@@ -290,7 +287,7 @@ impl Model {
                 granted,
                 file.map(|file| (file.device, file.inode)),
                 reason,
-                inode.close_failed.then_some(NOT_CLOSED),
+                inode.close_failed.then_some(INCAPABLE),
             )
         };
         sorted(self.inodes.values().map(row))
@@ -329,40 +326,45 @@ impl Model {
         inode.opens += 1;
         inode.idle = None;
         inode.close_failed = false;
+        if let Mode::Server(reason) = inode.mode {
+            match self.served.iter_mut().find(|(cause, _)| *cause == reason) {
+                Some((_, opens)) => *opens += 1,
+                None => self.served.push((reason, 1)),
+            }
+        }
         uid
     }
 
     fn register(&mut self, file: FileId, thread: Thread) -> Result<(), ServerReason> {
         if let Some(error) = self.refused {
-            return Err(ServerReason::Remembered(error));
+            return Err(ServerReason::Refused(error));
         }
         while self.ids() >= self.limit {
             if !self.close_oldest(thread) {
-                self.over_limit += 1;
                 return Err(ServerReason::LimitReached);
             }
         }
         match thread {
-            Thread::Incapable => Err(ServerReason::Refused(NOT_REGISTERED)),
+            Thread::Incapable => Err(ServerReason::Refused(INCAPABLE)),
             Thread::Denied => {
                 self.refused = Some(DENIED);
                 Err(ServerReason::Refused(DENIED))
             }
-            Thread::OutOfMemory => Err(ServerReason::Refused(BackingOpenError::OutOfMemory)),
+            Thread::OutOfMemory => Err(ServerReason::Refused(BackingError::OutOfMemory)),
             Thread::Able if !file.registrable => {
-                Err(ServerReason::Refused(BackingOpenError::StackedTooDeep))
+                Err(ServerReason::Refused(BackingError::StackedTooDeep))
             }
             Thread::Able => Ok(()),
         }
     }
 
     /// An id that cannot be closed stays where it is.
-    fn close(&mut self, uid: Uid, thread: Thread) -> Result<(), BackingCloseCause> {
+    fn close(&mut self, uid: Uid, thread: Thread) -> Result<(), BackingError> {
         if thread == Thread::Incapable {
             self.close_failures += 1;
             self.inode(uid).idle = None;
             self.inode(uid).close_failed = true;
-            return Err(NOT_CLOSED);
+            return Err(INCAPABLE);
         }
         self.inodes.remove(&uid);
         Ok(())
@@ -414,7 +416,7 @@ fn row(
     access: Option<Access>,
     file: Option<(u64, u64)>,
     reason: Option<ServerReason>,
-    close_failed: Option<BackingCloseCause>,
+    close_failed: Option<BackingError>,
 ) -> String {
     format!(
         "inode {key}, forgotten {forgotten}, {opens} opens, id {id:?}, access {access:?}, \

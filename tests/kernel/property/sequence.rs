@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use fuse_backing::{Errno, FuseDevice, InitFlags, MaxStackDepth, negotiate};
+use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
+use fuse_backing::{Errno, FuseDevice};
 use proptest::prelude::*;
 
 use super::client::{Answer, MAPPED, Puppet, hex, open_command};

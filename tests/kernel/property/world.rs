@@ -9,9 +9,10 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use fuse_backing::error::{BackingError, NotPermitted, OpenError, ServerReason};
 use fuse_backing::{
-    Access, BackingId, BackingTable, Errno, FuseDevice, OpenFile, OpenFlags, ServerFile,
-    TableOpenError, uapi,
+    Access, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
+    ServerFile, uapi,
 };
 
 use super::model::{FileId, Model, Thread, Uid, rows};
@@ -397,7 +398,7 @@ impl World {
         same("ids", self.model.ids(), stats.ids)?;
         same("limit", self.model.limit, stats.limit)?;
         same("idle", self.model.idle(), stats.idle)?;
-        same("over_limit", self.model.over_limit, stats.over_limit)?;
+        same("served", &self.model.served, &stats.served)?;
         let failures = self.model.close_failures;
         same("close_failures", failures, stats.close_failures)?;
         same("refused", self.model.refused, stats.refused)?;
@@ -644,6 +645,7 @@ impl World {
             self.sabotaged = true;
         }
         let was_idle = self.model.is_idle(nodeid);
+        let remembers = self.model.refused.is_some() && self.model.opens(nodeid) == 0;
         let first = match plan.first {
             First::Open => None,
             First::Share if fresh => None,
@@ -672,15 +674,18 @@ impl World {
             self.tally.hit("idle id used again");
         }
 
-        let mut extra = OpenFlags::empty();
-        extra.set(OpenFlags::DIRECT_IO, plan.direct);
-        extra.set(OpenFlags::NOFLUSH, plan.noflush);
-        extra.set(OpenFlags::PARALLEL_DIRECT_WRITES, plan.parallel);
+        let mut extra = FopenFlags::empty();
+        extra.set(FopenFlags::DIRECT_IO, plan.direct);
+        extra.set(FopenFlags::NOFLUSH, plan.noflush);
+        extra.set(FopenFlags::PARALLEL_DIRECT_WRITES, plan.parallel);
         self.last_handle += 1;
         let fh = self.last_handle;
-        let reply = open
-            .reply(extra)
-            .map_err(|why| self.trouble(format!("{why}")))?;
+        let reply = match open.id() {
+            // `OpenFile::reply` leaves it out.
+            Some(id) if plan.direct => OpenReply::passthrough(id, Access::ReadWrite, flags, extra)
+                .map_err(|why| self.trouble(format!("{why}")))?,
+            _ => open.reply(extra),
+        };
         let mut out = reply.to_fuse_open_out(fh);
         let id = (out.backing_id != 0).then_some(out.backing_id);
         let passthrough = out.open_flags & uapi::FOPEN_PASSTHROUGH != 0;
@@ -702,7 +707,10 @@ impl World {
             Some(reason) => {
                 self.tally
                     .hit(if plan.direct { "direct" } else { "cached" });
-                self.tally.hit(reason_name(reason));
+                self.tally.hit(match reason {
+                    ServerReason::Refused(_) if remembers => "remembered",
+                    _ => reason_name(reason),
+                });
             }
         }
 
@@ -763,12 +771,12 @@ impl World {
         let file = options.open(path).map_err(errno)?;
         let access = match plan.fd {
             Fd::Unfit => Access::ReadWrite,
-            _ => Access::of(&file).map_err(|_| Errno::INVAL)?,
+            _ => Access::of(&file)?,
         };
         let id = file_id(&file, plan.fd != Fd::Unfit).map_err(errno)?;
         let expected = self.model.open(nodeid, flags, id, access, plan.thread);
         let got = on(plan.thread, || {
-            let opened = ServerFile::with_access(&file, access);
+            let opened = ServerFile::new(&file).access(access);
             self.table().open(&nodeid, flags, opened)
         });
         match (expected, got) {
@@ -779,7 +787,7 @@ impl World {
                 Ok((uid, open))
             }
             (Err(expected), Err(got)) if expected == got => Err(match got {
-                TableOpenError::AccessExceeded { .. } => {
+                OpenError::AccessExceeded { .. } => {
                     self.tally.hit("access exceeded");
                     Errno::ACCESS
                 }
@@ -864,16 +872,14 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: T, got: T) -> Resu
     }
 }
 
-fn reason_name(reason: fuse_backing::ServerReason) -> &'static str {
-    use fuse_backing::{BackingOpenError, NotPermitted, ServerReason};
+fn reason_name(reason: ServerReason) -> &'static str {
     match reason {
-        ServerReason::Refused(BackingOpenError::StackedTooDeep) => "refused",
-        ServerReason::Refused(BackingOpenError::NotPermitted(NotPermitted::MissingCapability)) => {
+        ServerReason::Refused(BackingError::StackedTooDeep) => "refused",
+        ServerReason::Refused(BackingError::NotPermitted(NotPermitted::MissingCapability)) => {
             "not permitted"
         }
-        ServerReason::Refused(BackingOpenError::NotPermitted(_)) => "denied",
-        ServerReason::Refused(BackingOpenError::OutOfMemory) => "out of memory",
-        ServerReason::Remembered(_) => "remembered",
+        ServerReason::Refused(BackingError::NotPermitted(_)) => "denied",
+        ServerReason::Refused(BackingError::OutOfMemory) => "out of memory",
         ServerReason::LimitReached => "limit reached",
         ServerReason::Chosen => "chosen",
         _ => "another reason",

@@ -1,0 +1,203 @@
+//! [`Handles`]: file handles, from OPEN to RELEASE.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::hash::Hash;
+use std::os::fd::AsFd;
+use std::sync::atomic::AtomicU64;
+
+use crate::client_flags::ClientFlags;
+use crate::device::FuseDevice;
+use crate::error::OpenError;
+use crate::file::ServerFile;
+use crate::register::Register;
+use crate::reply::FopenFlags;
+use crate::sync::{Arc, Mutex, Ordering, lock};
+use crate::table::{BackingTable, OpenFile};
+use crate::uapi;
+
+/// So many that threads seldom meet.
+const SHARDS: usize = 16;
+
+type Shard<R, T, K> = Mutex<HashMap<u64, Arc<Handle<R, T, K>>>>;
+
+/// The open files of a server, by file handle, on a [`BackingTable`].
+///
+/// [`open`](Self::open) stores an open before there is a reply to it, and [`release`](Self::release) gives it
+/// back. `T` is what the server keeps for it, most often the fd that it has opened; `R` and `K` are those of
+/// the table. A handle is not used twice.
+///
+/// # Examples
+///
+/// A server whose library hands out the device later. What it does in OPEN, READ and RELEASE:
+///
+/// ```no_run
+/// use fuse_backing::{FopenFlags, FuseDevice, Handles};
+/// use std::{fs::File, io, os::unix::fs::FileExt};
+///
+/// fn open(handles: &Handles, inode: u64, client_flags: i32) -> io::Result<Vec<u8>> {
+///     let file = File::open("/srv/data/file")?; // with the client's flags
+///     let opened = handles.open(&inode, client_flags, file, FopenFlags::KEEP_CACHE)?;
+///     Ok(opened.to_fuse_open_out().to_bytes().to_vec())
+/// }
+///
+/// // In server mode alone.
+/// fn read(handles: &Handles, fh: u64, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+///     let handle = handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?;
+///     handle.file.read_at(buffer, offset)
+/// }
+///
+/// fn release(handles: &Handles, fh: u64) {
+///     drop(handles.release(fh));
+/// }
+///
+/// # fn mounted() -> io::Result<std::os::fd::OwnedFd> { unimplemented!() }
+/// # fn main() -> io::Result<()> {
+/// let handles = Handles::default(); // most often in an Arc, shared with the filesystem
+/// handles.table().on_server_mode(|why| eprintln!("serving without passthrough: {why}"));
+/// // ... mount, and then:
+/// let device = FuseDevice::new(mounted()?)?;
+/// assert!(handles.table().attach(device).is_ok());
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
+    table: BackingTable<R, K>,
+    shards: [Shard<R, T, K>; SHARDS],
+    next: AtomicU64,
+}
+
+/// One open file. The last reference to it, after [`Handles::release`], releases it and drops the file.
+#[derive(Debug)]
+pub struct Handle<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
+    /// Its open in the table.
+    pub open: OpenFile<R, K>,
+    /// What the server keeps.
+    pub file: T,
+}
+
+/// How to answer an OPEN or CREATE. The open is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[must_use = "a request that is not answered hangs its client"]
+#[non_exhaustive]
+pub struct Opened {
+    /// The file handle.
+    pub fh: u64,
+    /// The reply's `open_flags`.
+    pub open_flags: FopenFlags,
+    /// The reply's `backing_id`; `None` in server mode, as which the kernel has 0.
+    pub backing_id: Option<i32>,
+}
+
+impl Opened {
+    /// The body of the OPEN reply; in a CREATE reply it follows `fuse_entry_out`.
+    #[must_use]
+    pub fn to_fuse_open_out(self) -> uapi::fuse_open_out {
+        uapi::fuse_open_out {
+            fh: self.fh,
+            open_flags: self.open_flags.bits(),
+            backing_id: self.backing_id.unwrap_or(0),
+        }
+    }
+}
+
+/// Handles on a table without a registrar.
+impl<R: Register, T, K: Hash + Eq + Clone> Default for Handles<R, T, K> {
+    fn default() -> Self {
+        Self::new(BackingTable::default())
+    }
+}
+
+impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
+    /// No open files, on `table`.
+    #[must_use]
+    pub fn new(table: BackingTable<R, K>) -> Self {
+        Self {
+            table,
+            shards: std::array::from_fn(|_| Mutex::default()),
+            next: AtomicU64::new(1),
+        }
+    }
+
+    /// The table, to be attached, configured and listed; and for opens that [`insert`](Self::insert) stores.
+    pub fn table(&self) -> &BackingTable<R, K> {
+        &self.table
+    }
+
+    /// [`BackingTable::open`], and keeps the file.
+    ///
+    /// `file` is what the server has opened with the client's flags: a `T`, or a [`ServerFile`] of one with
+    /// what the server knows of it. Those of `reply_flags` that the mode permits are in the reply, see
+    /// [`OpenFile::reply`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`BackingTable::open`]. The file is dropped.
+    pub fn open<'path>(
+        &self,
+        inode: &K,
+        client_flags: impl Into<ClientFlags>,
+        file: impl Into<ServerFile<'path, T>>,
+        reply_flags: FopenFlags,
+    ) -> Result<Opened, OpenError>
+    where
+        T: AsFd,
+    {
+        let (wanted, file) = (client_flags.into().access(), file.into());
+        let open = self.table.open_lent(inode, wanted, &file.lend())?;
+        Ok(self.insert(open, file.into_fd(), reply_flags))
+    }
+
+    /// Keeps an open of the [`table`](Self::table), of which there is no reply yet: one that the table
+    /// [shared](BackingTable::share) or [serves](BackingTable::serve).
+    pub fn insert(&self, open: OpenFile<R, K>, file: T, reply_flags: FopenFlags) -> Opened {
+        let reply = open.reply(reply_flags);
+        let (open_flags, backing_id) = (reply.open_flags(), reply.backing_id());
+        let mut handle = Handle { open, file };
+        let fh = loop {
+            let fh = self.next.fetch_add(1, Ordering::Relaxed);
+            match self.adopt(fh, handle) {
+                Ok(()) => break fh,
+                Err(adopted) => handle = adopted,
+            }
+        };
+        Opened {
+            fh,
+            open_flags,
+            backing_id,
+        }
+    }
+
+    /// Keeps an open that a predecessor on the same connection answered with the handle `fh`, see
+    /// [`BackingTable::adopt`].
+    ///
+    /// # Errors
+    ///
+    /// The handle, if there is one under this number.
+    pub fn adopt(&self, fh: u64, handle: Handle<R, T, K>) -> Result<(), Handle<R, T, K>> {
+        match lock(self.shard(fh)).entry(fh) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Arc::new(handle));
+                Ok(())
+            }
+            Entry::Occupied(_) => Err(handle),
+        }
+    }
+
+    /// The open file of this handle, to read and write it in server mode.
+    pub fn get(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
+        lock(self.shard(fh)).get(&fh).cloned()
+    }
+
+    /// RELEASE: takes the handle back. Other threads may still use the file, with what [`get`](Self::get)
+    /// gave them; whoever is last releases the open, with no lock held.
+    pub fn release(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
+        lock(self.shard(fh)).remove(&fh)
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "the low bits tell")]
+    fn shard(&self, fh: u64) -> &Shard<R, T, K> {
+        &self.shards[fh as usize % SHARDS]
+    }
+}

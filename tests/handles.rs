@@ -1,0 +1,341 @@
+//! File handles, from OPEN to RELEASE, and tables that are attached later; without root.
+
+#![allow(clippy::panic, clippy::unwrap_used)]
+
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "support/registrar.rs"]
+mod registrar;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::{Arc, Mutex};
+
+use fuse_backing::error::{BackingError, OpenError, Scope, ServerReason};
+use fuse_backing::{
+    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, Handle, Handles, OpenFile,
+    ServerFile, uapi,
+};
+use registrar::Fake;
+use rustix::fs::OFlags;
+
+const RDONLY: i32 = 0;
+const RDWR: i32 = 2;
+
+fn file(content: &[u8]) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(content, 0).unwrap();
+    file
+}
+
+fn handles(kernel: &Arc<Fake>) -> Handles<Arc<Fake>> {
+    Handles::new(BackingTable::new(Arc::clone(kernel)))
+}
+
+/// Serves the inode until it is dropped.
+fn refused(handles: &Handles<Arc<Fake>>, kernel: &Fake, inode: u64) -> u64 {
+    kernel.refuse_next(Errno::DQUOT, Scope::File);
+    let opened = handles.open(&inode, RDWR, file(b""), FopenFlags::empty());
+    let opened = opened.unwrap();
+    assert_eq!(opened.backing_id, None);
+    opened.fh
+}
+
+#[test]
+fn an_open_is_stored_before_there_is_a_reply() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let opened = handles
+        .open(&2, RDWR, file(b"content"), FopenFlags::empty())
+        .unwrap();
+    let handle = handles.get(opened.fh).unwrap();
+    let mut content = [0; 7];
+    handle.file.read_exact_at(&mut content, 0).unwrap();
+    assert_eq!(&content, b"content");
+    assert_eq!(handle.open.inode(), &2);
+    assert_eq!(
+        handle.open.id().map(BackingId::as_raw),
+        opened.backing_id,
+        "that of the reply"
+    );
+    assert_eq!(kernel.ids(), [1]);
+    let out = opened.to_fuse_open_out();
+    assert_eq!(
+        (out.fh, out.open_flags, out.backing_id),
+        (opened.fh, uapi::FOPEN_PASSTHROUGH, 1)
+    );
+}
+
+#[test]
+fn the_last_use_releases() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let opened = handles
+        .open(&2, RDWR, file(b""), FopenFlags::empty())
+        .unwrap();
+    let reading = handles.get(opened.fh).unwrap();
+    let released = handles.release(opened.fh).unwrap();
+    assert!(handles.get(opened.fh).is_none() && handles.release(opened.fh).is_none());
+    drop(released);
+    assert_eq!(kernel.ids(), [1], "another thread uses it");
+    reading.file.write_all_at(b"written", 0).unwrap();
+    drop(reading);
+    assert_eq!(kernel.ids(), [] as [i32; 0]);
+    // No lock is held over the release: the last use may ask for other handles.
+    assert!(handles.get(opened.fh).is_none());
+}
+
+#[test]
+fn a_handle_is_not_used_twice() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let mut seen = HashSet::new();
+    let backing = file(b"");
+    std::thread::scope(|threads| {
+        let open = || {
+            let open = |inode: u64| {
+                let file = backing.try_clone().unwrap();
+                let opened = handles.open(&inode, RDWR, file, FopenFlags::empty());
+                let fh = opened.unwrap().fh;
+                assert_eq!(handles.get(fh).unwrap().open.inode(), &inode);
+                drop(handles.release(fh));
+                fh
+            };
+            (1..200).map(open).collect::<Vec<_>>()
+        };
+        let threads = [(); 4].map(|()| threads.spawn(open));
+        for thread in threads {
+            for fh in thread.join().unwrap() {
+                assert!(seen.insert(fh), "{fh} came twice");
+            }
+        }
+    });
+    assert_eq!(seen.len(), 4 * 199);
+    assert_eq!(kernel.ids(), [] as [i32; 0]);
+}
+
+/// Policies need no branch: what a mode does not permit is left out.
+#[test]
+fn reply_flags_are_those_that_the_mode_permits() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let (kept, left_out) = (
+        FopenFlags::NOFLUSH | FopenFlags::PARALLEL_DIRECT_WRITES,
+        FopenFlags::KEEP_CACHE | FopenFlags::DIRECT_IO | FopenFlags::STREAM,
+    );
+    let opened = handles.open(&2, RDWR, file(b""), kept | left_out).unwrap();
+    assert_eq!(opened.open_flags, kept | FopenFlags::PASSTHROUGH);
+
+    refused(&handles, &kernel, 3);
+    let all = kept | left_out | FopenFlags::PASSTHROUGH;
+    let opened = handles.open(&3, RDWR, file(b""), all).unwrap();
+    assert_eq!(
+        (opened.open_flags, opened.backing_id),
+        (kept | left_out, None)
+    );
+}
+
+/// `?` is all that it takes for the client to get the errno.
+#[test]
+fn a_refused_open_answers_the_client() -> io::Result<()> {
+    fn open(handles: &Handles<Arc<Fake>>, client_flags: i32) -> io::Result<u64> {
+        let file = File::open("/dev/null")?;
+        let opened = handles.open(&2, client_flags, file, FopenFlags::empty())?;
+        Ok(opened.fh)
+    }
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    open(&handles, RDONLY)?;
+    let refused = open(&handles, RDWR).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+    let refused = handles.open(&2, RDONLY, file(b""), FopenFlags::empty());
+    let refused = io::Error::from(refused.unwrap_err());
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO), "another file");
+    assert_eq!(kernel.ids(), [1]);
+    Ok(())
+}
+
+/// Opens that the table shares, or serves by choice, are kept as well.
+#[test]
+fn opens_of_the_table_are_inserted() {
+    let kernel = Arc::new(Fake::default());
+    let handles: Handles<_, Option<File>> = Handles::new(BackingTable::new(Arc::clone(&kernel)));
+    let backing = file(b"");
+    let open = handles.table().open(&2, RDWR, ServerFile::new(&backing));
+    let first = handles.insert(open.unwrap(), Some(backing), FopenFlags::empty());
+    let shared = handles.table().share(&2, OFlags::RDONLY).unwrap();
+    let shared = handles.insert(shared, None, FopenFlags::empty());
+    assert_eq!((first.backing_id, shared.backing_id), (Some(1), Some(1)));
+    drop(handles.release(first.fh));
+    assert_eq!(kernel.ids(), [1]);
+    drop(handles.release(shared.fh));
+    assert_eq!(kernel.ids(), [] as [i32; 0]);
+
+    let served = handles.table().serve(&2).unwrap();
+    let served = handles.insert(served, None, FopenFlags::DIRECT_IO);
+    assert_eq!(served.open_flags, FopenFlags::DIRECT_IO);
+}
+
+/// What the server says is not asked for: no fcntl(2), no statx(2). Shown by saying what is not so.
+#[test]
+fn what_is_known_is_not_asked_for() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let first = file(b"");
+    let numbers = first.metadata().unwrap();
+    let known = |file| ServerFile::new(file).identity(numbers.dev(), numbers.ino());
+    let opened = handles.open(&2, RDWR, first, FopenFlags::empty());
+    assert_eq!(opened.unwrap().backing_id, Some(1));
+    let other = file(b"");
+    assert_eq!(
+        handles.open(&2, RDWR, other.try_clone().unwrap(), FopenFlags::empty()),
+        Err(OpenError::DifferentFile)
+    );
+    let opened = handles.open(&2, RDWR, known(other), FopenFlags::empty());
+    assert_eq!(opened.unwrap().backing_id, Some(1));
+
+    let read_only = || File::open("/dev/null").unwrap();
+    let exceeded = OpenError::AccessExceeded {
+        granted: Access::ReadOnly,
+        wanted: Access::ReadWrite,
+    };
+    assert_eq!(
+        handles.open(&2, RDWR, known(read_only()), FopenFlags::empty()),
+        Err(exceeded)
+    );
+    let granted = known(read_only()).access(Access::ReadWrite);
+    let opened = handles.open(&2, RDWR, granted, FopenFlags::empty());
+    assert_eq!(opened.unwrap().backing_id, Some(1));
+
+    // The first open of an inode looks all the same, and what is not so is found there.
+    let numbers = file(b"").metadata().unwrap();
+    let wrong = ServerFile::new(file(b"")).identity(numbers.dev(), numbers.ino() + 1);
+    let opened = handles.open(&3, RDWR, wrong, FopenFlags::empty()).unwrap();
+    let ino = handles
+        .get(opened.fh)
+        .unwrap()
+        .file
+        .metadata()
+        .unwrap()
+        .ino();
+    assert_eq!(kernel.past().last().unwrap().ino, ino);
+    let wrong = ServerFile::new(file(b"")).identity(numbers.dev(), numbers.ino() + 1);
+    assert_eq!(
+        handles.open(&3, RDWR, wrong, FopenFlags::empty()),
+        Err(OpenError::DifferentFile)
+    );
+}
+
+#[test]
+fn attached_later() {
+    let kernel = Arc::new(Fake::default());
+    let handles = Handles::default();
+    let backing = file(b"");
+    let open = |inode: u64| {
+        let file = backing.try_clone().unwrap();
+        handles.open(&inode, RDWR, file, FopenFlags::empty())
+    };
+    let early = open(2).unwrap();
+    assert_eq!(early.backing_id, None);
+    let reason = handles.get(early.fh).unwrap().open.server_reason();
+    assert_eq!(reason, Some(ServerReason::NoRegistrar));
+
+    handles.table().attach(Arc::clone(&kernel)).unwrap();
+    let served = open(2).unwrap();
+    assert_eq!(served.backing_id, None, "until its last release");
+    assert_eq!(open(3).unwrap().backing_id, Some(1));
+    drop((handles.release(early.fh), handles.release(served.fh)));
+    assert_eq!(open(2).unwrap().backing_id, Some(2));
+
+    let second = Arc::new(Fake::default());
+    let refused = handles.table().attach(Arc::clone(&second)).unwrap_err();
+    assert!(Arc::ptr_eq(&refused, &second), "it is given back");
+}
+
+#[test]
+fn each_cause_is_told_once_and_counted() {
+    let kernel = Arc::default();
+    let handles = Arc::new(handles(&kernel));
+    let refusal = |errno| {
+        let scope = Scope::File;
+        ServerReason::Refused(BackingError::Registrar { errno, scope })
+    };
+    // Before there is anybody to be told.
+    let early = refused(&handles, &kernel, 2);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    handles.table().on_server_mode({
+        let (told, handles) = (Arc::clone(&told), Arc::downgrade(&handles));
+        move |why| {
+            // No lock is held: whoever is told may look.
+            let ids = handles.upgrade().unwrap().table().stats().ids;
+            told.lock().unwrap().push((why, ids));
+        }
+    });
+    let told = || told.lock().unwrap().clone();
+    assert_eq!(told(), [(refusal(Errno::DQUOT), 0)]);
+
+    refused(&handles, &kernel, 3);
+    kernel.refuse_next(Errno::ACCESS, Scope::File);
+    for _ in 0..3 {
+        let opened = handles.open(&4, RDWR, file(b""), FopenFlags::empty());
+        assert_eq!(opened.unwrap().backing_id, None);
+    }
+    handles.table().set_limit(0);
+    let opened = handles.open(&5, RDWR, file(b""), FopenFlags::empty());
+    assert_eq!(opened.unwrap().backing_id, None);
+    let chosen = handles.table().serve(&6).unwrap();
+    drop((chosen, handles.release(early)));
+
+    let causes = [
+        (refusal(Errno::DQUOT), 2),
+        (refusal(Errno::ACCESS), 3),
+        (ServerReason::LimitReached, 1),
+        (ServerReason::Chosen, 1),
+    ];
+    assert_eq!(handles.table().stats().served, causes);
+    let expected = causes[..3].iter().map(|(why, _)| (*why, 0));
+    assert_eq!(told(), expected.collect::<Vec<_>>());
+}
+
+/// A successor on the same connection takes over what its predecessor has answered.
+#[test]
+fn a_predecessor_s_opens_are_adopted() {
+    let kernel = Arc::new(Fake::default());
+    let backing = file(b"");
+    let id = || BackingId::from_raw(1).unwrap();
+    let predecessor = BackingFile::open(&kernel, &backing, Access::ReadWrite).unwrap();
+    assert_eq!(predecessor.into_id().into_raw(), 1);
+
+    let handles = handles(&kernel);
+    handles.table().set_limit(1);
+    let handle = |file: &File| {
+        let file = file.try_clone().unwrap();
+        let open = handles.table().adopt(&2, id(), ServerFile::new(&file))?;
+        Ok::<_, OpenError>(Handle { open, file })
+    };
+    handles.adopt(1, handle(&backing).unwrap()).unwrap();
+    handles.adopt(7, handle(&backing).unwrap()).unwrap();
+    let taken = handles.adopt(7, handle(&backing).unwrap()).unwrap_err();
+    assert_eq!(taken.open.id(), Some(&id()));
+    drop(taken);
+    assert_eq!(handles.table().stats().ids, 1);
+
+    // New handles go around, and share the id.
+    let fresh = handles.open(&2, RDWR, backing.try_clone().unwrap(), FopenFlags::empty());
+    let fresh = fresh.unwrap();
+    assert_eq!((fresh.fh, fresh.backing_id), (2, Some(1)));
+    // An open that would have another id, or another file, is not its predecessor's.
+    assert_eq!(handle(&file(b"")).unwrap_err(), OpenError::DifferentFile);
+    let other = BackingId::from_raw(2).unwrap();
+    let refused = handles.table().adopt(&2, other, ServerFile::new(&backing));
+    assert_eq!(refused.unwrap_err(), OpenError::DifferentFile);
+
+    for fh in [1, 2] {
+        drop(handles.release(fh));
+    }
+    assert_eq!(kernel.ids(), [1]);
+    drop(handles.release(7));
+    assert_eq!(kernel.ids(), [] as [i32; 0], "the last one closes it");
+    let _: Option<OpenFile<Arc<Fake>>> = handles.table().share(&2, RDONLY);
+}

@@ -1,0 +1,196 @@
+//! `Handles` on real connections: attached after the mount, a negotiation that falls short, and a
+//! successor. Without a kernel: tests/handles.rs.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use fuse_backing::error::{BackingError, NotPermitted, ServerReason};
+use fuse_backing::{
+    BackingId, BackingTable, Errno, FopenFlags, FuseDevice, Handle, Handles, ServerFile,
+};
+use libtest_mimic::Failed;
+
+use crate::client::{self, Client};
+use crate::fuse::{Connection, Init, Node};
+use crate::sandbox::Sandbox;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    (
+        "attached_after_the_first_open",
+        Needs::Passthrough,
+        attached_after_the_first_open,
+    ),
+    (
+        "a_forgotten_stack_depth_is_told",
+        Needs::Passthrough,
+        a_forgotten_stack_depth_is_told,
+    ),
+    (
+        "adopted_opens_go_on",
+        Needs::Passthrough,
+        adopted_opens_go_on,
+    ),
+];
+
+const CONTENT: &str = "content";
+
+type Files = Handles<FuseDevice<Arc<std::os::fd::OwnedFd>>>;
+
+/// A mount of one file. The handles can be replaced, as those of a server that is restarted.
+struct Server {
+    handles: Arc<Mutex<Arc<Files>>>,
+    connection: Connection,
+    path: PathBuf,
+}
+
+impl Server {
+    fn start(sandbox: &Sandbox, backing: &Path, init: Init) -> Result<Self, Failed> {
+        let handles: Arc<Mutex<Arc<Files>>> = Arc::default();
+        let node = Node {
+            name: "file".into(),
+            backing: File::open(backing)?,
+        };
+        let on_open = {
+            let (handles, backing) = (Arc::clone(&handles), backing.to_owned());
+            move |nodeid, flags: i32| {
+                let file = File::open(&backing).map_err(|_| Errno::IO)?;
+                let handles = handles.lock().unwrap_or_else(PoisonError::into_inner);
+                let opened = handles.open(&nodeid, flags, file, FopenFlags::empty())?;
+                Ok(opened.to_fuse_open_out())
+            }
+        };
+        let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
+        let path = connection.path("file");
+        Ok(Self {
+            handles,
+            connection,
+            path,
+        })
+    }
+
+    fn handles(&self) -> Arc<Files> {
+        let handles = self.handles.lock();
+        Arc::clone(&handles.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn replace(&self, handles: Files) {
+        let mut current = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        // A predecessor that is gone drops nothing.
+        std::mem::forget(std::mem::replace(&mut *current, Arc::new(handles)));
+    }
+
+    fn attach(&self) -> Result<(), Failed> {
+        let device = self.connection.device();
+        let attached = self.handles().table().attach(device);
+        attached.map_err(|_| "attached already".into())
+    }
+
+    fn read(&self) -> Result<String, Failed> {
+        client::run("read", &[self.path.as_os_str(), OsStr::new("")])
+    }
+
+    fn reads(&self) -> u64 {
+        self.connection.seen.reads.load(Ordering::SeqCst)
+    }
+}
+
+fn attached_after_the_first_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    tmpfs.file("backing", CONTENT)?;
+    let server = Server::start(sandbox, &tmpfs.path().join("backing"), Init::passthrough(1))?;
+    assert_eq!(server.read()?, CONTENT);
+    let served = server.reads();
+    assert_ne!(served, 0);
+    // RELEASE.
+    assert!(server.handles().release(1).is_some());
+
+    server.attach()?;
+    assert_eq!(server.read()?, CONTENT);
+    assert_eq!(server.reads(), served);
+    let counted = server.handles().table().stats().served;
+    assert_eq!(counted, [(ServerReason::NoRegistrar, 1)]);
+    Ok(())
+}
+
+/// With fuser: `add_capabilities` without `set_max_stack_depth`. The kernel says nothing of it.
+fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    tmpfs.file("backing", CONTENT)?;
+    let init = Init {
+        max_stack_depth: 0,
+        ..Init::passthrough(1)
+    };
+    let server = Server::start(sandbox, &tmpfs.path().join("backing"), init)?;
+    server.attach()?;
+    let told: Arc<Mutex<Vec<ServerReason>>> = Arc::default();
+    server.handles().table().on_server_mode({
+        let told = Arc::clone(&told);
+        move |why| {
+            told.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(why)
+        }
+    });
+    for _ in 0..3 {
+        assert_eq!(server.read()?, CONTENT);
+    }
+    assert_ne!(server.reads(), 0);
+    let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
+    let reason = ServerReason::Refused(error);
+    let told = told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    assert_eq!(told, [reason]);
+    assert!(reason.to_string().contains("max_stack_depth 1 or 2"));
+    let counted = server.handles().table().stats().served;
+    assert_eq!(counted, [(reason, 3)]);
+    Ok(())
+}
+
+/// A server that is restarted on its device fd, while a client has the file open.
+fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
+    for adopts in [true, false] {
+        let tmpfs = sandbox.tmpfs()?;
+        let file = tmpfs.file("backing", CONTENT)?;
+        let server = Server::start(sandbox, &tmpfs.path().join("backing"), Init::passthrough(1))?;
+        server.attach()?;
+        let mut holder = Client::start("hold", &[server.path.as_os_str()])?;
+        assert_eq!(holder.line()?, "open");
+        let handle = server.handles().get(1).ok_or("of the holder")?;
+        let (nodeid, id) = (
+            *handle.open.inode(),
+            handle.open.id().map(BackingId::as_raw),
+        );
+        // So that it outlives what is forgotten.
+        std::mem::forget(handle);
+
+        let successor = Handles::new(BackingTable::new(server.connection.device()));
+        if adopts {
+            let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
+            let open = successor
+                .table()
+                .adopt(&nodeid, id, ServerFile::new(&file))?;
+            assert!(successor.adopt(1, Handle { open, file }).is_ok());
+        }
+        server.replace(successor);
+        // Without, the kernel is given a second id for an inode that is open.
+        let errno = format!("errno {}", Errno::IO.raw_os_error());
+        let expected = if adopts { CONTENT } else { &errno };
+        assert_eq!(server.read()?, expected);
+        holder.proceed()?;
+        assert_eq!(holder.finish()?, CONTENT);
+        assert_eq!(server.reads(), 0);
+
+        if adopts {
+            // RELEASE of the holder's, and of the other.
+            let handles = server.handles();
+            assert!(handles.release(1).is_some() && handles.release(2).is_some());
+            let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
+            let closed = server.connection.device().backing_close(id);
+            assert_eq!(closed.unwrap_err().cause(), BackingError::UnknownId);
+        }
+    }
+    Ok(())
+}

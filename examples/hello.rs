@@ -31,9 +31,9 @@ impl fuser::Filesystem for Hello {
         let offered = InitFlags::from_bits_retain(config.capabilities().bits()); //+
         let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One); //+
         let Ok(reply) = reply.inspect_err(|why| eprintln!("no passthrough: {why}")) else { return Ok(()) }; //+
-        let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits()); //+
+        let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits()); //+
         config.add_capabilities(flags).map_err(|_| io::ErrorKind::Unsupported)?; //+
-        config.set_max_stack_depth(reply.max_stack_depth()).map_err(|_| io::ErrorKind::Unsupported)?; //+
+        config.set_max_stack_depth(reply.max_stack_depth).map_err(|_| io::ErrorKind::Unsupported)?; //+
         Ok(())
     }
 

@@ -8,30 +8,16 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use crate::error::OpenError;
 
 /// Reading, writing, or both: what a server grants through a registration, and what a client's open
-/// asks for.
-///
-/// The kernel does not hold the one against the other: it ignores the access mode of the fd that was
-/// registered, see [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
-///
-/// # Examples
-///
-/// ```
-/// use fuse_backing::{Access, ClientFlags};
-///
-/// let granted = Access::of(std::fs::File::open("/dev/null")?)?;
-/// assert_eq!(granted, Access::ReadOnly);
-/// assert!(granted.allows(ClientFlags::from(0).access())); // O_RDONLY
-/// assert!(!granted.allows(ClientFlags::from(2).access())); // O_RDWR
-/// # Ok::<(), std::io::Error>(())
-/// ```
+/// asks for. The kernel does not compare the two, see
+/// [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// Reading.
-    ReadOnly,
+    ReadOnly = 1,
     /// Writing.
-    WriteOnly,
+    WriteOnly = 2,
     /// Reading and writing.
-    ReadWrite,
+    ReadWrite = 3,
 }
 
 impl Access {
@@ -54,11 +40,7 @@ impl Access {
 
     /// Grants as bits that add up, for [`from_bits`](Self::from_bits).
     pub(crate) const fn bits(self) -> u8 {
-        match self {
-            Self::ReadOnly => 1,
-            Self::WriteOnly => 2,
-            Self::ReadWrite => 3,
-        }
+        self as u8
     }
 
     pub(crate) const fn from_bits(bits: u8) -> Option<Self> {
@@ -71,11 +53,8 @@ impl Access {
     }
 
     /// Both grants together.
-    pub(crate) const fn union(self, other: Self) -> Self {
-        match Self::from_bits(self.bits() | other.bits()) {
-            Some(both) => both,
-            None => Self::ReadWrite,
-        }
+    pub(crate) fn union(self, other: Self) -> Self {
+        Self::from_bits(self.bits() | other.bits()).unwrap_or(Self::ReadWrite)
     }
 
     /// Whether granting this is granting all that is `wanted`.

@@ -12,22 +12,20 @@ use crate::register::Register;
 
 /// A registered backing file, closed on drop.
 ///
-/// `R` is who registers, see [`Register`]: a `&FuseDevice`, or an `Arc<FuseDevice>` for a guard that is
-/// kept in a server's table of open files.
+/// `R` is who registers, see [`Register`]: a `&FuseDevice`, or an `Arc<FuseDevice>`.
 ///
 /// Keep it from before the OPEN reply is written until the last RELEASE of the inode, and use one
 /// for all opens of an inode: the kernel refuses a second id for an inode that is open, even one of
 /// the same file. [`BackingTable`](crate::BackingTable) does that.
 ///
-/// After fork(2) the child has a copy: the process that drops it first closes the id for both.
-///
 /// Drop ignores a failing close, which happens to a thread without `CAP_SYS_ADMIN`; the file then
-/// stays registered as long as the connection lives. [`close`](Self::close) reports it.
+/// stays registered as long as the connection lives. [`close`](Self::close) reports it. After fork(2) the
+/// process that drops its copy first closes the id for both.
 ///
 /// # Examples
 ///
 /// ```no_run
-/// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
+/// # fn f(device: fuse_backing::FuseDevice) -> std::io::Result<()> {
 /// use fuse_backing::{Access, BackingFile, FopenFlags, OpenReply};
 ///
 /// // The server opens the file itself, with the client's flags: the errno is the true one.

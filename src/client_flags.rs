@@ -6,8 +6,8 @@ use crate::access::Access;
 
 /// The flags of an OPEN or CREATE request: the `flags` of `fuse_open_in`.
 ///
-/// FUSE libraries have them as `i32` or `u32`, in fuser inside `OpenFlags`; a server may have them as
-/// rustix's [`OFlags`]. Whatever takes `impl Into<ClientFlags>` takes any of these.
+/// Made of an `i32` or `u32`, as FUSE libraries have them (in fuser inside `OpenFlags`), or of rustix's
+/// [`OFlags`].
 ///
 /// # Examples
 ///
@@ -23,9 +23,8 @@ use crate::access::Access;
 pub struct ClientFlags(OFlags);
 
 impl ClientFlags {
-    /// What a client can do with an open of these flags; access mode 3 is both.
-    ///
-    /// `O_TRUNC` adds nothing: the server's own open with these flags has truncated the file, or failed.
+    /// What a client can do with an open of these flags; access mode 3 is both. `O_TRUNC` adds nothing: the
+    /// server's own open with these flags has truncated the file, or failed.
     #[must_use]
     pub fn access(self) -> Access {
         match self.0 & OFlags::ACCMODE {

@@ -29,11 +29,9 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// # Examples
 ///
 /// ```no_run
-/// use fuse_backing::FuseDevice;
-/// # fn serve(server_device: std::os::fd::OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
-///
+/// # fn serve(server_device: std::os::fd::OwnedFd) -> std::io::Result<()> {
 /// // The fd that the server handed to mount(2), or got from fusermount3.
-/// let device = FuseDevice::new(server_device)?;
+/// let device = fuse_backing::FuseDevice::new(server_device)?;
 /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
 /// // ... answer OPEN with FOPEN_PASSTHROUGH and id.as_raw(), and after its last RELEASE:
 /// device.backing_close(id)?;
@@ -48,21 +46,14 @@ pub struct FuseDevice<Fd: DeviceFd = OwnedFd> {
 /// What a [`FuseDevice`] can hold: an [`OwnedFd`], a [`File`], a [`BorrowedFd`], or a reference,
 /// [`Arc`], [`Rc`] or [`Box`] of one of these.
 ///
-/// The trait is sealed. An arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant
-/// for `/dev/fuse` would reach another driver. For the same reason [`FuseDevice::new`] refuses fds 0 to 2.
-///
-/// # Examples
-///
-/// Lend the fd of a holder that is none of these:
+/// The trait is sealed: an arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant
+/// for `/dev/fuse` would reach another driver. (So [`FuseDevice::new`] refuses fds 0 to 2.) Lend the fd of
+/// another holder:
 ///
 /// ```no_run
 /// # fn f(session: impl std::os::fd::AsFd) -> std::io::Result<()> {
 /// let device = fuse_backing::FuseDevice::new(session.as_fd())?;
 /// # Ok(()) }
-/// ```
-///
-/// ```compile_fail,E0277
-/// let device = fuse_backing::FuseDevice::new(std::io::stdin());
 /// ```
 pub trait DeviceFd: AsFd + sealed::Sealed {}
 
@@ -96,20 +87,12 @@ assert_impl_all!(FuseDevice<OwnedFd>: Send, Sync);
 assert_eq_size!(FuseDevice<OwnedFd>, OwnedFd);
 
 impl FuseDevice<OwnedFd> {
-    /// `open("/dev/fuse", O_RDWR | O_CLOEXEC)` — Opens a device that is not attached to a
-    /// connection yet.
+    /// `open("/dev/fuse", O_RDWR | O_CLOEXEC)` — Opens a device that is not attached to a connection yet. Its fd
+    /// goes into mount(2)'s data: `fd=N,rootmode=40000,user_id=0,group_id=0`.
     ///
     /// # Errors
     ///
     /// [`DeviceError`]: no such node, no driver behind it, no permission, or another file at that path.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// let device = fuse_backing::FuseDevice::open()?;
-    /// // Its fd goes into mount(2)'s data: "fd=N,rootmode=40000,user_id=0,group_id=0".
-    /// # Ok::<(), fuse_backing::error::DeviceError>(())
-    /// ```
     pub fn open() -> Result<Self, DeviceError> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let fd = open("/dev/fuse", flags, Mode::empty()).map_err(|errno| match errno {
@@ -125,8 +108,7 @@ impl FuseDevice<OwnedFd> {
 impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `fstat(fd)`, `fcntl(fd, F_GETFL)` — Takes an fd that must be the character device 10:229.
     ///
-    /// Whether it is attached to a connection, and whether passthrough was negotiated there, shows
-    /// at the first [`backing_open`](Self::backing_open).
+    /// The first [`backing_open`](Self::backing_open) shows whether it is attached, and passthrough negotiated.
     ///
     /// # Errors
     ///
@@ -138,10 +120,7 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// use fuse_backing::{FuseDevice, error::NotFuseDeviceReason};
     ///
     /// let refused = FuseDevice::new(std::fs::File::open("/dev/null")?).unwrap_err();
-    /// assert!(matches!(
-    ///     refused.reason(),
-    ///     NotFuseDeviceReason::OtherDevice { major: 1, minor: 3, .. }
-    /// ));
+    /// assert_eq!(refused.reason(), NotFuseDeviceReason::OtherDevice { major: 1, minor: 3 });
     /// let _still_open: std::fs::File = refused.into_fd();
     /// # Ok::<(), std::io::Error>(())
     /// ```
@@ -161,14 +140,12 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file with the connection, to
     /// be read and written by the kernel.
     ///
-    /// The id that comes back goes into OPEN and CREATE replies, see [`OpenReply`]. The kernel
-    /// takes its own reference to the file: `fd` may be closed at once. It does not charge it to
-    /// `RLIMIT_NOFILE`, and lsof does not show it.
-    ///
-    /// Until the id is closed, the file stays open as `fd` is: a writer (`ETXTBSY`, no leases, no
-    /// read-only remount) with its flock(2). An `O_PATH` fd holds none of that, and passes through as well.
-    ///
+    /// The id that comes back goes into OPEN and CREATE replies, see [`OpenReply`].
     /// [`BackingFile::open`] is the same with a guard that closes the id.
+    ///
+    /// `fd` may be closed at once: the kernel takes its own reference, which neither `RLIMIT_NOFILE` nor lsof
+    /// knows of. Until the id is closed, the file stays open as `fd` is: a writer (`ETXTBSY`, no leases, no
+    /// read-only remount) with its flock(2). An `O_PATH` fd holds none of that, and passes through as well.
     ///
     /// # Requirements
     ///
@@ -176,8 +153,8 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// - The connection's INIT reply had `FUSE_INIT_EXT` and `FUSE_PASSTHROUGH`, not
     ///   `FUSE_WRITEBACK_CACHE`, and a `max_stack_depth` of 1 or 2.
     /// - The calling *thread* has `CAP_SYS_ADMIN` in the initial user namespace.
-    /// - `fd` is a regular file on a filesystem of a lower stack depth than `max_stack_depth`. It
-    ///   may be an `O_PATH` fd from Linux 6.12 on.
+    /// - `fd`, which may be an `O_PATH` fd from Linux 6.12 on, is a regular file on a filesystem of a lower
+    ///   stack depth than `max_stack_depth`.
     ///
     /// # Security
     ///
@@ -195,12 +172,12 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// ```no_run
     /// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
-    /// use fuse_backing::error::Scope;
+    /// use fuse_backing::error::{BackingError, NotPermitted};
     ///
     /// match device.backing_open(std::fs::File::open("/srv/data/file")?) {
     ///     Ok(id) => println!("registered as {}", id.as_raw()),
-    ///     Err(e) if e.scope() == Scope::File => println!("serving this file without passthrough: {e}"),
-    ///     Err(e) => return Err(e.into()),
+    ///     Err(BackingError::NotPermitted(NotPermitted::MissingCapability)) => println!("run as root"),
+    ///     Err(e) => println!("serving this file without passthrough: {e} ({:?})", e.scope()),
     /// }
     /// # Ok(()) }
     /// ```
@@ -225,15 +202,12 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
 
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Gives a backing id back.
     ///
-    /// Files that are open through the id go on working; a later OPEN reply with it fails in the
-    /// client, with `EIO`. So close after the *last* RELEASE of the inode, not after the reply: the
+    /// Files that are open through the id go on working; a later OPEN reply with it gives the client
+    /// `EIO`. So close after the *last* RELEASE of the inode, not after the reply: the
     /// kernel looks the id up only when it has read the reply.
     ///
-    /// Works after the connection was aborted or unmounted, as long as a device fd is open.
-    ///
-    /// # Requirements
-    ///
-    /// The same capability as registering: a server that drops `CAP_SYS_ADMIN` closes nothing any more.
+    /// Works after the connection was aborted or unmounted. It needs the same capability as registering: a
+    /// server that drops `CAP_SYS_ADMIN` closes nothing any more.
     ///
     /// # Errors
     ///
@@ -242,7 +216,7 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// # Examples
     ///
-    /// An id is closed once. What would close it twice does not compile:
+    /// An id is closed once:
     ///
     /// ```compile_fail,E0382
     /// # fn f(device: fuse_backing::FuseDevice, id: fuse_backing::BackingId) {
@@ -269,21 +243,15 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// Backing ids belong to the connection: any of its fds opens and closes them. The connection, and with
     /// it every id, lives until the mount *and* all of its device fds are gone.
     ///
-    /// # Requirements
-    ///
-    /// Linux 4.2; this device is attached to a connection, that is, was mounted.
-    ///
     /// # Errors
     ///
-    /// [`DeviceError`].
+    /// [`DeviceError`]: this needs Linux 4.2, and a device that is attached to a connection, that is, was mounted.
     ///
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(device: fuse_backing::FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
-    /// let worker = device.clone_connection()?;
-    /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
-    /// worker.backing_close(id)?;
+    /// # fn f(device: fuse_backing::FuseDevice, id: fuse_backing::BackingId) -> std::io::Result<()> {
+    /// device.clone_connection()?.backing_close(id)?;
     /// # Ok(()) }
     /// ```
     ///
@@ -306,13 +274,9 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// one that mounts, and **reads of the device and its other ioctls block until it is mounted**:
     /// [`backing_open`](Self::backing_open) does, interruptibly.
     ///
-    /// # Requirements
-    ///
-    /// Linux 6.18, and a device that is not attached yet.
-    ///
     /// # Errors
     ///
-    /// [`DeviceError`].
+    /// [`DeviceError`]: this needs Linux 6.18, and a device that is not attached yet.
     ///
     /// # Examples
     ///

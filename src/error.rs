@@ -1,12 +1,8 @@
 //! The errors: one enum for each kind of failure, one variant for each cause.
 //!
 //! [`OpenError`] answers a client: it converts to an [`io::Error`] that has the errno as `raw_os_error()`,
-//! which is what FUSE libraries send. All other errors are about setting up and registering: they convert to
-//! an `io::Error` that holds them, for a log. Each of them converts to an [`Errno`].
-//!
-//! Every public enum of causes is `non_exhaustive`; their variants are not.
-
-// diagnose.rs works out what an ambiguous errno means, on the error path.
+//! which is what FUSE libraries send. All other errors convert to an `io::Error` that holds them, for a log.
+//! Each converts to an [`Errno`]. The enums are `non_exhaustive`; their variants are not.
 
 use std::fmt;
 use std::io;
@@ -26,9 +22,6 @@ pub enum Scope {
     /// This file cannot be a backing file of this connection; others may. Serve it without passthrough.
     File,
     /// Every attempt on this connection fails like this one until the cause is removed.
-    ///
-    /// After such a failure [`BackingTable`](crate::BackingTable) registers nothing, on any thread, until
-    /// [`reset`](crate::BackingTable::reset).
     Connection,
     /// Every attempt of the *calling thread* fails like this one. Another thread may succeed, since
     /// capabilities belong to threads.
@@ -37,28 +30,20 @@ pub enum Scope {
     Transient,
 }
 
-/// Why `EPERM`: the kernel has one errno for all of these.
-///
-/// Told apart on the error path, by looking at the calling thread.
+/// Why `EPERM`. The kernel has one errno for all of these; a look at the calling thread tells them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum NotPermitted {
     /// The calling thread is in a user namespace of its own. The kernel asks for `CAP_SYS_ADMIN` in
-    /// the *initial* user namespace, whatever the thread may do in its own: rootless containers
-    /// cannot have passthrough.
-    #[error(
-        "the calling thread is not in the initial user namespace, where it needs CAP_SYS_ADMIN"
-    )]
+    /// the *initial* user namespace: rootless containers cannot have passthrough.
+    #[error("the thread is not in the initial user namespace, where it needs CAP_SYS_ADMIN")]
     NotInInitialUserNamespace,
     /// The calling thread has no effective `CAP_SYS_ADMIN`. Another thread of the process may have it.
     #[error("the calling thread has no effective CAP_SYS_ADMIN")]
     MissingCapability,
-    /// Neither of these, and the device is attached: passthrough was not negotiated, or a security
-    /// module or seccomp denies it. The kernel does not tell these apart.
-    ///
-    /// Not negotiated means: INIT is not answered yet, or its reply lacks `FUSE_INIT_EXT` or
-    /// `FUSE_PASSTHROUGH`, or has a `max_stack_depth` other than 1 and 2, or has
-    /// `FUSE_WRITEBACK_CACHE`. The kernel silently accepts such a reply.
+    /// Neither of these, and the device is attached: a security module or seccomp denies it, or passthrough
+    /// was not negotiated. That is: INIT is not answered yet, or its reply lacks `FUSE_INIT_EXT` or
+    /// `FUSE_PASSTHROUGH`, or has a `max_stack_depth` other than 1 and 2, or has `FUSE_WRITEBACK_CACHE`.
     #[error(
         "passthrough was not negotiated (the INIT reply needs INIT_EXT, PASSTHROUGH, \
          max_stack_depth 1 or 2, and no WRITEBACK_CACHE), or a security policy denies it"
@@ -71,9 +56,8 @@ pub enum NotPermitted {
 }
 
 impl NotPermitted {
-    /// User namespaces belong to processes, capabilities to threads. An unknown cause
-    /// counts for the thread. [`NotNegotiatedOrDenied`](Self::NotNegotiatedOrDenied) counts for the
-    /// connection: only a server's own seccomp filter denies it to some of its threads.
+    /// User namespaces belong to processes, capabilities to threads. Only a server's own seccomp filter would
+    /// deny it to some of its threads.
     fn scope(self) -> Scope {
         match self {
             Self::NotInInitialUserNamespace | Self::NotNegotiatedOrDenied => Scope::Connection,
@@ -83,20 +67,6 @@ impl NotPermitted {
 }
 
 /// Registering a backing file, or closing its id, failed.
-///
-/// # Examples
-///
-/// ```no_run
-/// # fn f(device: fuse_backing::FuseDevice, file: std::fs::File) {
-/// use fuse_backing::error::{BackingError, NotPermitted};
-///
-/// match device.backing_open(&file) {
-///     Ok(id) => drop(device.backing_close(id)),
-///     Err(BackingError::NotPermitted(NotPermitted::MissingCapability)) => eprintln!("run as root"),
-///     Err(e) => eprintln!("no passthrough: {e} (errno {})", e.errno().raw_os_error()),
-/// }
-/// # }
-/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum BackingError {
@@ -133,15 +103,13 @@ pub enum BackingError {
     },
     /// `ELOOP`: the file's filesystem is stacked as deep as the connection's `max_stack_depth`, or
     /// deeper. With depth 1, files on overlayfs and on another passthrough mount; with depth 2, on
-    /// stacks of these; at any depth, files of `/proc`. On Android, whose kernels do not check that
-    /// passthrough was negotiated, also each file of a connection where it was not.
+    /// stacks of these; at any depth, files of `/proc`. On Android also where passthrough was not negotiated.
     #[error("the file's filesystem is stacked too deep for the negotiated max_stack_depth")]
     StackedTooDeep,
     /// `EBADF`, 6.9 to 6.11: an `O_PATH` fd.
     #[error("the backing fd was opened with O_PATH, which needs Linux 6.12")]
     PathOnlyFd,
-    /// `EBADF`: the backing fd is not open. Its [`AsFd`](std::os::fd::AsFd) named an fd that was
-    /// closed behind its owner's back.
+    /// `EBADF`: the backing fd was closed behind its owner's back.
     #[error("the backing fd is not open")]
     BadFd,
     /// `ENOENT` at closing: the connection has no such id. It was closed before, is another connection's, or
@@ -158,8 +126,8 @@ pub enum BackingError {
     /// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init).
     #[error("interrupted by a signal while waiting for the mount")]
     Interrupted,
-    /// The kernel, or a seccomp supervisor in its place, reported success with an id that is not
-    /// positive. No such id exists; nothing was registered under it.
+    /// The kernel, or a seccomp supervisor in its place, reported success with an id that is not positive.
+    /// Nothing was registered under it.
     #[error("the ioctl returned {0}, which is not a backing id")]
     InvalidId(i32),
     /// The [`Register`](crate::Register) refuses, not the kernel: its policy, its limit, or its end. An id
@@ -275,9 +243,7 @@ impl<T> fmt::Debug for BackingCloseError<T> {
 #[non_exhaustive]
 pub enum DeviceError {
     /// `ENOENT` at opening: there is no `/dev/fuse`.
-    #[error(
-        "there is no /dev/fuse: the fuse module is not loaded, or this container was not given the device"
-    )]
+    #[error("there is no /dev/fuse: load the fuse module, or give the container the device")]
     Missing,
     /// `ENODEV` or `ENXIO` at opening: the node is there, the kernel has no driver for it.
     #[error("the kernel has no driver behind /dev/fuse")]
@@ -325,7 +291,6 @@ impl DeviceError {
             | Self::Other(errno) => errno,
         }
     }
-
     /// What it means for the next attempt.
     #[must_use]
     pub fn scope(&self) -> Scope {
@@ -408,8 +373,7 @@ pub enum NotFuseDeviceReason {
 }
 
 impl NotFuseDeviceReason {
-    /// What an ioctl on the fd would have given: `EBADF` for an `O_PATH` fd, else `ENOTTY`; or what
-    /// the kernel gave when the fd was looked at; `EINVAL` for fds 0 to 2.
+    /// What an ioctl on the fd would have given; `EINVAL` for fds 0 to 2.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
@@ -428,8 +392,8 @@ pub enum ServerReason {
     /// The table has no registrar yet: [`BackingTable::attach`](crate::BackingTable::attach).
     #[error("the device is not attached to the table yet")]
     NoRegistrar,
-    /// Registering the file failed; or was not tried, since registering another one failed for a cause that
-    /// concerns the connection. See [`BackingTable::reset`](crate::BackingTable::reset).
+    /// Registering the file failed; or was not tried, since it failed for another one with
+    /// [`Scope::Connection`]. See [`BackingTable::reset`](crate::BackingTable::reset).
     #[error("registering a backing file failed: {0}")]
     Refused(BackingError),
     /// The table's limit on ids was reached, and none was idle.
@@ -445,8 +409,7 @@ pub enum ServerReason {
     /// `statx` failed, so that it is not known whether the file is append-only.
     #[error("cannot read the file's attributes: {0}")]
     Unreadable(Errno),
-    /// There is no fd to be kept with the id, see
-    /// [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds); `EMFILE` most likely.
+    /// There is no fd for [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds), by `EMFILE` mostly.
     #[error("cannot keep an fd with the backing id: {0}")]
     NoFd(Errno),
 }
@@ -458,22 +421,19 @@ pub enum ServerReason {
 /// `?` in a function that returns an [`io::Result`] gives the client the errno:
 ///
 /// ```
-/// use fuse_backing::{BackingTable, FuseDevice, ServerFile};
+/// use fuse_backing::{FopenFlags, Handles, Opened};
 ///
-/// fn open(table: &BackingTable, client_flags: i32) -> std::io::Result<()> {
+/// fn open(handles: &Handles, client_flags: i32) -> std::io::Result<Opened> {
 ///     let file = std::fs::File::open("/dev/null")?; // cannot be written
-///     let open = table.open(&2, client_flags, ServerFile::new(&file))?;
-/// #   drop(open);
-///     Ok(())
+///     Ok(handles.open(&2, client_flags, file, FopenFlags::empty())?)
 /// }
-/// # let refused = open(&BackingTable::default(), 2);
+/// let refused = open(&Handles::default(), 2); // O_RDWR
 /// assert_eq!(refused.unwrap_err().raw_os_error(), Some(13)); // EACCES
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// `EACCES`: the client asks for more than the server grants. Where the mount is read-only, `EROFS` may
-    /// be the better answer.
+    /// `EACCES`: the client asks for more than the server grants.
     #[error("the client asks for {wanted} access, {granted} is granted")]
     AccessExceeded {
         /// What the server grants.
@@ -482,11 +442,9 @@ pub enum OpenError {
         wanted: Access,
     },
     /// `EBUSY`: the inode is open and registered for less than the client asks for, by a registrar that
-    /// [enforces](crate::Register::enforces_grant) it. Once it has been released, it is registered for more.
-    /// [`ServerFile::grant`](crate::ServerFile::grant) says at the first open what it will be granted.
-    #[error(
-        "the client asks for {wanted} access, the inode is open and registered for {registered}"
-    )]
+    /// [enforces](crate::Register::enforces_grant) it. Give the first open the
+    /// [`grant`](crate::ServerFile::grant) of all.
+    #[error("the client asks for {wanted} access, the open inode is registered for {registered}")]
     GrantExceeded {
         /// What it is registered for.
         registered: Access,
@@ -494,13 +452,11 @@ pub enum OpenError {
         wanted: Access,
     },
     /// `EIO`: the inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
-    /// All opens of an inode have one id, and so one file. Where the kernel had forgotten
-    /// the inode before its number was given to another file, the server has not said so with
-    /// [`forget`](crate::BackingTable::forget).
+    /// All opens of an inode have one id, and so one file. A server that gives the number of an inode to
+    /// another file says so with [`forget`](crate::BackingTable::forget).
     #[error("the inode is open with another backing file")]
     DifferentFile,
-    /// `EBADF`: the server's fd permits neither reading nor writing. It was opened with `O_PATH`, or with
-    /// access mode 3, which is for ioctls alone.
+    /// `EBADF`: the server's fd was opened with `O_PATH`, or with access mode 3, which is for ioctls alone.
     #[error("the fd permits neither reading nor writing (O_PATH, or access mode 3)")]
     NoAccess,
     /// `EINVAL`: the kernel refuses these flags in such a reply.
@@ -529,23 +485,6 @@ impl OpenError {
 impl From<OpenError> for io::Error {
     fn from(error: OpenError) -> Self {
         error.errno().into()
-    }
-}
-
-/// [`BackingTable::invalidate`](crate::BackingTable::invalidate) of an inode that is open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error("the inode is open {opens} times")]
-#[non_exhaustive]
-pub struct Busy {
-    /// How many opens there are.
-    pub opens: u64,
-}
-
-impl Busy {
-    /// `EBUSY`.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        Errno::BUSY
     }
 }
 
@@ -581,7 +520,6 @@ into_io_error! {
     [<Fd>] NotFuseDevice<Fd> => |error| NotFuseDevice::new((), error.reason),
     [] NotFuseDeviceReason => |error| error,
     [] NegotiateError => |error| error,
-    [] Busy => |error| error,
 }
 
 fn kind_of_file(file_type: FileType) -> &'static str {

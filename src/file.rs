@@ -26,10 +26,8 @@ use crate::error::{OpenError, ServerReason};
 /// let file = File::open("/dev/null")?;
 /// // What is granted is what the fd permits:
 /// let plain = ServerFile::new(&file);
-/// // The server has opened it by an O_PATH fd, which it keeps with the file's numbers. It knows what the fd
-/// // permits, and lets others write:
-/// # let held = rustix::fs::open("/dev/null", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
-/// # let metadata = file.metadata()?;
+/// // The server has opened it by an O_PATH fd, of which it knows the numbers, and will let others write:
+/// # let (held, metadata) = (File::open("/dev/null")?, file.metadata()?);
 /// let known = ServerFile::new(&file)
 ///     .access(Access::ReadOnly)
 ///     .identity(metadata.st_dev(), metadata.st_ino())
@@ -40,9 +38,9 @@ use crate::error::{OpenError, ServerReason};
 #[derive(Clone, Copy, Debug)]
 #[must_use]
 pub struct ServerFile<'path, F> {
-    fd: F,
+    pub(crate) fd: F,
     access: Option<Access>,
-    identity: Option<FileId>,
+    pub(crate) identity: Option<FileId>,
     grant: Option<Access>,
     path: Option<BorrowedFd<'path>>,
 }
@@ -97,10 +95,6 @@ impl<'path, F: AsFd> ServerFile<'path, F> {
             path: self.path,
         }
     }
-
-    pub(crate) fn into_fd(self) -> F {
-        self.fd
-    }
 }
 
 /// [`ServerFile::new`].
@@ -119,11 +113,6 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
         self.grant.map_or(granted, |grant| grant.union(granted))
     }
 
-    /// What the server says that it is.
-    pub(crate) fn known(&self) -> Option<FileId> {
-        self.identity
-    }
-
     pub(crate) fn look(&self) -> Result<Looked, OpenError> {
         look_at(self.fd).map_err(OpenError::Unreadable)
     }
@@ -133,16 +122,23 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
     pub(crate) fn backing(&self, id: FileId, by_path: bool) -> Backing<'fd> {
         let is_same = |fd: BorrowedFd<'_>| look_at(fd).is_ok_and(|found| found.id == id);
         let is_path = |fd| fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH));
-        let given = self
-            .path
-            .filter(|&fd| by_path && is_path(fd) && is_same(fd));
-        let fd = given.map(Fd::Lent).or_else(|| {
-            // Android's filter of apps may kill whoever calls it.
-            let may_reopen = by_path && !cfg!(target_os = "android");
-            let opened = may_reopen.then(|| self.reopen().ok()).flatten();
-            opened.filter(|fd| is_same(fd.as_fd())).map(Fd::Opened)
-        });
-        fd.map_or_else(|| Backing::lent(self), |fd| Backing { fd, is_path: true })
+        let backing = |lent, opened, is_path| Backing {
+            lent,
+            opened,
+            is_path,
+        };
+        if !by_path {
+            return backing(self.fd, None, false);
+        }
+        if let Some(path) = self.path.filter(|&fd| is_path(fd) && is_same(fd)) {
+            return backing(path, None, true);
+        }
+        // Android's filter of apps may kill whoever calls it.
+        let may_reopen = !cfg!(target_os = "android");
+        let opened = may_reopen.then(|| self.reopen().ok()).flatten();
+        let opened = opened.filter(|fd| is_same(fd.as_fd()));
+        let is_path = opened.is_some();
+        backing(self.fd, opened, is_path)
     }
 
     /// `open_tree(fd, "", AT_EMPTY_PATH)`: without `OPEN_TREE_CLONE` it opens the same file with `O_PATH`,
@@ -156,57 +152,26 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
 /// What is registered for a file.
 #[derive(Debug)]
 pub(crate) struct Backing<'fd> {
-    fd: Fd<'fd>,
+    lent: BorrowedFd<'fd>,
+    /// In its place.
+    pub(crate) opened: Option<OwnedFd>,
     /// It is an `O_PATH` fd: no writer, and without a lock or a lease.
-    is_path: bool,
+    pub(crate) is_path: bool,
 }
 
-#[derive(Debug)]
-enum Fd<'fd> {
-    Lent(BorrowedFd<'fd>),
-    Opened(OwnedFd),
-}
-
-impl AsFd for Fd<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Lent(fd) => *fd,
-            Self::Opened(fd) => fd.as_fd(),
-        }
-    }
-}
-
-impl<'fd> Backing<'fd> {
-    /// The server's own fd.
-    pub(crate) fn lent(file: &ServerFile<'fd, BorrowedFd<'fd>>) -> Self {
-        Self {
-            fd: Fd::Lent(file.fd),
-            is_path: false,
-        }
-    }
-
-    pub(crate) fn is_path(&self) -> bool {
-        self.is_path
-    }
-
-    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
+impl Backing<'_> {
     /// Makes the fd one of its own.
     pub(crate) fn keep(&mut self) -> Result<(), Errno> {
-        if let Fd::Lent(fd) = self.fd {
-            self.fd = Fd::Opened(fcntl_dupfd_cloexec(fd, 0)?);
+        if self.opened.is_none() {
+            self.opened = Some(fcntl_dupfd_cloexec(self.lent, 0)?);
         }
         Ok(())
     }
+}
 
-    /// What `keep` has made its own.
-    pub(crate) fn into_kept(self) -> Option<OwnedFd> {
-        match self.fd {
-            Fd::Lent(_) => None,
-            Fd::Opened(fd) => Some(fd),
-        }
+impl AsFd for Backing<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.opened.as_ref().map_or(self.lent, AsFd::as_fd)
     }
 }
 

@@ -24,42 +24,28 @@ type Shard<R, T, K> = Mutex<HashMap<u64, Arc<Handle<R, T, K>>>>;
 
 /// The open files of a server, by file handle, on a [`BackingTable`].
 ///
-/// [`open`](Self::open) stores an open before there is a reply to it, and [`release`](Self::release) gives it
-/// back. `T` is what the server keeps for it, most often the fd that it has opened; `R` and `K` are those of
-/// the table. A handle is not used twice.
+/// [`open`](Self::open) stores an open before there is a reply to it. `T` is what the server keeps for it, most
+/// often the fd that it has opened; `R` and `K` are those of the table. A handle is not used twice.
 ///
 /// # Examples
 ///
-/// A server whose library hands out the device later. What it does in OPEN, READ and RELEASE:
+/// A server whose library hands out the device later. OPEN is in the
+/// [crate's documentation](crate#life-of-a-passthrough-file).
 ///
 /// ```no_run
-/// use fuse_backing::{FopenFlags, FuseDevice, Handles};
-/// use std::{fs::File, io, os::unix::fs::FileExt};
-///
-/// fn open(handles: &Handles, inode: u64, client_flags: i32) -> io::Result<Vec<u8>> {
-///     let file = File::open("/srv/data/file")?; // with the client's flags
-///     let opened = handles.open(&inode, client_flags, file, FopenFlags::KEEP_CACHE)?;
-///     Ok(opened.to_fuse_open_out().to_bytes().to_vec())
-/// }
-///
-/// // In server mode alone.
-/// fn read(handles: &Handles, fh: u64, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-///     let handle = handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?;
-///     handle.file.read_at(buffer, offset)
-/// }
-///
-/// fn release(handles: &Handles, fh: u64) {
-///     drop(handles.release(fh));
-/// }
+/// use fuse_backing::{FuseDevice, Handles};
+/// use std::{io, os::unix::fs::FileExt};
 ///
 /// # fn mounted() -> io::Result<std::os::fd::OwnedFd> { unimplemented!() }
-/// # fn main() -> io::Result<()> {
-/// let handles = Handles::default(); // most often in an Arc, shared with the filesystem
-/// handles.table().on_server_mode(|why| eprintln!("serving without passthrough: {why}"));
+/// let handles: Handles = Handles::default(); // most often in an Arc, shared with the filesystem
 /// // ... mount, and then:
-/// let device = FuseDevice::new(mounted()?)?;
-/// assert!(handles.table().attach(device).is_ok());
-/// # Ok(()) }
+/// handles.table().attach(FuseDevice::new(mounted()?)?).map_err(|_| io::ErrorKind::AlreadyExists)?;
+///
+/// // READ, in server mode:
+/// # let (fh, offset, mut buffer) = (1, 0, [0]);
+/// let handle = handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?;
+/// handle.file.read_at(&mut buffer, offset)?;
+/// # Ok::<(), io::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
@@ -128,8 +114,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     /// [`BackingTable::open`], and keeps the file.
     ///
     /// `file` is what the server has opened with the client's flags: a `T`, or a [`ServerFile`] of one with
-    /// what the server knows of it. Those of `reply_flags` that the mode permits are in the reply, see
-    /// [`OpenFile::reply`].
+    /// what it knows of it. Of `reply_flags` the reply has what the mode permits, see [`OpenFile::reply`].
     ///
     /// # Errors
     ///
@@ -146,7 +131,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     {
         let (wanted, file) = (client_flags.into().access(), file.into());
         let open = self.table.open_lent(inode, wanted, &file.lend())?;
-        Ok(self.insert(open, file.into_fd(), reply_flags))
+        Ok(self.insert(open, file.fd, reply_flags))
     }
 
     /// Keeps an open of the [`table`](Self::table), of which there is no reply yet: one that the table

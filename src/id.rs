@@ -6,8 +6,8 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
 /// What the kernel knows a backing file by: 1 ..= `i32::MAX`, one table of ids for each connection.
 ///
-/// A token to be closed once: it cannot be copied, and [`FuseDevice::backing_close`](crate::FuseDevice::backing_close) consumes it.
-/// The kernel hands ids out cyclically, so that a closed one is not reused soon.
+/// A token to be closed once: it cannot be copied, and
+/// [`FuseDevice::backing_close`](crate::FuseDevice::backing_close) consumes it.
 ///
 /// What the type does not rule out (`tests/kernel/backing_close.rs` shows each):
 ///

@@ -31,6 +31,13 @@ bitflags! {
 }
 
 impl InitFlags {
+    /// The two fields of an INIT reply: `flags` and `flags2`.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, reason = "the halves")]
+    pub fn to_fields(self) -> (u32, u32) {
+        (self.bits() as u32, (self.bits() >> 32) as u32)
+    }
+
     /// From the two fields of an INIT request: `flags`, and `flags2`, which counts only if the kernel
     /// says [`INIT_EXT`](Self::INIT_EXT). Else it has sent none.
     #[must_use]
@@ -54,58 +61,21 @@ pub enum MaxStackDepth {
     /// 1: files on filesystems that are not stacked. This mount may then be a layer of an overlayfs,
     /// or have the backing files of another passthrough mount.
     #[default]
-    One,
+    One = 1,
     /// 2: also files on overlayfs, and on a passthrough mount of depth 1. Nothing can be stacked on
     /// this mount.
-    Two,
+    Two = 2,
 }
 
-impl MaxStackDepth {
-    /// As the INIT reply has it.
-    #[must_use]
-    pub fn as_u32(self) -> u32 {
-        match self {
-            Self::One => 1,
-            Self::Two => 2,
-        }
-    }
-}
-
-/// What to answer to INIT, so that passthrough is on.
-///
-/// See [`negotiate`].
+/// What to answer to INIT, so that passthrough is on. See [`negotiate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "passthrough is on if the INIT reply has these"]
+#[non_exhaustive]
 pub struct Negotiated {
-    flags: InitFlags,
-    max_stack_depth: MaxStackDepth,
-}
-
-impl Negotiated {
     /// All 64 flags of the reply.
-    #[must_use]
-    pub fn init_flags(&self) -> InitFlags {
-        self.flags
-    }
-
-    /// The reply's `flags`.
-    #[must_use]
-    #[allow(clippy::cast_possible_truncation, reason = "the low half")]
-    pub fn flags(&self) -> u32 {
-        self.flags.bits() as u32
-    }
-
-    /// The reply's `flags2`.
-    #[must_use]
-    pub fn flags2(&self) -> u32 {
-        (self.flags.bits() >> 32) as u32
-    }
-
+    pub flags: InitFlags,
     /// The reply's `max_stack_depth`.
-    #[must_use]
-    pub fn max_stack_depth(&self) -> u32 {
-        self.max_stack_depth.as_u32()
-    }
+    pub max_stack_depth: u32,
 }
 
 /// Works out the INIT reply that turns passthrough on, or says why there is none.
@@ -124,26 +94,8 @@ impl Negotiated {
 ///
 /// # Examples
 ///
-/// With fuser, in `Filesystem::init`:
-///
-/// ```no_run
-/// # fn init(config: &mut fuser::KernelConfig) -> std::io::Result<()> {
-/// use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
-///
-/// let offered = InitFlags::from_bits_retain(config.capabilities().bits());
-/// match negotiate(offered, InitFlags::empty(), MaxStackDepth::One) {
-///     Ok(reply) => {
-///         let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits());
-///         // Both are needed, and the kernel does not complain if one is missing.
-///         config.add_capabilities(flags).map_err(|_| std::io::ErrorKind::Unsupported)?;
-///         config.set_max_stack_depth(reply.max_stack_depth()).map_err(|_| std::io::ErrorKind::Unsupported)?;
-///     }
-///     Err(why) => eprintln!("serving without passthrough: {why}"),
-/// }
-/// # Ok(()) }
-/// ```
-///
-/// A server that writes the bytes itself, with the request's `flags` and `flags2`:
+/// A server that writes the bytes itself, with the request's `flags` and `flags2`. With fuser: see
+/// `examples/hello.rs`.
 ///
 /// ```
 /// use fuse_backing::error::NegotiateError;
@@ -152,9 +104,10 @@ impl Negotiated {
 /// fn answer(flags: u32, flags2: u32, init_out: &mut [u8; 64]) -> Result<(), NegotiateError> {
 ///     let offered = InitFlags::from_fields(flags, flags2);
 ///     let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
-///     init_out[12..16].copy_from_slice(&reply.flags().to_ne_bytes());
-///     init_out[32..36].copy_from_slice(&reply.flags2().to_ne_bytes());
-///     init_out[36..40].copy_from_slice(&reply.max_stack_depth().to_ne_bytes());
+///     let (flags, flags2) = reply.flags.to_fields();
+///     init_out[12..16].copy_from_slice(&flags.to_ne_bytes());
+///     init_out[32..36].copy_from_slice(&flags2.to_ne_bytes());
+///     init_out[36..40].copy_from_slice(&reply.max_stack_depth.to_ne_bytes());
 ///     Ok(())
 /// }
 /// # assert_eq!(answer(0, 0, &mut [0; 64]), Err(NegotiateError::NotOffered));
@@ -180,7 +133,7 @@ pub fn negotiate(
     }
     Ok(Negotiated {
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
-        max_stack_depth,
+        max_stack_depth: max_stack_depth as u32,
     })
 }
 

@@ -49,24 +49,20 @@
 //!
 //! # What the kernel does not do for you
 //!
-//! - **It ignores the access mode of the fd that is registered.** A client that opens the FUSE file
+//! - **It ignores the access mode of the fd that is registered**: a client that opens the FUSE file
 //!   for writing writes to a backing file that was registered read-only. With an [`Access`] the table
-//!   and [`OpenReply`] hold the client's flags against what the server grants.
+//!   and [`OpenReply`] compare the client's flags with what the server grants.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
-//!   and the same id, or none is, until the last open was released. Anything else gives `EIO`, at once
-//!   or later. So CREATE goes through the table too.
+//!   and the same id, or none is, until the last open was released. So CREATE goes through the table too.
 //! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id
 //!   is closed. The table registers an `O_PATH` fd, which is none of that.
-//! - **It does not enforce append-only**, before Linux 7.3.4: a client overwrites such a file that is passed
-//!   through. The table serves it.
-//! - **It needs the id after the reply was written.** An id that is closed right after it
-//!   races with the client's open.
+//! - **It does not enforce append-only**, before Linux 7.3.4. The table serves such files.
+//! - **It needs the id after the reply was written.** Closing it right then races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
-//!   mount and every fd of its connection are gone, duplicates in other processes among them; and as long as a
-//!   client has it open or mapped through the id.
+//!   mount and every fd of its connection are gone; and while a client has it open or mapped through the id.
 //! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them, unless the table
 //!   [keeps the fds](BackingTable::set_keep_fds).
-//! - **It asks for `CAP_SYS_ADMIN` again at closing.** A server that drops it closes nothing.
+//! - **It asks for `CAP_SYS_ADMIN` again at closing.**
 //!
 //! # Errors
 //!
@@ -93,10 +89,8 @@
 //!
 //! Built for Android too. Its kernels before 6.9 have a passthrough of their own, with other
 //! ioctls; there every registration fails with [`UnsupportedKernel`](error::BackingError::UnsupportedKernel).
-//!
-//! Its kernels from 6.12 on do not ask for `CAP_SYS_ADMIN`, neither to register nor to close: `SELinux`
-//! decides who may. Nor do they check at registration that passthrough was negotiated; where it was
-//! not, every registration fails with [`StackedTooDeep`](error::BackingError::StackedTooDeep). They also
+//! Those from 6.12 on do not ask for `CAP_SYS_ADMIN`: `SELinux` decides who may. Where passthrough was not
+//! negotiated, every registration fails with [`StackedTooDeep`](error::BackingError::StackedTooDeep). They
 //! accept `WRITEBACK_CACHE` beside passthrough, which [`init::negotiate`] refuses all the same. Read in their
 //! source; nothing was run there.
 //!

@@ -27,7 +27,7 @@ use crate::id::BackingId;
 ///
 /// ```
 /// use fuse_backing::error::{BackingCloseError, BackingError, Scope};
-/// use fuse_backing::{Access, BackingId, BackingTable, Errno, FopenFlags, Register, ServerFile};
+/// use fuse_backing::{Access, BackingId, BackingTable, Errno, Register, ServerFile};
 /// use std::collections::BTreeSet;
 /// use std::os::fd::BorrowedFd;
 /// use std::sync::{Mutex, PoisonError};
@@ -62,15 +62,13 @@ use crate::id::BackingId;
 /// let file = std::fs::File::open("/dev/null")?;
 ///
 /// let open = table.open(&2, 0, ServerFile::new(&file))?;
-/// assert_eq!(open.reply(FopenFlags::empty()).backing_id(), Some(1));
+/// assert_eq!(open.id().map(BackingId::as_raw), Some(1));
 /// drop(open);
 /// assert!(kernel.registered.lock().unwrap_or_else(PoisonError::into_inner).is_empty());
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub trait Register {
-    /// Registers a file.
-    ///
-    /// `grant` is the most that will ever be granted through this id; a registrar that
+    /// Registers a file. `grant` is the most that will ever be granted through this id; a registrar that
     /// [enforces](Self::enforces_grant) it registers for no more.
     ///
     /// # Errors

@@ -55,11 +55,9 @@ impl FopenFlags {
 }
 
 /// The `open_flags` and the `backing_id` of an OPEN or CREATE reply, in a combination that the
-/// kernel accepts.
+/// kernel accepts. With any other the client gets a bare `EIO`, and the server no error.
 ///
-/// A reply that it does not accept is not reported to the server: the client gets a bare `EIO`.
-///
-/// One reply alone cannot know the mode of the inode: every open of it is answered with the same id, or none
+/// A single reply cannot know the mode of the inode: every open of it is answered with the same id, or none
 /// is, until its last open was released. [`BackingTable`](crate::BackingTable) keeps to that.
 ///
 /// # Examples
@@ -101,16 +99,14 @@ impl<'id> OpenReply<'id> {
     ///   That is the server's to ensure; otherwise the client gets `EIO`, or another file.
     /// - `granted`: what the server grants through this registration, most often
     ///   [`Access::of`] the fd that was registered.
-    /// - `client_flags`: the flags of the OPEN or CREATE request. `O_TRUNC` counts as asking to write: the
-    ///   kernel's own open of the backing file never truncates. If the server's open has truncated the file
-    ///   already, clear it from these flags.
+    /// - `client_flags`: of the OPEN or CREATE request. `O_TRUNC` counts as asking to write, since the
+    ///   kernel's own open never truncates. Clear it if the server's open has truncated the file.
     /// - `flags`: what to set beside `FOPEN_PASSTHROUGH`.
     ///
     /// # Errors
     ///
-    /// - [`OpenError::AccessExceeded`]: the client asks for more than is granted.
-    /// - [`OpenError::FlagsNotAllowed`]: the kernel accepts only `DIRECT_IO`, `NOFLUSH` and
-    ///   `PARALLEL_DIRECT_WRITES` beside `PASSTHROUGH`.
+    /// [`OpenError::AccessExceeded`]; [`OpenError::FlagsNotAllowed`] for flags other than `DIRECT_IO`, `NOFLUSH`,
+    /// `PARALLEL_DIRECT_WRITES` and `PASSTHROUGH`.
     pub fn passthrough(
         id: &'id BackingId,
         granted: Access,
@@ -166,8 +162,7 @@ impl<'id> OpenReply<'id> {
 }
 
 impl OpenReply<'static> {
-    /// A reply without passthrough: reads and writes come to the server, through the page cache or
-    /// with `DIRECT_IO` past it.
+    /// A reply without passthrough: reads and writes come to the server.
     ///
     /// # Errors
     ///

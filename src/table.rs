@@ -29,7 +29,7 @@ use static_assertions::{assert_eq_size, assert_impl_all};
 use crate::access::Access;
 use crate::client_flags::ClientFlags;
 use crate::device::FuseDevice;
-use crate::error::{BackingError, Busy, OpenError, ServerReason};
+use crate::error::{BackingError, OpenError, ServerReason};
 use crate::file::{FileId, ServerFile};
 use crate::id::BackingId;
 use crate::register::Register;
@@ -96,15 +96,9 @@ use shared::{Open, Shared};
 /// # Fork and restart
 ///
 /// After fork(2) the child has a copy of the table and of every [`OpenFile`]: what it drops is closed for the
-/// parent as well. `_exit` and exec drop nothing.
-///
-/// A server that hands its device fd to a successor hands over open files with it, the number of
-/// each id ([`OpenFile::id`]) and its fd. The successor [`adopt`](Self::adopt)s each open before it reads
-/// requests, and [`serve`](Self::serve)s those that are in server mode.
-///
-/// # Examples
-///
-/// In the [crate's documentation](crate#life-of-a-passthrough-file), and at [`Register`] without a kernel.
+/// parent as well. `_exit` and exec drop nothing. A server that hands its device fd to a successor hands over
+/// the number of each open's id ([`OpenFile::id`]) and its fd. The successor [`adopt`](Self::adopt)s each open
+/// before it reads requests, and [`serve`](Self::serve)s those that are in server mode.
 pub struct BackingTable<R: Register = FuseDevice, K: Hash + Eq + Clone = u64> {
     shared: Arc<Shared<R, K>>,
 }
@@ -133,8 +127,6 @@ impl<R: Register, K: Hash + Eq + Clone> Default for BackingTable<R, K> {
 
 impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// An empty table for the connection of `registrar`.
-    ///
-    /// Its limit is the soft `RLIMIT_NOFILE`; it keeps no idle ids, and no fds.
     pub fn new(registrar: R) -> Self {
         let table = Self::default();
         // The table is new: it has none.
@@ -213,7 +205,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             }
             Mode::Passthrough(_) | Mode::Server(_) => Ok(()),
         };
-        let joined = file.known().and_then(|known| {
+        let joined = file.identity.and_then(|known| {
             shared.join(inode, |mode, is_open| {
                 is_open && admits(mode, known).is_ok()
             })
@@ -287,15 +279,10 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(device: fuse_backing::FuseDevice, handed_over: (u64, i32, std::fs::File))
-    /// # -> Result<(), Box<dyn std::error::Error>> {
-    /// use fuse_backing::{BackingId, BackingTable, ServerFile};
-    ///
-    /// let table = BackingTable::new(device);
-    /// let (inode, id, file) = handed_over;
-    /// let id = BackingId::from_raw(id).ok_or("not an id")?;
-    /// let open = table.adopt(&inode, id, ServerFile::new(&file))?;
-    /// # drop(open); Ok(()) }
+    /// # use fuse_backing::{BackingId, BackingTable, ServerFile};
+    /// # fn f(table: BackingTable, inode: u64, id: i32, file: std::fs::File) -> Option<()> {
+    /// let open = table.adopt(&inode, BackingId::from_raw(id)?, ServerFile::new(&file));
+    /// # drop(open); Some(()) }
     /// ```
     #[allow(clippy::needless_pass_by_value, reason = "the table closes the id")]
     pub fn adopt(
@@ -340,21 +327,15 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// id, a reply with the new id gives the client `EIO`. A file that was replaced under an open inode
     /// is [`DifferentFile`](OpenError::DifferentFile) until the inode was released.
     pub fn forget(&self, inode: &K) {
-        let _open_or_not = self.shared.detach(inode, true);
+        let _done = self.shared.detach(inode, true);
     }
 
-    /// Closes what is registered for an inode that is not open, so that the next open starts fresh. Where
-    /// closing fails the id is kept for [`retry_closes`](Self::retry_closes), and not found again. One that
-    /// another thread is closing may still be registered for a moment.
-    ///
-    /// # Errors
-    ///
-    /// [`Busy`] while the inode is open: all of its opens have one mode and one id. See
-    /// [`forget`](Self::forget) for an inode that is not the same any more.
-    pub fn invalidate(&self, inode: &K) -> Result<(), Busy> {
-        self.shared.detach(inode, false).map_err(|opens| Busy {
-            opens: opens as u64,
-        })
+    /// Closes what is registered for an inode that is not open, so that the next open starts fresh; false
+    /// while it is open. Where closing fails the id is kept for [`retry_closes`](Self::retry_closes), and not
+    /// found again. One that another thread is closing may still be registered for a moment.
+    #[must_use]
+    pub fn invalidate(&self, inode: &K) -> bool {
+        self.shared.detach(inode, false)
     }
 
     /// Tries again to register after a failure that concerned the connection, when its cause was removed. An
@@ -364,24 +345,22 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     }
 
     /// How many ids may be registered at a time. At the limit an open closes an idle one, or waits for a
-    /// close that another thread is making, before it settles for server mode. Below what there are now the
-    /// limit takes effect as inodes are released; idle ids are closed at once.
+    /// close that another thread is making, before it settles for server mode. A limit below what there are
+    /// closes idle ids at once, others as inodes are released.
     pub fn set_limit(&self, limit: usize) {
         self.shared.ledger().stats.limit = limit;
         self.shared.trim();
     }
 
     /// How many ids are kept after the last release, for reopening: none, unless this is called. The
-    /// one that was released longest ago goes first. They pin their files, and the mounts that these
-    /// are on.
+    /// one that was released longest ago goes first. They pin their files and mounts.
     pub fn set_idle_limit(&self, limit: usize) {
         self.shared.ledger().idle_limit = limit;
         self.shared.trim();
     }
 
-    /// Whether the process keeps the fd that it registers for as long as the id is registered: no, unless
-    /// this is called. An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]).
-    /// Applies to what is registered from now on.
+    /// Whether the process keeps an fd for as long as its id is registered, from now on: no, unless this is
+    /// called. An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]).
     pub fn set_keep_fds(&self, keep: bool) {
         self.shared.ledger().keep_fds = keep;
     }
@@ -408,8 +387,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         self.shared.ledger().stats()
     }
 
-    /// All inodes that are open or registered, in no particular order, without those that are just
-    /// being registered or closed. [`Listing`] is also a table to print.
+    /// All inodes that are open or registered, without those that are just being registered or closed.
     #[must_use]
     pub fn list(&self) -> Listing<K> {
         Listing(self.shared.entries())

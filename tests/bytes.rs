@@ -240,9 +240,10 @@ fn process_init_reply(init_out: &[u8; 64]) -> (u64, Option<u64>) {
 
 fn init_out(reply: &Negotiated) -> [u8; 64] {
     let mut bytes = [0; 64];
-    bytes[12..16].copy_from_slice(&reply.flags().to_ne_bytes());
-    bytes[32..36].copy_from_slice(&reply.flags2().to_ne_bytes());
-    bytes[36..40].copy_from_slice(&reply.max_stack_depth().to_ne_bytes());
+    let (flags, flags2) = reply.flags.to_fields();
+    bytes[12..16].copy_from_slice(&flags.to_ne_bytes());
+    bytes[32..36].copy_from_slice(&flags2.to_ne_bytes());
+    bytes[36..40].copy_from_slice(&reply.max_stack_depth.to_ne_bytes());
     bytes
 }
 
@@ -265,11 +266,7 @@ fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, p
         Ok(reply) => {
             let (taken, on) = process_init_reply(&init_out(&reply));
             assert!(permitted);
-            assert_eq!(
-                taken,
-                reply.init_flags().bits(),
-                "the fields have all of it"
-            );
+            assert_eq!(taken, reply.flags.bits(), "the fields have all of it");
             let expected = match depth {
                 MaxStackDepth::One => 1,
                 MaxStackDepth::Two => 2,

@@ -11,12 +11,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use fuse_backing::error::{
-    BackingCloseError, BackingError, Busy, DeviceError, FileType, NegotiateError, NotFuseDevice,
+    BackingCloseError, BackingError, DeviceError, FileType, NegotiateError, NotFuseDevice,
     NotFuseDeviceReason, NotPermitted, OpenError, Scope,
 };
-use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, Register,
-};
+use fuse_backing::{Access, BackingFile, BackingId, Errno, FopenFlags, FuseDevice, Register};
 use rustix::fs::{Mode, OFlags};
 
 /// Each with whom it concerns: what may be the thread's own is not said of the connection.
@@ -193,15 +191,6 @@ impl Register for Unclosing {
     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
         Err(BackingCloseError::new(id, BackingError::UnknownId))
     }
-}
-
-#[test]
-fn busy() {
-    let table = BackingTable::<_, u64>::new(Unclosing);
-    let _open = (table.serve(&1), table.serve(&1));
-    let busy: Busy = table.invalidate(&1).unwrap_err();
-    assert_eq!((busy.opens, busy.errno()), (2, Errno::BUSY));
-    kept(&[(busy, Errno::BUSY)]);
 }
 
 /// An `io::Error` of a guard holds why it is not closed, and not the guard, which borrows.

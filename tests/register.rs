@@ -532,7 +532,9 @@ mod stress {
                 0..=6 => held.push(table.open(&inode, RDWR, both(file)).unwrap()),
                 7..=9 => held.extend(table.share(&inode, RDONLY)),
                 10 => held.extend(table.serve(&inode)),
-                11 => drop(table.invalidate(&inode)),
+                11 => {
+                    let _done = table.invalidate(&inode);
+                }
                 12 => table.set_idle_limit(usize::try_from(random.below(4)).unwrap()),
                 13 => table.set_limit(3 + usize::try_from(random.below(8)).unwrap()),
                 14 => fake.refuse_next(Errno::PERM, Scope::Thread),

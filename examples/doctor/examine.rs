@@ -225,7 +225,7 @@ fn look_at_offer(scratch: &Scratch) -> Found<Offer> {
 
 fn look_at_reply(offer: &Offer) -> Found<()> {
     let reply = offer.negotiated?;
-    Ok((format!("max_stack_depth {}", reply.max_stack_depth()), ()))
+    Ok((format!("max_stack_depth {}", reply.max_stack_depth), ()))
 }
 
 fn register(scratch: &Scratch) -> Found<()> {

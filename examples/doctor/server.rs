@@ -129,7 +129,10 @@ impl Server {
         let offered = InitFlags::from_fields(request.u32(12), request.u32(16));
         let negotiated = negotiate(offered, InitFlags::empty(), self.max_stack_depth);
         let [flags, flags2, depth] = match &negotiated {
-            Ok(reply) => [reply.flags(), reply.flags2(), reply.max_stack_depth()],
+            Ok(reply) => {
+                let (flags, flags2) = reply.flags.to_fields();
+                [flags, flags2, reply.max_stack_depth]
+            }
             Err(_) => [0; 3],
         };
         let offer = Offer {

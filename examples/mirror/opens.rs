@@ -24,12 +24,12 @@ pub(crate) fn attach(
     let offered = InitFlags::from_bits_retain(config.capabilities().bits());
     // Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
     let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
-    let flags = fuser::InitFlags::from_bits_retain(reply.init_flags().bits());
+    let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
     config
         .add_capabilities(flags)
         .map_err(|_| NegotiateError::NotOffered)?;
     config
-        .set_max_stack_depth(reply.max_stack_depth())
+        .set_max_stack_depth(reply.max_stack_depth)
         .map_err(|_| NegotiateError::NotOffered)?;
     let table = files.table();
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));

@@ -6,28 +6,44 @@ use std::sync::OnceLock;
 
 use super::hash::Seeds;
 use super::mode::Mode;
-use crate::sync::{Arc, AtomicBool, AtomicUsize, Mutex, Ordering};
+use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 
 /// An inode of a table, whose shared part is `S`.
 ///
 /// It is open; or parked, in the ledger, where it can be opened again; or, if it is neither, its id is
-/// being closed and no open finds it. The lock of its shard protects what tells these apart. That it is
-/// atomic is for the sake of safe code only.
+/// being closed and no open finds it.
 pub(super) struct Inode<K, S> {
     /// Set once, under `deciding`.
     mode: OnceLock<Mode>,
     pub(super) deciding: Mutex<()>,
-    /// Opens that have not been released. Under the shard lock.
-    opens: AtomicUsize,
-    /// LRU sequence number while parked, else 0. Under the shard lock.
-    parked: AtomicUsize,
-    /// No key leads here any more: it was forgotten, invalidated or replaced. Under the shard lock.
-    detached: AtomicBool,
+    /// Opens that have not been released.
+    pub(super) opens: Guarded,
+    /// LRU sequence number while parked, else 0.
+    pub(super) parked: Guarded,
+    /// 1 once no key leads here any more: it was forgotten, invalidated or replaced.
+    pub(super) detached: Guarded,
     pub(super) shard: u8,
     /// Seconds after the table's start.
     pub(super) since: u32,
     pub(super) key: K,
     pub(super) table: Arc<S>,
+}
+
+/// A number that the lock of the inode's shard protects. It is atomic for the sake of safe code only.
+pub(super) struct Guarded(AtomicUsize);
+
+impl Guarded {
+    /// Caller must hold the shard lock.
+    #[inline]
+    pub(super) fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Caller must hold the shard lock.
+    #[inline]
+    pub(super) fn set(&self, value: usize) {
+        self.0.store(value, Ordering::Relaxed);
+    }
 }
 
 impl<K, S> Inode<K, S> {
@@ -36,9 +52,9 @@ impl<K, S> Inode<K, S> {
         Self {
             mode: OnceLock::new(),
             deciding: Mutex::new(()),
-            opens: AtomicUsize::new(1),
-            parked: AtomicUsize::new(0),
-            detached: AtomicBool::new(false),
+            opens: Guarded(AtomicUsize::new(1)),
+            parked: Guarded(AtomicUsize::new(0)),
+            detached: Guarded(AtomicUsize::new(0)),
             shard,
             since,
             key,
@@ -57,35 +73,10 @@ impl<K, S> Inode<K, S> {
         self.mode.get_or_init(mode);
     }
 
-    // Caller must hold the shard lock for each of these.
-
-    #[inline]
-    pub(super) fn opens(&self) -> usize {
-        self.opens.load(Ordering::Relaxed)
-    }
-
-    #[inline]
-    pub(super) fn set_opens(&self, opens: usize) {
-        self.opens.store(opens, Ordering::Relaxed);
-    }
-
-    #[inline]
-    pub(super) fn parked(&self) -> usize {
-        self.parked.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_parked(&self, parked: usize) {
-        self.parked.store(parked, Ordering::Relaxed);
-    }
-
-    pub(super) fn is_detached(&self) -> bool {
-        self.detached.load(Ordering::Relaxed)
-    }
-
     /// Whether it can be opened.
     #[inline]
     pub(super) fn is_live(&self) -> bool {
-        self.opens() > 0 || self.parked() != 0
+        self.opens.get() > 0 || self.parked.get() != 0
     }
 }
 
@@ -128,14 +119,14 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
     }
 
     fn add_detached(&mut self, inode: Arc<Inode<K, S>>) -> &Arc<Inode<K, S>> {
-        inode.detached.store(true, Ordering::Relaxed);
+        inode.detached.set(1);
         self.detached.push(inode);
         &self.detached[self.detached.len() - 1]
     }
 
     /// Lets go of an inode that was closed.
     pub(super) fn remove(&mut self, inode: &Arc<Inode<K, S>>) {
-        if !inode.is_detached() {
+        if inode.detached.get() == 0 {
             self.by_key.remove(&inode.key);
         } else if let Some(at) = self.detached.iter().position(|one| Arc::ptr_eq(one, inode)) {
             self.detached.swap_remove(at);
@@ -145,7 +136,7 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
     /// Lets go of all that are not open: none can be opened any more. That includes those for which
     /// `remove` panicked in the key's own code.
     pub(super) fn retain_open(&mut self) {
-        self.by_key.retain(|_, inode| inode.opens() > 0);
-        self.detached.retain(|inode| inode.opens() > 0);
+        self.by_key.retain(|_, inode| inode.opens.get() > 0);
+        self.detached.retain(|inode| inode.opens.get() > 0);
     }
 }

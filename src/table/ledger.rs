@@ -62,13 +62,8 @@ impl<T: Clone> Ledger<T> {
         let limit = limit.and_then(|limit| usize::try_from(limit).ok());
         Self {
             stats: TableStats {
-                ids: 0,
                 limit: limit.unwrap_or(usize::MAX),
-                idle: 0,
-                served: Vec::new(),
-                close_failures: 0,
-                by_open_fd: 0,
-                refused: None,
+                ..TableStats::default()
             },
             closing: 0,
             waiting: 0,

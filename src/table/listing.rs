@@ -10,7 +10,7 @@ use crate::access::Access;
 use crate::error::{BackingError, ServerReason};
 
 /// Figures of a [`BackingTable`](super::BackingTable).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TableStats {
     /// Registered ids: open, idle, and those that could not be closed.
@@ -74,15 +74,6 @@ impl<'a, K> IntoIterator for &'a Listing<K> {
 
     fn into_iter(self) -> Self::IntoIter {
         self.0.iter()
-    }
-}
-
-impl<K> IntoIterator for Listing<K> {
-    type Item = Entry<K>;
-    type IntoIter = std::vec::IntoIter<Entry<K>>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
     }
 }
 

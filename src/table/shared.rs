@@ -1,7 +1,8 @@
 //! What the opens of a table share: the inodes in their shards, and the ledger.
 
+use std::cell::Cell;
 use std::hash::Hash;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use super::listing::Entry;
 use super::mode::{Mode, Registered};
 use crate::access::Access;
 use crate::error::{BackingError, Scope, ServerReason};
-use crate::file::{Backing, Looked, ServerFile};
+use crate::file::{Looked, ServerFile};
 use crate::register::Register;
 use crate::sync::{Arc, AtomicBool, Condvar, Mutex, MutexGuard, Ordering, lock, wait};
 
@@ -95,7 +96,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let (_, inodes) = self.lock_of(key);
         let inode = inodes.find(key)?;
         let mode = inode.mode()?;
-        admits(mode, inode.opens() > 0).then(|| self.count(inode))
+        admits(mode, inode.opens.get() > 0).then(|| self.count(inode))
     }
 
     /// The same, or the first open of a new one, whose mode is decided now. What `admits` refuses is replaced
@@ -112,9 +113,9 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
                 break (shard, inodes, None);
             };
             let inode = match inode.mode() {
-                Some(mode) => match admits(mode, inode.opens() > 0) {
+                Some(mode) => match admits(mode, inode.opens.get() > 0) {
                     Ok(()) => return Ok(self.count(inode)),
-                    Err(error) if inode.opens() > 0 => return Err(error),
+                    Err(error) if inode.opens.get() > 0 => return Err(error),
                     Err(_) => {
                         let inode = Arc::clone(inode);
                         break (shard, inodes, Some(inode));
@@ -146,8 +147,8 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     /// One open more. Caller must hold the shard lock.
     #[inline]
     fn count(&self, inode: &Arc<Inode<R, K>>) -> Open<R, K> {
-        inode.set_opens(inode.opens() + 1);
-        if inode.parked() != 0 {
+        inode.opens.set(inode.opens.get() + 1);
+        if inode.parked.get() != 0 {
             self.unpark(inode);
         }
         Open(Arc::clone(inode))
@@ -156,38 +157,37 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     /// Caller must hold the shard lock.
     #[cold]
     fn unpark(&self, inode: &Inode<R, K>) {
-        self.settle(|ledger| ledger.unpark(inode.parked()));
-        inode.set_parked(0);
+        self.settle(|ledger| ledger.unpark(inode.parked.get()));
+        inode.parked.set(0);
     }
 
     /// Takes a parked inode from the ledger, to be closed. Caller must hold the shard lock.
     fn claim(&self, inode: &Inode<R, K>) {
-        self.settle(|ledger| ledger.claim(inode.parked()));
-        inode.set_parked(0);
+        self.settle(|ledger| ledger.claim(inode.parked.get()));
+        inode.parked.set(0);
     }
 
-    /// Detaches an inode from its key, and closes it if it is parked. One that is open stays as it is
-    /// unless `also_open`: `Err` is how often it is open.
-    pub(super) fn detach(&self, key: &K, also_open: bool) -> Result<(), usize> {
+    /// Detaches an inode from its key, and closes it if it is parked. False for one that is open, unless
+    /// `also_open`.
+    pub(super) fn detach(&self, key: &K, also_open: bool) -> bool {
         let (_, mut inodes) = self.lock_of(key);
-        let opens = inodes.find(key).map_or(0, |inode| inode.opens());
-        if opens > 0 && !also_open {
-            return Err(opens);
+        if !also_open && inodes.find(key).is_some_and(|inode| inode.opens.get() > 0) {
+            return false;
         }
-        let parked = inodes.detach(key).filter(|inode| inode.parked() != 0);
+        let parked = inodes.detach(key).filter(|inode| inode.parked.get() != 0);
         if let Some(inode) = parked.cloned() {
             self.claim(&inode);
             drop(inodes);
             let _counted = self.close(&inode);
         }
-        Ok(())
+        true
     }
 
     #[inline]
     fn release(&self, inode: &Arc<Inode<R, K>>) {
         let inodes = self.lock(inode.shard);
-        let opens = inode.opens() - 1;
-        inode.set_opens(opens);
+        let opens = inode.opens.get() - 1;
+        inode.opens.set(opens);
         if opens == 0 {
             self.last_release(inodes, inode);
         }
@@ -199,8 +199,10 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         if !matches!(inode.mode(), Some(Mode::Passthrough(_))) {
             return inodes.remove(inode);
         }
-        let parked = self.ledger().park_or_close(inode, !inode.is_detached());
-        inode.set_parked(parked.unwrap_or(0));
+        let parked = self
+            .ledger()
+            .park_or_close(inode, inode.detached.get() == 0);
+        inode.parked.set(parked.unwrap_or(0));
         drop(inodes);
         if parked.is_some() {
             self.trim();
@@ -215,22 +217,18 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let Some(Mode::Passthrough(registered)) = inode.mode() else {
             return Ok(());
         };
-        let mut closing = Closing {
-            inode,
-            // That is what it comes to if the registrar panics.
-            result: Err(BackingError::Registrar {
-                errno: Errno::IO,
-                scope: Scope::File,
-            }),
-        };
-        closing.result = match self.registrar.get() {
-            Some(registrar) => registrar
-                .unregister(registered.id.alias())
-                .map_err(|failed| failed.cause()),
-            // Adopted before `attach`.
-            None => Err(BackingError::NotAttached(Errno::PERM)),
-        };
-        closing.result
+        // That is what it comes to if the registrar panics.
+        let (errno, scope) = (Errno::IO, Scope::File);
+        let result = Cell::new(Err(BackingError::Registrar { errno, scope }));
+        let tell = OnDrop(|| self.closed(inode, result.get()));
+        let id = registered.id.alias();
+        // An adopted one may be closed before `attach`.
+        let unattached = Err(BackingError::NotAttached(Errno::PERM));
+        result.set(self.registrar.get().map_or(unattached, |registrar| {
+            registrar.unregister(id).map_err(|failed| failed.cause())
+        }));
+        drop(tell);
+        result.get()
     }
 
     /// An id is being closed no more.
@@ -249,10 +247,10 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let mut inodes = self.lock(inode.shard);
         let parked = self.settle(|ledger| ledger.closed(inode, result));
         match parked {
-            Some(parked) => inode.set_parked(parked),
+            Some(parked) => inode.parked.set(parked),
             None => return inodes.remove(inode),
         }
-        if matches!(result, Err(BackingError::Registrar { .. })) && !inode.is_detached() {
+        if matches!(result, Err(BackingError::Registrar { .. })) && inode.detached.get() == 0 {
             // It may be closed all the same: not to be answered again.
             inodes.detach(&inode.key);
         }
@@ -262,10 +260,10 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     pub(super) fn close_claimed(&self, claim: Claim<Arc<Inode<R, K>>>) -> Result<(), BackingError> {
         let Claim { inode, parked } = claim;
         let inodes = self.lock(inode.shard);
-        if inode.parked() != parked {
+        if inode.parked.get() != parked {
             return Ok(());
         }
-        inode.set_parked(0);
+        inode.parked.set(0);
         drop(inodes);
         self.close(&inode)
     }
@@ -313,7 +311,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             return Err(reason);
         }
         let (resets, keep_fds) = self.reserve()?;
-        let reserved = Reserved(self);
+        let reserved = OnDrop(|| self.ledger().stats.ids -= 1);
         let wants_path = registrar.takes_path_fd();
         let by_path = wants_path && !self.refuses_path_fd.load(Ordering::Relaxed);
         let mut backing = file.backing(looked.id, by_path);
@@ -322,9 +320,9 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
                 backing.keep().map_err(ServerReason::NoFd)?;
             }
             match registrar.register(backing.as_fd(), grant) {
-                Err(BackingError::PathOnlyFd) if backing.is_path() => {
+                Err(BackingError::PathOnlyFd) if backing.is_path => {
                     self.refuses_path_fd.store(true, Ordering::Relaxed);
-                    backing = Backing::lent(file);
+                    backing = file.backing(looked.id, false);
                 }
                 result => break result,
             }
@@ -334,10 +332,10 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             ServerReason::Refused(error)
         })?;
         std::mem::forget(reserved);
-        if wants_path && !backing.is_path() {
+        if wants_path && !backing.is_path {
             self.ledger().stats.by_open_fd += 1;
         }
-        let kept = if keep_fds { backing.into_kept() } else { None };
+        let kept = backing.opened.filter(|_| keep_fds);
         Ok(Registered::new(id, looked.id, grant, kept))
     }
 
@@ -384,7 +382,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             Mode::Passthrough(registered) => (Some(registered), None),
             Mode::Server(reason) => (None, Some(*reason)),
         };
-        let close_failed = match inode.parked() {
+        let close_failed = match inode.parked.get() {
             0 => None,
             parked => self.ledger().close_failed(parked),
         };
@@ -394,8 +392,8 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             backing_device: registered.map(|registered| registered.file.device),
             backing_inode: registered.map(|registered| registered.file.inode),
             access: registered.and_then(Registered::granted),
-            opens: inode.opens() as u64,
-            detached: inode.is_detached(),
+            opens: inode.opens.get() as u64,
+            detached: inode.detached.get() != 0,
             server_reason,
             close_failed,
             age: Duration::from_secs(u64::from(now.saturating_sub(inode.since))),
@@ -403,24 +401,12 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     }
 }
 
-/// An id that is counted and not registered yet: given back on drop, also where the registrar panics.
-struct Reserved<'a, R: Register, K: Hash + Eq + Clone>(&'a Shared<R, K>);
+/// What is done on drop, also where a registrar panics.
+struct OnDrop<F: Fn()>(F);
 
-impl<R: Register, K: Hash + Eq + Clone> Drop for Reserved<'_, R, K> {
+impl<F: Fn()> Drop for OnDrop<F> {
     fn drop(&mut self) {
-        self.0.ledger().stats.ids -= 1;
-    }
-}
-
-/// An id for which the registrar was called: it is told to the books on drop, also where that panics.
-struct Closing<'a, R: Register, K: Hash + Eq + Clone> {
-    inode: &'a Arc<Inode<R, K>>,
-    result: Result<(), BackingError>,
-}
-
-impl<R: Register, K: Hash + Eq + Clone> Drop for Closing<'_, R, K> {
-    fn drop(&mut self) {
-        self.inode.table.closed(self.inode, self.result);
+        self.0();
     }
 }
 

@@ -187,15 +187,13 @@ impl Model {
         }
     }
 
-    /// Or how often it is open.
-    pub fn invalidate(&mut self, key: u64, thread: Thread) -> Result<(), u64> {
-        match self.opens(key) {
-            0 => {
-                self.forget(key, thread);
-                Ok(())
-            }
-            opens => Err(opens),
+    /// Unless it is open.
+    pub fn invalidate(&mut self, key: u64, thread: Thread) -> bool {
+        let is_open = self.opens(key) > 0;
+        if !is_open {
+            self.forget(key, thread);
         }
+        !is_open
     }
 
     pub fn set_limit(&mut self, limit: usize, thread: Thread) {

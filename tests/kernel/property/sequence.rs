@@ -394,8 +394,8 @@ impl Run {
         let offered = InitFlags::from_bits_retain(offered);
         let negotiated = negotiate(offered, wanted, MaxStackDepth::One)?;
         let init = Init {
-            flags: negotiated.init_flags().bits(),
-            max_stack_depth: negotiated.max_stack_depth(),
+            flags: negotiated.flags.bits(),
+            max_stack_depth: negotiated.max_stack_depth,
         };
 
         let tmpfs = sandbox.tmpfs().map_err(failed)?;
@@ -413,9 +413,7 @@ impl Run {
             files: Vec::new(),
             contents: HashMap::new(),
             last_slot: 0,
-            allow_mmap: negotiated
-                .init_flags()
-                .contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
+            allow_mmap: negotiated.flags.contains(InitFlags::DIRECT_IO_ALLOW_MMAP),
             sabotaged: sabotage.is_some(),
         };
         for _ in 0..CLIENTS {

@@ -1,11 +1,6 @@
 //! [`Access`]: what a server grants.
 
 use std::fmt;
-use std::os::fd::AsFd;
-
-use rustix::fs::{OFlags, fcntl_getfl};
-
-use crate::error::OpenError;
 
 /// Reading, writing, or both: what a server grants through a registration, and what a client's open
 /// asks for. The kernel does not compare the two, see
@@ -21,23 +16,6 @@ pub enum Access {
 }
 
 impl Access {
-    /// `fcntl(fd, F_GETFL)` — What an fd can be used for.
-    ///
-    /// # Errors
-    ///
-    /// [`OpenError::NoAccess`] for an `O_PATH` fd and for one opened with access mode 3, which is for ioctls
-    /// alone; [`OpenError::Unreadable`] where `fcntl` fails.
-    pub fn of(fd: impl AsFd) -> Result<Self, OpenError> {
-        let flags = fcntl_getfl(fd).map_err(OpenError::Unreadable)?;
-        match flags & OFlags::ACCMODE {
-            _ if flags.contains(OFlags::PATH) => Err(OpenError::NoAccess),
-            OFlags::RDONLY => Ok(Self::ReadOnly),
-            OFlags::WRONLY => Ok(Self::WriteOnly),
-            OFlags::RDWR => Ok(Self::ReadWrite),
-            _ => Err(OpenError::NoAccess),
-        }
-    }
-
     /// Grants as bits that add up, for [`from_bits`](Self::from_bits).
     pub(crate) const fn bits(self) -> u8 {
         self as u8

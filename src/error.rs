@@ -12,8 +12,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::access::Access;
-pub use crate::init::NegotiateError;
-use crate::reply::FopenFlags;
+use crate::fopen_flags::FopenFlags;
 
 /// What an error means for the next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,6 +61,34 @@ impl NotPermitted {
         match self {
             Self::NotInInitialUserNamespace | Self::NotNegotiatedOrDenied => Scope::Connection,
             Self::MissingCapability | Self::Undetermined => Scope::Thread,
+        }
+    }
+}
+
+/// Why passthrough is unavailable, from [`negotiate`](crate::init::negotiate).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NegotiateError {
+    /// The kernel does not offer it: older than Linux 6.9, or built without `CONFIG_FUSE_PASSTHROUGH`.
+    #[error("the kernel does not offer passthrough (needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)")]
+    NotOffered,
+    /// The server wants `WRITEBACK_CACHE` as well, with which the kernel leaves
+    /// passthrough off.
+    #[error("passthrough and WRITEBACK_CACHE exclude each other")]
+    WritebackCacheWanted,
+    /// This thread could register nothing.
+    #[error("registering backing files is not permitted: {0}")]
+    NotPermitted(NotPermitted),
+}
+
+impl NegotiateError {
+    /// `EOPNOTSUPP`, `EINVAL` and `EPERM`, in the order of the variants. No system call gave them.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::NotOffered => Errno::OPNOTSUPP,
+            Self::WritebackCacheWanted => Errno::INVAL,
+            Self::NotPermitted(_) => Errno::PERM,
         }
     }
 }

@@ -11,6 +11,25 @@ use rustix::mount::{OpenTreeFlags, open_tree};
 use crate::access::Access;
 use crate::error::{OpenError, ServerReason};
 
+impl Access {
+    /// `fcntl(fd, F_GETFL)` — What an fd can be used for.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::NoAccess`] for an `O_PATH` fd and for one opened with access mode 3, which is for ioctls
+    /// alone; [`OpenError::Unreadable`] where `fcntl` fails.
+    pub fn of(fd: impl AsFd) -> Result<Self, OpenError> {
+        let flags = fcntl_getfl(fd).map_err(OpenError::Unreadable)?;
+        match flags & OFlags::ACCMODE {
+            _ if flags.contains(OFlags::PATH) => Err(OpenError::NoAccess),
+            OFlags::RDONLY => Ok(Self::ReadOnly),
+            OFlags::WRONLY => Ok(Self::WriteOnly),
+            OFlags::RDWR => Ok(Self::ReadWrite),
+            _ => Err(OpenError::NoAccess),
+        }
+    }
+}
+
 /// A backing file as the server has opened it for one client, and what the server knows of it.
 ///
 /// `F` is what holds the fd: a reference, for [`BackingTable::open`](crate::BackingTable::open), or what

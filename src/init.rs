@@ -1,11 +1,9 @@
 //! Negotiating passthrough in INIT.
 
 use bitflags::bitflags;
-use rustix::io::Errno;
-use thiserror::Error;
 
 use crate::diagnose;
-use crate::error::NotPermitted;
+use crate::error::NegotiateError;
 use crate::uapi;
 
 bitflags! {
@@ -135,33 +133,4 @@ pub fn negotiate(
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
         max_stack_depth: max_stack_depth as u32,
     })
-}
-
-/// Why passthrough is unavailable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum NegotiateError {
-    /// The kernel does not offer it: older than Linux 6.9, or built without
-    /// `CONFIG_FUSE_PASSTHROUGH`.
-    #[error("the kernel does not offer passthrough (needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)")]
-    NotOffered,
-    /// The server wants [`InitFlags::WRITEBACK_CACHE`] as well, with which the kernel leaves
-    /// passthrough off.
-    #[error("passthrough and WRITEBACK_CACHE exclude each other")]
-    WritebackCacheWanted,
-    /// This thread could register nothing.
-    #[error("registering backing files is not permitted: {0}")]
-    NotPermitted(NotPermitted),
-}
-
-impl NegotiateError {
-    /// `EOPNOTSUPP`, `EINVAL` and `EPERM`, in the order of the variants. No system call gave them.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match self {
-            Self::NotOffered => Errno::OPNOTSUPP,
-            Self::WritebackCacheWanted => Errno::INVAL,
-            Self::NotPermitted(_) => Errno::PERM,
-        }
-    }
 }

@@ -1,58 +1,13 @@
-//! The two fields of an OPEN or CREATE reply that decide about passthrough, checked.
+//! [`OpenReply`]: the two fields of an OPEN or CREATE reply that decide about passthrough, checked.
 
 use std::marker::PhantomData;
-
-use bitflags::bitflags;
 
 use crate::access::Access;
 use crate::client_flags::ClientFlags;
 use crate::error::OpenError;
+use crate::fopen_flags::FopenFlags;
 use crate::id::BackingId;
 use crate::uapi;
-
-bitflags! {
-    /// `FOPEN_*`: the `open_flags` of an OPEN or CREATE reply. Bits without a name are kept.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-    pub struct FopenFlags: u32 {
-        /// `FOPEN_DIRECT_IO`: bypass the page cache. Beside passthrough: reads and writes come to
-        /// the server, mmap goes to the backing file.
-        const DIRECT_IO = uapi::FOPEN_DIRECT_IO;
-        /// `FOPEN_KEEP_CACHE`: keep what the page cache has.
-        const KEEP_CACHE = uapi::FOPEN_KEEP_CACHE;
-        /// `FOPEN_NONSEEKABLE`: the file is not seekable.
-        const NONSEEKABLE = uapi::FOPEN_NONSEEKABLE;
-        /// `FOPEN_CACHE_DIR`: cache this directory.
-        const CACHE_DIR = uapi::FOPEN_CACHE_DIR;
-        /// `FOPEN_STREAM`: the file is a stream without a position.
-        const STREAM = uapi::FOPEN_STREAM;
-        /// `FOPEN_NOFLUSH`: send no FLUSH on close.
-        const NOFLUSH = uapi::FOPEN_NOFLUSH;
-        /// `FOPEN_PARALLEL_DIRECT_WRITES`: allow concurrent direct writes.
-        const PARALLEL_DIRECT_WRITES = uapi::FOPEN_PARALLEL_DIRECT_WRITES;
-        /// `FOPEN_PASSTHROUGH`: read and write the backing file. Set by [`OpenReply::passthrough`].
-        const PASSTHROUGH = uapi::FOPEN_PASSTHROUGH;
-
-        const _ = !0;
-    }
-}
-
-impl FopenFlags {
-    /// `FOPEN_PASSTHROUGH_MASK` of the kernel's fs/fuse/iomode.c: all that may stand in a reply
-    /// with `FOPEN_PASSTHROUGH`. Any other bit gives the client `EIO`.
-    const WITH_PASSTHROUGH: Self = Self::DIRECT_IO
-        .union(Self::NOFLUSH)
-        .union(Self::PARALLEL_DIRECT_WRITES)
-        .union(Self::PASSTHROUGH);
-
-    /// Those of `self` that leave reading and writing to the kernel if `passthrough`, else to the server.
-    pub(crate) fn permitted(self, passthrough: bool) -> Self {
-        if passthrough {
-            self & Self::WITH_PASSTHROUGH.difference(Self::DIRECT_IO)
-        } else {
-            self.difference(Self::PASSTHROUGH)
-        }
-    }
-}
 
 /// The `open_flags` and the `backing_id` of an OPEN or CREATE reply, in a combination that the
 /// kernel accepts. With any other the client gets a bare `EIO`, and the server no error.

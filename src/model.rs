@@ -16,9 +16,9 @@ use shuttle::thread;
 use crate::access::Access;
 use crate::error::{BackingCloseError, BackingError, NotPermitted, OpenError, ServerReason};
 use crate::file::ServerFile;
+use crate::fopen_flags::FopenFlags;
 use crate::id::BackingId;
 use crate::register::Register;
-use crate::reply::FopenFlags;
 use crate::table::{BackingTable, OpenFile};
 
 /// A registrar that stands for the kernel. std's lock: not a point where threads switch, and never held

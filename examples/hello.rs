@@ -1,19 +1,17 @@
-//! Serves the files of a directory, read-only. The kernel reads them itself: that takes the lines marked `//+`.
-//! As root: `hello DIR MNT`, until MNT is unmounted.
-#![allow(unsafe_code)] // fuser cannot check an id that it did not register
+//! Serves the files of a directory, read-only. The kernel reads them itself: the lines marked `//+` are what a
+//! server that keeps its open files in a map has more for that. As root: `hello DIR MNT`, until MNT is unmounted.
 #![cfg_attr(rustfmt, rustfmt_skip)]
 
 use std::os::{fd::AsFd, unix::fs::FileExt, unix::fs::MetadataExt};
-use std::{env, error::Error, ffi::OsStr, ffi::OsString, fs, fs::File, io, sync::Arc, time::Duration};
+use std::{env, error::Error, ffi::OsStr, ffi::OsString, fs, fs::File, io, io::ErrorKind, sync::Arc, time::Duration};
 
-use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
-use fuse_backing::{FopenFlags, FuseDevice, Handles};
+use fuse_backing::{FopenFlags, FuseDevice, Handles, init::{InitFlags, MaxStackDepth, negotiate}}; //+
 use fuser::{Errno, FileAttr, FileHandle, FileType, INodeNo, KernelConfig, LockOwner, OpenFlags};
 use fuser::{ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyOpen, Request};
 
 struct Hello {
     files: Vec<(OsString, File)>, // the directory, which is inode 1, and the files in it
-    handles: Arc<Handles>,
+    handles: Arc<Handles>, //+
 }
 
 fn attr(ino: u64, file: &File) -> io::Result<FileAttr> {
@@ -31,9 +29,8 @@ impl fuser::Filesystem for Hello {
         let offered = InitFlags::from_bits_retain(config.capabilities().bits()); //+
         let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One); //+
         let Ok(reply) = reply.inspect_err(|why| eprintln!("no passthrough: {why}")) else { return Ok(()) }; //+
-        let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits()); //+
-        config.add_capabilities(flags).map_err(|_| io::ErrorKind::Unsupported)?; //+
-        config.set_max_stack_depth(reply.max_stack_depth).map_err(|_| io::ErrorKind::Unsupported)?; //+
+        config.add_capabilities(fuser::InitFlags::from_bits_retain(reply.flags.bits())).or(Err(ErrorKind::Other))?; //+
+        config.set_max_stack_depth(reply.max_stack_depth).or(Err(ErrorKind::Other))?; //+
         Ok(())
     }
 
@@ -63,7 +60,7 @@ impl fuser::Filesystem for Hello {
         let (fh, flags) = (FileHandle(opened.fh), fuser::FopenFlags::from_bits_retain(opened.open_flags.bits())); //+
         let Some(id) = opened.backing_id else { return reply.opened(fh, flags) }; //+
         // SAFETY: `handles` registered it with this session, and closes it after the RELEASE of `fh`.
-        let lent = unsafe { reply.wrap_backing(id as u32) }; //+
+        #[allow(unsafe_code)] let lent = unsafe { reply.wrap_backing(id as u32) }; //+
         reply.opened_passthrough(fh, flags, &lent); //+
         let _ = lent.into_raw(); //+ dropped, it would close the id
     }
@@ -94,7 +91,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     handles.table().on_server_mode(|why| eprintln!("no passthrough: {why}")); //+
     let hello = Hello { files, handles: handles.clone() };
     let session = fuser::Session::new(hello, mountpoint, &fuser::Config::default())?;
-    let device = FuseDevice::new(session.as_fd().try_clone_to_owned()?)?; //+
-    handles.table().attach(device).map_err(|_| "attached already")?; //+
+    handles.table().attach(FuseDevice::new(session.as_fd().try_clone_to_owned()?)?).or(Err("attached already"))?; //+
     Ok(session.spawn()?.join()?)
 }

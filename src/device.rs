@@ -9,9 +9,7 @@ use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, major, minor, open}
 use rustix::io::Errno;
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
-use crate::error::{
-    BackingCloseError, BackingError, DeviceError, NotFuseDevice, NotFuseDeviceReason,
-};
+use crate::error::{BackingCloseError, BackingError, DeviceError, NotFuseDevice};
 use crate::id::BackingId;
 use crate::{diagnose, ioctl};
 
@@ -101,7 +99,7 @@ impl FuseDevice<OwnedFd> {
             Errno::ACCESS | Errno::PERM => DeviceError::Denied(errno),
             errno => DeviceError::Other(errno),
         })?;
-        Self::new(fd).map_err(|refused| DeviceError::NotFuse(refused.reason()))
+        Self::new(fd).map_err(|refused| refused.cause())
     }
 }
 
@@ -117,11 +115,11 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// # Examples
     ///
     /// ```
-    /// use fuse_backing::{FuseDevice, error::NotFuseDeviceReason};
+    /// use fuse_backing::{FuseDevice, error::DeviceError};
     ///
     /// let refused = FuseDevice::new(std::fs::File::open("/dev/null")?).unwrap_err();
-    /// assert_eq!(refused.reason(), NotFuseDeviceReason::OtherDevice { major: 1, minor: 3 });
-    /// let _still_open: std::fs::File = refused.into_fd();
+    /// assert_eq!(refused.cause(), DeviceError::OtherDevice { major: 1, minor: 3 });
+    /// let _still_open: std::fs::File = refused.into_inner();
     /// # Ok::<(), std::io::Error>(())
     /// ```
     pub fn new(fd: Fd) -> Result<Self, NotFuseDevice<Fd>> {
@@ -333,23 +331,23 @@ impl From<FuseDevice<OwnedFd>> for OwnedFd {
     }
 }
 
-fn check(fd: BorrowedFd<'_>) -> Result<(), NotFuseDeviceReason> {
+fn check(fd: BorrowedFd<'_>) -> Result<(), DeviceError> {
     // Safe functions redirect these, whoever owns them.
     if fd.as_raw_fd() <= 2 {
-        return Err(NotFuseDeviceReason::StandardStream);
+        return Err(DeviceError::StandardStream);
     }
-    let stat = fstat(fd).map_err(NotFuseDeviceReason::Unreadable)?;
+    let stat = fstat(fd).map_err(DeviceError::Other)?;
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type != FileType::CharacterDevice {
-        return Err(NotFuseDeviceReason::NotCharacterDevice(file_type));
+        return Err(DeviceError::NotCharacterDevice(file_type));
     }
     let (major, minor) = (major(stat.st_rdev), minor(stat.st_rdev));
     if (major, minor) != DEVICE_NUMBER {
-        return Err(NotFuseDeviceReason::OtherDevice { major, minor });
+        return Err(DeviceError::OtherDevice { major, minor });
     }
-    let flags = fcntl_getfl(fd).map_err(NotFuseDeviceReason::Unreadable)?;
+    let flags = fcntl_getfl(fd).map_err(DeviceError::Other)?;
     if flags.contains(OFlags::PATH) {
-        return Err(NotFuseDeviceReason::PathOnly);
+        return Err(DeviceError::PathOnly);
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! The errors: one enum for each kind of failure, one variant for each cause.
 //!
 //! [`OpenError`] answers a client: it converts to an [`io::Error`] that has the errno as `raw_os_error()`,
-//! which is what FUSE libraries send. All other errors convert to an `io::Error` that holds them, for a log.
-//! Each converts to an [`Errno`]. The enums are `non_exhaustive`; their variants are not.
+//! which is what FUSE libraries send. The errors of other calls convert to an `io::Error` that holds them, for
+//! a log. All of these convert to an [`Errno`]. The enums are `non_exhaustive`; their variants are not.
 
 use std::fmt;
 use std::io;
@@ -66,7 +66,7 @@ impl NotPermitted {
 }
 
 /// Why passthrough is unavailable, from [`negotiate`](crate::init::negotiate).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum NegotiateError {
     /// The kernel does not offer it: older than Linux 6.9, or built without `CONFIG_FUSE_PASSTHROUGH`.
@@ -140,7 +140,7 @@ pub enum BackingError {
     #[error("the backing fd is not open")]
     BadFd,
     /// `ENOENT` at closing: the connection has no such id. It was closed before, is another connection's, or
-    /// was made up.
+    /// was made up. Trying again is of no use.
     #[error("the connection has no such id")]
     UnknownId,
     /// `ENOMEM`.
@@ -218,54 +218,78 @@ impl BackingError {
     }
 }
 
-/// Closing a backing id failed. What was to be closed is inside: `T` is a
-/// [`BackingId`](crate::BackingId) or a [`BackingFile`](crate::BackingFile).
+/// A call failed, and returns what it was given.
 ///
-/// `?` turns it into an [`io::Error`] that holds a `BackingCloseError<()>`: what was to be closed is dropped.
-/// Where `?` is to make another error of a guard that borrows its device, take the
-/// [cause](Self::cause) alone.
-#[derive(Error)]
-#[error("closing a backing id failed: {cause}")]
-pub struct BackingCloseError<T> {
+/// `?` turns it into an [`io::Error`] that holds the cause. Where `?` is to make another error, say a
+/// `Box<dyn Error>`, of one that holds something borrowed, take the cause alone:
+/// `map_err(|failed| failed.cause())`.
+pub struct Returned<T, E> {
     inner: T,
-    cause: BackingError,
+    cause: E,
 }
 
-impl<T> BackingCloseError<T> {
-    /// For a [`Register`](crate::Register) of one's own, which gives back what it could not close.
-    pub fn new(inner: T, cause: BackingError) -> Self {
+/// Closing a backing id failed: `T` is a [`BackingId`](crate::BackingId) or a
+/// [`BackingFile`](crate::BackingFile).
+pub type BackingCloseError<T> = Returned<T, BackingError>;
+
+/// [`FuseDevice::new`](crate::FuseDevice::new) refused an fd.
+pub type NotFuseDevice<Fd> = Returned<Fd, DeviceError>;
+
+impl<T, E: Copy> Returned<T, E> {
+    /// A [`Register`](crate::Register) gives back with it what it could not close.
+    pub fn new(inner: T, cause: E) -> Self {
         Self { inner, cause }
     }
 
     /// Why it failed.
-    #[must_use]
-    pub fn cause(&self) -> BackingError {
+    pub fn cause(&self) -> E {
         self.cause
     }
 
-    /// The errno that the kernel gave.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        self.cause.errno()
+    /// That of the cause.
+    pub fn errno(&self) -> Errno
+    where
+        Errno: From<E>,
+    {
+        self.cause.into()
     }
 
-    /// What was to be closed.
+    /// What the call was given.
     pub fn into_inner(self) -> T {
         self.inner
     }
 }
 
-// Without a bound, so that `unwrap` and `?` work for every holder of a device.
-impl<T> fmt::Debug for BackingCloseError<T> {
+impl<T, E: fmt::Display> fmt::Display for Returned<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BackingCloseError")
-            .field("cause", &self.cause)
-            .finish_non_exhaustive()
+        self.cause.fmt(f)
     }
 }
 
-/// [`FuseDevice::open`](crate::FuseDevice::open), [`clone_connection`](crate::FuseDevice::clone_connection)
-/// or [`sync_init`](crate::FuseDevice::sync_init) failed.
+// Without a bound on `T`, so that `unwrap` and `?` work whatever it is.
+impl<T, E: fmt::Debug> fmt::Debug for Returned<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cause.fmt(f)
+    }
+}
+
+impl<T, E: fmt::Debug + fmt::Display> std::error::Error for Returned<T, E> {}
+
+impl<T, E: Into<Self>> From<Returned<T, E>> for io::Error {
+    fn from(error: Returned<T, E>) -> Self {
+        error.cause.into()
+    }
+}
+
+impl<T, E: Into<Self>> From<Returned<T, E>> for Errno {
+    fn from(error: Returned<T, E>) -> Self {
+        error.cause.into()
+    }
+}
+
+/// An fd is not a FUSE device, or [`FuseDevice::open`](crate::FuseDevice::open),
+/// [`clone_connection`](crate::FuseDevice::clone_connection) or [`sync_init`](crate::FuseDevice::sync_init)
+/// failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum DeviceError {
@@ -278,9 +302,23 @@ pub enum DeviceError {
     /// At opening: `EACCES`, by the node's permissions, or `EPERM`, by a device cgroup.
     #[error("access to /dev/fuse is denied: {0}")]
     Denied(Errno),
-    /// Something else stands at that path.
-    #[error("/dev/fuse is not the FUSE device: {0}")]
-    NotFuse(NotFuseDeviceReason),
+    /// It is not a character device.
+    #[error("not a FUSE device: not a character device (it is {})", kind_of_file(*.0))]
+    NotCharacterDevice(FileType),
+    /// It is another character device than 10:229.
+    #[error("not a FUSE device: it is the character device {major}:{minor}, not 10:229")]
+    OtherDevice {
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
+    /// It is `/dev/fuse`, opened with `O_PATH`.
+    #[error("the fd was opened with O_PATH, which permits no ioctl")]
+    PathOnly,
+    /// It is fd 0, 1 or 2, which safe code can make name another file.
+    #[error("the fd is standard input, output or error: duplicate it")]
+    StandardStream,
     /// `ENOTTY`: the kernel is older than the ioctl.
     #[error("the kernel does not support this ioctl (needs Linux {needs})")]
     UnsupportedKernel {
@@ -302,16 +340,17 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// The errno that the kernel gave; for [`NotFuse`](Self::NotFuse), where opening succeeded, that of
-    /// the reason.
+    /// The errno that the kernel gave, or would have given for an ioctl on the fd; `EINVAL` for fds 0 to 2.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
             Self::Missing => Errno::NOENT,
-            Self::NotFuse(ref reason) => reason.errno(),
-            Self::UnsupportedKernel { .. } => Errno::NOTTY,
+            Self::NotCharacterDevice(_)
+            | Self::OtherDevice { .. }
+            | Self::UnsupportedKernel { .. } => Errno::NOTTY,
+            Self::PathOnly => Errno::BADF,
             Self::Unimplemented => Errno::NOSYS,
-            Self::AlreadyAttached => Errno::INVAL,
+            Self::StandardStream | Self::AlreadyAttached => Errno::INVAL,
             Self::NoDriver(errno)
             | Self::Denied(errno)
             | Self::NotAttached(errno)
@@ -324,90 +363,6 @@ impl DeviceError {
         match self.errno() {
             Errno::INTR | Errno::MFILE | Errno::NFILE | Errno::NOMEM => Scope::Transient,
             _ => Scope::Connection,
-        }
-    }
-}
-
-/// An fd that [`FuseDevice::new`](crate::FuseDevice::new) refused, with the reason.
-///
-/// `?` turns it into an [`io::Error`] that holds a `NotFuseDevice<()>`: the fd is dropped. Where `?` is to make
-/// another error of a *borrowed* fd, say a `Box<dyn Error>`, take the reason alone:
-/// `map_err(|refused| refused.reason())`.
-#[derive(Error)]
-#[error("not a FUSE device: {reason}")]
-pub struct NotFuseDevice<Fd> {
-    fd: Fd,
-    reason: NotFuseDeviceReason,
-}
-
-impl<Fd> NotFuseDevice<Fd> {
-    pub(crate) fn new(fd: Fd, reason: NotFuseDeviceReason) -> Self {
-        Self { fd, reason }
-    }
-
-    /// What the fd is instead.
-    #[must_use]
-    pub fn reason(&self) -> NotFuseDeviceReason {
-        self.reason
-    }
-
-    /// That of the [reason](NotFuseDeviceReason::errno).
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        self.reason.errno()
-    }
-
-    /// Gives the fd back, as it was.
-    #[must_use]
-    pub fn into_fd(self) -> Fd {
-        self.fd
-    }
-}
-
-// Without a bound, so that `unwrap` and `?` work for every holder of an fd.
-impl<Fd> fmt::Debug for NotFuseDevice<Fd> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NotFuseDevice")
-            .field("reason", &self.reason)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Why an fd is not usable as a FUSE device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[non_exhaustive]
-pub enum NotFuseDeviceReason {
-    /// It is not a character device.
-    #[error("not a character device (it is {})", kind_of_file(*.0))]
-    NotCharacterDevice(FileType),
-    /// It is another character device than 10:229.
-    #[error("it is the character device {major}:{minor}, not 10:229")]
-    OtherDevice {
-        /// Its major number.
-        major: u32,
-        /// Its minor number.
-        minor: u32,
-    },
-    /// It is `/dev/fuse`, opened with `O_PATH`: no ioctl works on it.
-    #[error("it was opened with O_PATH, which permits no ioctl")]
-    PathOnly,
-    /// It is fd 0, 1 or 2, which safe code can make name another file; duplicate it.
-    #[error("it is standard input, output or error: duplicate it")]
-    StandardStream,
-    /// `fstat` or `fcntl` failed.
-    #[error("cannot examine it: {0}")]
-    Unreadable(Errno),
-}
-
-impl NotFuseDeviceReason {
-    /// What an ioctl on the fd would have given; `EINVAL` for fds 0 to 2.
-    #[must_use]
-    pub fn errno(&self) -> Errno {
-        match *self {
-            Self::NotCharacterDevice(_) | Self::OtherDevice { .. } => Errno::NOTTY,
-            Self::PathOnly => Errno::BADF,
-            Self::StandardStream => Errno::INVAL,
-            Self::Unreadable(errno) => errno,
         }
     }
 }
@@ -457,7 +412,7 @@ pub enum ServerReason {
 /// let refused = open(&Handles::default(), 2); // O_RDWR
 /// assert_eq!(refused.unwrap_err().raw_os_error(), Some(13)); // EACCES
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum OpenError {
     /// `EACCES`: the client asks for more than the server grants.
@@ -515,39 +470,29 @@ impl From<OpenError> for io::Error {
     }
 }
 
-/// An [`io::Error`] of the errno's kind that holds the error, or the same without what it gives back, which
-/// may be borrowed. An `io::Error` cannot have a raw errno as well.
-macro_rules! into_io_error {
-    ($([$($generics:tt)*] $error:ty => |$this:ident| $held:expr,)*) => { $(
-        impl $($generics)* From<$error> for io::Error {
-            fn from($this: $error) -> Self {
-                Self::new(Self::from($this.errno()).kind(), $held)
-            }
-        }
-
-        into_errno! { [$($generics)*] $error }
-    )* };
-}
-
 macro_rules! into_errno {
-    ([$($generics:tt)*] $error:ty) => {
-        impl $($generics)* From<$error> for Errno {
+    ($($error:ty)*) => { $(
+        impl From<$error> for Errno {
             fn from(error: $error) -> Self {
                 error.errno()
             }
         }
-    };
+    )* };
 }
 
-into_errno! { [] OpenError }
-into_io_error! {
-    [] BackingError => |error| error,
-    [<T>] BackingCloseError<T> => |error| BackingCloseError::new((), error.cause),
-    [] DeviceError => |error| error,
-    [<Fd>] NotFuseDevice<Fd> => |error| NotFuseDevice::new((), error.reason),
-    [] NotFuseDeviceReason => |error| error,
-    [] NegotiateError => |error| error,
+/// An [`io::Error`] of the errno's kind that holds the error. It cannot have a raw errno as well.
+macro_rules! into_io_error {
+    ($($error:ty)*) => { $(
+        impl From<$error> for io::Error {
+            fn from(error: $error) -> Self {
+                Self::new(Self::from(error.errno()).kind(), error)
+            }
+        }
+    )* };
 }
+
+into_errno! { OpenError BackingError DeviceError NegotiateError }
+into_io_error! { BackingError DeviceError NegotiateError }
 
 fn kind_of_file(file_type: FileType) -> &'static str {
     match file_type {

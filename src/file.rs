@@ -45,8 +45,9 @@ impl Access {
 /// let file = File::open("/dev/null")?;
 /// // What is granted is what the fd permits:
 /// let plain = ServerFile::new(&file);
-/// // The server has opened it by an O_PATH fd, of which it knows the numbers, and will let others write:
-/// # let (held, metadata) = (File::open("/dev/null")?, file.metadata()?);
+/// // The server keeps an O_PATH fd of the file, and its numbers. Others will be granted more:
+/// # let held = rustix::fs::open("/dev/null", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
+/// # let metadata = file.metadata()?;
 /// let known = ServerFile::new(&file)
 ///     .access(Access::ReadOnly)
 ///     .identity(metadata.st_dev(), metadata.st_ino())
@@ -98,8 +99,8 @@ impl<'path, F: AsFd> ServerFile<'path, F> {
         self
     }
 
-    /// An `O_PATH` fd of the same file, to be registered. Without it the table makes one, with
-    /// `open_tree(2)`.
+    /// An `O_PATH` fd of the same file, to be registered. Without it, and in place of an fd that is not such,
+    /// the table makes one, with `open_tree(2)`.
     pub fn path_fd(mut self, path: &'path impl AsFd) -> Self {
         self.path = Some(path.as_fd());
         self
@@ -152,7 +153,7 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
         if let Some(path) = self.path.filter(|&fd| is_path(fd) && is_same(fd)) {
             return backing(path, None, true);
         }
-        // Android's filter of apps may kill whoever calls it.
+        // Android's filter of apps may kill the caller.
         let may_reopen = !cfg!(target_os = "android");
         let opened = may_reopen.then(|| self.reopen().ok()).flatten();
         let opened = opened.filter(|fd| is_same(fd.as_fd()));

@@ -1,11 +1,11 @@
 //! [`Handles`]: file handles, from OPEN to RELEASE.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+mod slots;
+
+use std::fmt;
 use std::fs::File;
 use std::hash::Hash;
 use std::os::fd::AsFd;
-use std::sync::atomic::AtomicU64;
 
 use crate::client_flags::ClientFlags;
 use crate::device::FuseDevice;
@@ -13,19 +13,15 @@ use crate::error::OpenError;
 use crate::file::ServerFile;
 use crate::fopen_flags::FopenFlags;
 use crate::register::Register;
-use crate::sync::{Arc, Mutex, Ordering, lock};
+use crate::sync::Arc;
 use crate::table::{BackingTable, OpenFile};
 use crate::uapi;
-
-/// So many that threads seldom meet.
-const SHARDS: usize = 16;
-
-type Shard<R, T, K> = Mutex<HashMap<u64, Arc<Handle<R, T, K>>>>;
+use slots::Slots;
 
 /// The open files of a server, by file handle, on a [`BackingTable`].
 ///
 /// [`open`](Self::open) stores an open before there is a reply to it. `T` is what the server keeps for it, most
-/// often the fd that it has opened; `R` and `K` are those of the table. A handle is not used twice.
+/// often the fd that it has opened; `R` and `K` are those of the table. No number is given twice.
 ///
 /// # Examples
 ///
@@ -47,15 +43,12 @@ type Shard<R, T, K> = Mutex<HashMap<u64, Arc<Handle<R, T, K>>>>;
 /// handle.file.read_at(&mut buffer, offset)?;
 /// # Ok::<(), io::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
     table: BackingTable<R, K>,
-    shards: [Shard<R, T, K>; SHARDS],
-    next: AtomicU64,
+    slots: Slots<Arc<Handle<R, T, K>>>,
 }
 
 /// One open file. The last reference to it, after [`Handles::release`], releases it and drops the file.
-#[derive(Debug)]
 pub struct Handle<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
     /// Its open in the table.
     pub open: OpenFile<R, K>,
@@ -63,7 +56,12 @@ pub struct Handle<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64
     pub file: T,
 }
 
-/// How to answer an OPEN or CREATE. The open is stored.
+/// How to answer an OPEN or CREATE. The open is stored: only [`Handles`] makes one.
+///
+/// ```compile_fail,E0639
+/// let flags = fuse_backing::FopenFlags::empty();
+/// let opened = fuse_backing::Opened { fh: 1, open_flags: flags, backing_id: None };
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[must_use = "a request that is not answered hangs its client"]
 #[non_exhaustive]
@@ -72,7 +70,7 @@ pub struct Opened {
     pub fh: u64,
     /// The reply's `open_flags`.
     pub open_flags: FopenFlags,
-    /// The reply's `backing_id`; `None` in server mode, as which the kernel has 0.
+    /// The reply's `backing_id`; `None` in server mode: the kernel's field is 0 then.
     pub backing_id: Option<i32>,
 }
 
@@ -101,8 +99,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     pub fn new(table: BackingTable<R, K>) -> Self {
         Self {
             table,
-            shards: std::array::from_fn(|_| Mutex::default()),
-            next: AtomicU64::new(1),
+            slots: Slots::new(),
         }
     }
 
@@ -139,14 +136,8 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     pub fn insert(&self, open: OpenFile<R, K>, file: T, reply_flags: FopenFlags) -> Opened {
         let reply = open.reply(reply_flags);
         let (open_flags, backing_id) = (reply.open_flags(), reply.backing_id());
-        let mut handle = Handle { open, file };
-        let fh = loop {
-            let fh = self.next.fetch_add(1, Ordering::Relaxed);
-            match self.adopt(fh, handle) {
-                Ok(()) => break fh,
-                Err(adopted) => handle = adopted,
-            }
-        };
+        let near = open.shard();
+        let fh = self.slots.insert(Arc::new(Handle { open, file }), near);
         Opened {
             fh,
             open_flags,
@@ -161,28 +152,29 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     ///
     /// The handle, if there is one under this number.
     pub fn adopt(&self, fh: u64, handle: Handle<R, T, K>) -> Result<(), Handle<R, T, K>> {
-        match lock(self.shard(fh)).entry(fh) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(Arc::new(handle));
-                Ok(())
-            }
-            Entry::Occupied(_) => Err(handle),
-        }
+        self.slots.adopt(fh, handle, Arc::new)
     }
 
     /// The open file of this handle, to read and write it in server mode.
     pub fn get(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
-        lock(self.shard(fh)).get(&fh).cloned()
+        self.slots.get(fh)
     }
 
     /// RELEASE: takes the handle back. Other threads may still use the file, with what [`get`](Self::get)
-    /// gave them; whoever is last releases the open, with no lock held.
+    /// gave them; the last use releases the open, with no lock held.
     pub fn release(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
-        lock(self.shard(fh)).remove(&fh)
+        self.slots.remove(fh)
     }
+}
 
-    #[allow(clippy::cast_possible_truncation, reason = "the low bits tell")]
-    fn shard(&self, fh: u64) -> &Shard<R, T, K> {
-        &self.shards[fh as usize % SHARDS]
+impl<R: Register, T, K: Hash + Eq + Clone> fmt::Debug for Handles<R, T, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Handles").field(&self.table).finish()
+    }
+}
+
+impl<R: Register, T, K: Hash + Eq + Clone> fmt::Debug for Handle<R, T, K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Handle").field(&self.open).finish()
     }
 }

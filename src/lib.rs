@@ -73,10 +73,10 @@
 //!
 //! # System calls
 //!
-//! [`Handles::open`] and [`BackingTable::open`] make an fcntl(2) and a statx(2) of the server's fd, unless
-//! [`ServerFile`] says what they would tell. Where statx is denied they make an fstat(2), and
-//! pass nothing through. At the first open of an inode they also make an `open_tree(2)`, for an `O_PATH` fd,
-//! unless they are given one, and a statx(2) of that.
+//! [`Handles::open`] and [`BackingTable::open`] make an fcntl(2) and a statx(2) of the server's fd. Where
+//! [`ServerFile`] says what these would tell, further opens of an open inode make none. Where statx is denied
+//! they make an fstat(2), and pass nothing through. At the first open of an inode they also make an
+//! `open_tree(2)`, for an `O_PATH` fd, unless they are given one, and a statx(2) of that.
 //!
 //! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
 //! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;

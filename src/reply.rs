@@ -99,7 +99,7 @@ impl<'id> OpenReply<'id> {
         self.open_flags
     }
 
-    /// The reply's `backing_id`; `None` without passthrough, as which the kernel has 0.
+    /// The reply's `backing_id`; `None` without passthrough: the kernel's field is 0 then.
     #[must_use]
     pub fn backing_id(&self) -> Option<i32> {
         self.backing_id

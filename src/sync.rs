@@ -15,8 +15,7 @@ pub(crate) use shuttle::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
 };
 
-// Only a key's own code, or a registrar's, can panic under a lock, and leaves nothing half done: whoever
-// comes next goes on.
+// Only a key's own code, or a registrar's, can panic under a lock. It leaves nothing half done.
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -145,8 +145,9 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         self.shared.attach(registrar)
     }
 
-    /// Calls `tell` once for each cause of opens in server mode, at the first of them, from the thread that
-    /// opens; now, for causes so far. [`ServerReason::Chosen`] is not told. No lock is held.
+    /// Calls `tell` once in the table's life for each cause of opens in server mode but
+    /// [`ServerReason::Chosen`]: from the thread that opens, without a lock; now, for causes so far. What it
+    /// holds lives as long as the table: of that, a [`Weak`](std::sync::Weak) reference alone.
     ///
     /// # Examples
     ///
@@ -195,13 +196,14 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             return Err(OpenError::AccessExceeded { granted, wanted });
         }
         let shared = &self.shared;
-        let enforced = shared.enforces_grant();
         let admits = |mode: &Mode, file: FileId| match mode {
             Mode::Passthrough(registered) if registered.file != file => {
                 Err(OpenError::DifferentFile)
             }
-            Mode::Passthrough(registered) if enforced && !registered.grant.allows(wanted) => {
-                let registered = registered.grant;
+            Mode::Passthrough(Registered { grant, .. })
+                if !grant.allows(wanted) && shared.enforces_grant() =>
+            {
+                let registered = *grant;
                 Err(OpenError::GrantExceeded { registered, wanted })
             }
             Mode::Passthrough(_) | Mode::Server(_) => Ok(()),
@@ -226,7 +228,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             shared.join_or_insert(inode, admits, decide)?
         };
         if let Some(Mode::Passthrough(registered)) = open.mode() {
-            registered.add(granted, enforced);
+            registered.add(granted);
         }
         Ok(self.opened(open))
     }
@@ -245,7 +247,9 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             return None;
         }
         let admits = |mode: &Mode, _| match mode {
-            Mode::Passthrough(registered) => registered.has_granted(client_flags.access()),
+            Mode::Passthrough(registered) => registered
+                .granted(self.shared.enforces_grant())
+                .is_some_and(|granted| granted.allows(client_flags.access())),
             Mode::Server(_) => false,
         };
         let open = self.shared.join(inode, admits)?;
@@ -269,33 +273,32 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// An open that a predecessor on the same connection answered with `id`, until its RELEASE. To be called
     /// for each of the inode's opens; `file` is the fd of this one.
     ///
-    /// The id counts whatever the limit, and is closed after the last release.
+    /// From the first one on the id is the table's to close. It counts whatever the limit.
     ///
     /// # Errors
     ///
     /// [`OpenError::DifferentFile`] while the inode is open with another id or file, or in server mode;
-    /// [`OpenError::NoAccess`] or [`OpenError::Unreadable`] for the fd. The id stays registered, and is the
-    /// caller's to close.
+    /// [`OpenError::NoAccess`] or [`OpenError::Unreadable`] for the fd.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// # use fuse_backing::{BackingId, BackingTable, ServerFile};
     /// # fn f(table: BackingTable, inode: u64, id: i32, file: std::fs::File) -> Option<()> {
-    /// let open = table.adopt(&inode, BackingId::from_raw(id)?, ServerFile::new(&file));
+    /// let open = table.adopt(&inode, &BackingId::from_raw(id)?, ServerFile::new(&file));
     /// # drop(open); Some(()) }
     /// ```
-    #[allow(clippy::needless_pass_by_value, reason = "the table closes the id")]
     pub fn adopt(
         &self,
         inode: &K,
-        id: BackingId,
+        id: &BackingId,
         file: ServerFile<'_, impl AsFd + Copy>,
     ) -> Result<OpenFile<R, K>, OpenError> {
         let file = file.lend();
         let (granted, looked) = (file.granted()?, file.look()?);
+        // What has this id is not closed to make room for it.
         let admits = |mode: &Mode, _| match mode {
-            Mode::Passthrough(known) if known.id == id && known.file == looked.id => Ok(()),
+            Mode::Passthrough(known) if known.id == *id => Ok(()),
             Mode::Passthrough(_) | Mode::Server(_) => Err(OpenError::DifferentFile),
         };
         let decide = || {
@@ -304,10 +307,13 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             Mode::Passthrough(Registered::new(id.alias(), looked.id, at_most, None))
         };
         let open = self.shared.join_or_insert(inode, admits, decide)?;
-        if let Some(Mode::Passthrough(registered)) = open.mode() {
-            registered.add(granted, self.shared.enforces_grant());
+        match open.mode() {
+            Some(Mode::Passthrough(registered)) if registered.file == looked.id => {
+                registered.add(granted);
+                Ok(OpenFile { open })
+            }
+            _ => Err(OpenError::DifferentFile),
         }
-        Ok(OpenFile { open })
     }
 
     fn opened(&self, open: Open<R, K>) -> OpenFile<R, K> {
@@ -408,6 +414,11 @@ impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
     #[must_use]
     pub fn inode(&self) -> &K {
         self.open.key()
+    }
+
+    /// Which of the table's locks its inode is under.
+    pub(crate) fn shard(&self) -> u8 {
+        self.open.shard()
     }
 
     /// The backing id; `None` in server mode.

@@ -9,13 +9,16 @@ mod registrar;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::{Arc, Mutex};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use fuse_backing::error::{BackingError, OpenError, Scope, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, Handle, Handles, OpenFile,
-    ServerFile, uapi,
+    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, Handle, Handles, ServerFile,
+    uapi,
 };
 use registrar::Fake;
 use rustix::fs::OFlags;
@@ -82,8 +85,6 @@ fn the_last_use_releases() {
     reading.file.write_all_at(b"written", 0).unwrap();
     drop(reading);
     assert_eq!(kernel.ids(), [] as [i32; 0]);
-    // No lock is held over the release: the last use may ask for other handles.
-    assert!(handles.get(opened.fh).is_none());
 }
 
 #[test]
@@ -177,7 +178,8 @@ fn opens_of_the_table_are_inserted() {
     assert_eq!(served.open_flags, FopenFlags::DIRECT_IO);
 }
 
-/// What the server says is not asked for: no fcntl(2), no statx(2). Shown by saying what is not so.
+/// What the server says is not asked for, which shows when it says what is not so. That no call is made,
+/// tests/kernel/table.rs shows.
 #[test]
 fn what_is_known_is_not_asked_for() {
     let kernel = Arc::default();
@@ -267,9 +269,14 @@ fn each_cause_is_told_once_and_counted() {
     handles.table().on_server_mode({
         let (told, handles) = (Arc::clone(&told), Arc::downgrade(&handles));
         move |why| {
-            // No lock is held: whoever is told may look.
-            let ids = handles.upgrade().unwrap().table().stats().ids;
-            told.lock().unwrap().push((why, ids));
+            // No lock is held: it may ask of the inodes themselves.
+            let handles = handles.upgrade().unwrap();
+            let table = handles.table();
+            for entry in &table.list() {
+                assert!(table.share(&entry.inode, RDONLY).is_none());
+                assert!(!table.invalidate(&entry.inode), "it is open");
+            }
+            told.lock().unwrap().push((why, table.stats().ids));
         }
     });
     let told = || told.lock().unwrap().clone();
@@ -303,39 +310,196 @@ fn each_cause_is_told_once_and_counted() {
 fn a_predecessor_s_opens_are_adopted() {
     let kernel = Arc::new(Fake::default());
     let backing = file(b"");
-    let id = || BackingId::from_raw(1).unwrap();
+    let id = BackingId::from_raw(1).unwrap();
     let predecessor = BackingFile::open(&kernel, &backing, Access::ReadWrite).unwrap();
-    assert_eq!(predecessor.into_id().into_raw(), 1);
+    assert_eq!(predecessor.into_id(), id);
 
+    // The number that comes next, another one of its kind, and one of no kind.
+    let numbers = {
+        let handles = handles(&Arc::default());
+        let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
+        let first = opened.unwrap().fh;
+        [first, first | 1 << 40, 0]
+    };
     let handles = handles(&kernel);
     handles.table().set_limit(1);
     let handle = |file: &File| {
         let file = file.try_clone().unwrap();
-        let open = handles.table().adopt(&2, id(), ServerFile::new(&file))?;
+        let open = handles.table().adopt(&2, &id, ServerFile::new(&file))?;
         Ok::<_, OpenError>(Handle { open, file })
     };
-    handles.adopt(1, handle(&backing).unwrap()).unwrap();
-    handles.adopt(7, handle(&backing).unwrap()).unwrap();
-    let taken = handles.adopt(7, handle(&backing).unwrap()).unwrap_err();
-    assert_eq!(taken.open.id(), Some(&id()));
-    drop(taken);
+    for fh in numbers {
+        assert!(handles.adopt(fh, handle(&backing).unwrap()).is_ok());
+        let taken = handles.adopt(fh, handle(&backing).unwrap()).unwrap_err();
+        assert_eq!(taken.open.id(), Some(&id), "it is given back");
+        assert!(handles.get(fh).is_some());
+    }
     assert_eq!(handles.table().stats().ids, 1);
 
     // New handles go around, and share the id.
-    let fresh = handles.open(&2, RDWR, backing.try_clone().unwrap(), FopenFlags::empty());
-    let fresh = fresh.unwrap();
-    assert_eq!((fresh.fh, fresh.backing_id), (2, Some(1)));
+    let open = || {
+        let opened = handles.open(&2, RDWR, backing.try_clone().unwrap(), FopenFlags::empty());
+        let opened = opened.unwrap();
+        assert_eq!(opened.backing_id, Some(1));
+        assert!(!numbers.contains(&opened.fh));
+        opened.fh
+    };
+    let fresh = open();
+    assert_eq!(
+        handles
+            .adopt(fresh, handle(&backing).unwrap())
+            .map_err(|h| h.open.id() == Some(&id)),
+        Err(true)
+    );
+
     // An open that would have another id, or another file, is not its predecessor's.
     assert_eq!(handle(&file(b"")).unwrap_err(), OpenError::DifferentFile);
     let other = BackingId::from_raw(2).unwrap();
-    let refused = handles.table().adopt(&2, other, ServerFile::new(&backing));
+    let refused = handles.table().adopt(&2, &other, ServerFile::new(&backing));
     assert_eq!(refused.unwrap_err(), OpenError::DifferentFile);
 
-    for fh in [1, 2] {
-        drop(handles.release(fh));
+    for fh in [fresh, numbers[0], numbers[1]] {
+        assert!(handles.release(fh).is_some());
+        assert!(handles.get(fh).is_none() && handles.release(fh).is_none());
     }
+    assert_ne!(open(), fresh, "it was released");
     assert_eq!(kernel.ids(), [1]);
-    drop(handles.release(7));
+    drop(handles);
     assert_eq!(kernel.ids(), [] as [i32; 0], "the last one closes it");
-    let _: Option<OpenFile<Arc<Fake>>> = handles.table().share(&2, RDONLY);
+}
+
+/// What idles under an id that is adopted is not closed, whichever file is brought.
+#[test]
+fn an_idle_id_is_not_closed_to_be_adopted() {
+    let kernel = Arc::new(Fake::default());
+    let table: BackingTable<_, u64> = BackingTable::new(Arc::clone(&kernel));
+    table.set_idle_limit(1);
+    let backing = file(b"");
+    drop(table.open(&2, RDWR, ServerFile::new(&backing)).unwrap());
+    let id = BackingId::from_raw(1).unwrap();
+    let refused = table.adopt(&2, &id, ServerFile::new(&file(b"")));
+    assert_eq!(refused.unwrap_err(), OpenError::DifferentFile);
+    assert_eq!((kernel.ids(), table.stats().idle), (vec![1], 1));
+    let adopted = table.adopt(&2, &id, ServerFile::new(&backing)).unwrap();
+    assert_eq!((adopted.id(), table.stats().idle), (Some(&id), 0));
+}
+
+/// A registrar that comes later enforces its grants on what is adopted and open by then, too.
+#[test]
+fn grants_of_what_was_adopted_are_enforced() {
+    let kernel = Fake {
+        enforces_grant: true,
+        ..Fake::default()
+    };
+    let backing = file(b"");
+    let table = BackingTable::<_, u64>::default();
+    let id = BackingId::from_raw(1).unwrap();
+    let read = ServerFile::new(&backing).access(Access::ReadOnly);
+    let _reader = table.adopt(&2, &id, read).unwrap();
+    let _writer = table.adopt(&2, &id, ServerFile::new(&backing)).unwrap();
+    assert!(table.share(&2, RDWR).is_some());
+    assert!(table.attach(&kernel).is_ok());
+    assert!(table.share(&2, RDWR).is_none());
+    assert!(table.share(&2, RDONLY).is_some());
+    assert_eq!(table.list()[0].access, Some(Access::ReadOnly));
+    let refused = table.open(&2, RDWR, ServerFile::new(&backing)).err();
+    let (registered, wanted) = (Access::ReadOnly, Access::ReadWrite);
+    assert_eq!(
+        refused,
+        Some(OpenError::GrantExceeded { registered, wanted })
+    );
+}
+
+/// Attached while others open: an inode is in one mode, and nothing is left registered.
+#[test]
+fn attached_while_others_open() {
+    for _ in 0..200 {
+        let kernel = Arc::new(Fake::default());
+        let handles = Handles::default();
+        let backing = file(b"");
+        std::thread::scope(|threads| {
+            for _ in 0..2 {
+                threads.spawn(|| {
+                    for _ in 0..20 {
+                        let open = || {
+                            let file = backing.try_clone().unwrap();
+                            handles.open(&2, RDWR, file, FopenFlags::empty()).unwrap()
+                        };
+                        let (first, second) = (open(), open());
+                        assert_eq!(first.backing_id, second.backing_id);
+                        drop((handles.release(first.fh), handles.release(second.fh)));
+                    }
+                });
+            }
+            threads.spawn(|| handles.table().attach(Arc::clone(&kernel)).unwrap());
+        });
+        assert_eq!(kernel.ids(), [] as [i32; 0]);
+        let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
+        assert!(opened.unwrap().backing_id.is_some());
+    }
+}
+
+type Late = Arc<OnceLock<Weak<Handles<Arc<Fake>, Reentrant>>>>;
+
+/// A file whose drop asks for other handles, which would wait for a lock that is held over it.
+struct Reentrant {
+    file: File,
+    handles: Late,
+    dropped: Arc<AtomicUsize>,
+}
+
+impl AsFd for Reentrant {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for Reentrant {
+    fn drop(&mut self) {
+        if let Some(handles) = self.handles.get().and_then(Weak::upgrade) {
+            // Every shard, and the table's.
+            for fh in 0..64 {
+                drop(handles.get(fh));
+            }
+            let _ = (handles.table().list(), handles.table().share(&2, RDONLY));
+        }
+        self.dropped.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn files_are_dropped_without_a_lock() {
+    let kernel = Arc::new(Fake::default());
+    let late = Late::default();
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let handles = Arc::new(Handles::new(BackingTable::new(Arc::clone(&kernel))));
+    let file = |content| Reentrant {
+        file: file(content),
+        handles: Arc::clone(&late),
+        dropped: Arc::clone(&dropped),
+    };
+    late.set(Arc::downgrade(&handles)).unwrap();
+    let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
+    let opened = opened.unwrap();
+    // In the way out of an error.
+    let refused = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
+    assert_eq!(refused, Err(OpenError::DifferentFile));
+    assert_eq!(dropped.load(Ordering::SeqCst), 1);
+    drop(handles.release(opened.fh));
+    assert_eq!(dropped.load(Ordering::SeqCst), 2);
+    assert_eq!(kernel.ids(), [] as [i32; 0]);
+}
+
+/// A callback that panics undoes the open of which it is told.
+#[test]
+fn a_callback_that_panics() {
+    let kernel: Arc<Fake> = Arc::default();
+    let table: BackingTable<_, u64> = BackingTable::new(Arc::clone(&kernel));
+    table.on_server_mode(|why| resume_unwind(Box::new(why)));
+    kernel.refuse_next(Errno::DQUOT, Scope::File);
+    let backing = file(b"");
+    let open = || table.open(&2, RDWR, ServerFile::new(&backing));
+    assert!(catch_unwind(AssertUnwindSafe(open)).is_err());
+    assert!(table.list().is_empty());
+    assert!(open().unwrap().is_passthrough());
 }

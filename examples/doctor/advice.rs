@@ -35,7 +35,9 @@ impl From<DeviceError> for Failure {
             DeviceError::Denied(_) => {
                 "a device cgroup denies it: start the container with `--device /dev/fuse`"
             }
-            DeviceError::NotFuse(_) => "put the real node there: `mknod -m 666 /dev/fuse c 10 229`",
+            DeviceError::NotCharacterDevice(_) | DeviceError::OtherDevice { .. } => {
+                "put the real node there: `mknod -m 666 /dev/fuse c 10 229`"
+            }
             _ => by_scope(error.scope()),
         };
         Self::new(error, advice)

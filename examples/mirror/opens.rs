@@ -1,9 +1,9 @@
 //! Passthrough: whether it is on, and what the mirror knows of a file that a client opens.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use fuse_backing::error::NegotiateError;
 use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 use fuse_backing::{ClientFlags, FopenFlags, FuseDevice, Handle, Handles, ServerFile};
 use fuser::{INodeNo, KernelConfig};
@@ -16,26 +16,20 @@ pub(crate) type Files = Handles<Device, OwnedFd, INodeNo>;
 pub(crate) type OpenFile = Handle<Device, OwnedFd, INodeNo>;
 
 /// In INIT: turns passthrough on, or finds out why it is unavailable.
-pub(crate) fn attach(
-    files: &Files,
-    device: Device,
-    config: &mut KernelConfig,
-) -> Result<(), NegotiateError> {
+pub(crate) fn attach(files: &Files, device: Device, config: &mut KernelConfig) -> io::Result<()> {
     let offered = InitFlags::from_bits_retain(config.capabilities().bits());
     // Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
     let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
     let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
-    config
-        .add_capabilities(flags)
-        .map_err(|_| NegotiateError::NotOffered)?;
-    config
-        .set_max_stack_depth(reply.max_stack_depth)
-        .map_err(|_| NegotiateError::NotOffered)?;
+    let refused = |what| io::Error::other(format!("fuser refuses {what}"));
+    let added = config.add_capabilities(flags);
+    added.map_err(|flags| refused(format!("{flags:?}")))?;
+    let set = config.set_max_stack_depth(reply.max_stack_depth);
+    set.map_err(|_| refused("max_stack_depth".to_owned()))?;
     let table = files.table();
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));
-    // INIT comes once.
-    let _ = table.attach(device);
-    Ok(())
+    let attached = table.attach(device);
+    attached.map_err(|_| io::Error::other("a device is attached already"))
 }
 
 /// A file that the mirror has opened with the client's flags by way of `inode`. The inode's own fd is

@@ -65,10 +65,9 @@ impl Mounted {
             .canonicalize()
             .map_err(|e| format!("{}: {e}", mountpoint.display()))?;
 
-        // The server opens the device and mounts it by itself. With `Session::new`, which does both,
-        // the device would come only after the filesystem was moved into the session, by way of a
-        // `OnceLock`; and what fuser 0.18 has mounted, it unmounts at the end of the session even if
-        // somebody else has already: that takes away whatever is mounted there by then.
+        // The server opens the device and mounts it by itself. What `Session::new` of fuser 0.18 has mounted,
+        // it unmounts at the end of the session even if somebody else has already: that takes away
+        // whatever is mounted there by then.
         let device = Arc::new(FuseDevice::open()?);
         let mirror = Mirror::new(root, passthrough.then(|| Arc::clone(&device)))?;
         let status = mirror.status();

@@ -1,15 +1,14 @@
 //! What a mirror tells whoever serves it, while the filesystem itself belongs to its session.
 
+use std::io;
 use std::sync::atomic::AtomicU64;
 use std::sync::{OnceLock, Weak};
-
-use fuse_backing::error::NegotiateError;
 
 use crate::opens::Files;
 
 pub(crate) struct Status {
     /// What came of negotiating passthrough, if it was wanted.
-    pub(crate) negotiated: OnceLock<Result<(), NegotiateError>>,
+    pub(crate) negotiated: OnceLock<io::Result<()>>,
     /// READ requests so far.
     pub(crate) reads: AtomicU64,
     /// WRITE requests so far.

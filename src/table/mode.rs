@@ -38,23 +38,20 @@ impl Registered {
         }
     }
 
-    /// `None` until its first open got it.
-    pub(super) fn granted(&self) -> Option<Access> {
-        Access::from_bits(self.granted.load(Ordering::Relaxed))
-    }
-
-    pub(super) fn has_granted(&self, wanted: Access) -> bool {
-        self.granted().is_some_and(|granted| granted.allows(wanted))
-    }
-
-    /// One open more was granted `access`. No more of it counts than was registered, if that is `enforced`.
-    pub(super) fn add(&self, access: Access, enforced: bool) {
+    /// What opens have been granted so far: no more than was registered, if that is `enforced`. `None` until
+    /// the first open got it.
+    pub(super) fn granted(&self, enforced: bool) -> Option<Access> {
         let at_most = if enforced {
             self.grant
         } else {
             Access::ReadWrite
         };
-        let bits = access.bits() & at_most.bits();
+        Access::from_bits(self.granted.load(Ordering::Relaxed) & at_most.bits())
+    }
+
+    /// One open more was granted `access`.
+    pub(super) fn add(&self, access: Access) {
+        let bits = access.bits();
         if self.granted.load(Ordering::Relaxed) & bits != bits {
             self.granted.fetch_or(bits, Ordering::Relaxed);
         }

@@ -23,8 +23,8 @@ use crate::sync::{Arc, AtomicBool, Condvar, Mutex, MutexGuard, Ordering, lock, w
 const SHARDS: u8 = 64;
 
 pub(super) struct Shared<R: Register, K: Hash + Eq + Clone> {
-    /// Set once, by `attach`.
-    registrar: OnceLock<R>,
+    /// Set once, by `attach`, with its `enforces_grant`.
+    registrar: OnceLock<(R, bool)>,
     /// The registrar takes no `O_PATH` fd: its kernel is older than 6.12.
     refuses_path_fd: AtomicBool,
     seeds: Seeds,
@@ -63,11 +63,15 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     }
 
     pub(super) fn attach(&self, registrar: R) -> Result<(), R> {
-        self.registrar.set(registrar)
+        let enforces = registrar.enforces_grant();
+        let set = self.registrar.set((registrar, enforces));
+        set.map_err(|(registrar, _)| registrar)
     }
 
+    /// To be asked at each use: `attach` may come in between.
+    #[inline]
     pub(super) fn enforces_grant(&self) -> bool {
-        self.registrar.get().is_some_and(Register::enforces_grant)
+        self.registrar.get().is_some_and(|(_, enforces)| *enforces)
     }
 
     pub(super) fn ledger(&self) -> MutexGuard<'_, Ledger<Arc<Inode<R, K>>>> {
@@ -224,7 +228,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         let id = registered.id.alias();
         // An adopted one may be closed before `attach`.
         let unattached = Err(BackingError::NotAttached(Errno::PERM));
-        result.set(self.registrar.get().map_or(unattached, |registrar| {
+        result.set(self.registrar.get().map_or(unattached, |(registrar, _)| {
             registrar.unregister(id).map_err(|failed| failed.cause())
         }));
         drop(tell);
@@ -306,7 +310,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         looked: Looked,
         grant: Access,
     ) -> Result<Registered, ServerReason> {
-        let registrar = self.registrar.get().ok_or(ServerReason::NoRegistrar)?;
+        let (registrar, _) = self.registrar.get().ok_or(ServerReason::NoRegistrar)?;
         if let Some(reason) = looked.refusal {
             return Err(reason);
         }
@@ -391,7 +395,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             id: registered.map(|registered| registered.id.as_raw()),
             backing_device: registered.map(|registered| registered.file.device),
             backing_inode: registered.map(|registered| registered.file.inode),
-            access: registered.and_then(Registered::granted),
+            access: registered.and_then(|registered| registered.granted(self.enforces_grant())),
             opens: inode.opens.get() as u64,
             detached: inode.detached.get() != 0,
             server_reason,
@@ -413,6 +417,10 @@ impl<F: Fn()> Drop for OnDrop<F> {
 impl<R: Register, K: Hash + Eq + Clone> Open<R, K> {
     pub(super) fn key(&self) -> &K {
         &self.0.key
+    }
+
+    pub(super) fn shard(&self) -> u8 {
+        self.0.shard
     }
 
     /// `None` until it is decided.

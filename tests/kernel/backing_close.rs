@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use fuse_backing::error::{BackingCloseError, BackingError, NotPermitted, Scope};
+use fuse_backing::error::{BackingError, NotPermitted, Scope};
 use fuse_backing::{
     Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenReply,
     ServerFile, uapi,
@@ -516,8 +516,7 @@ fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let error = close().unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
-    let cause = inner.map(BackingCloseError::<()>::cause);
-    assert_eq!(cause, Some(BackingError::UnknownId));
+    assert_eq!(inner, Some(&BackingError::UnknownId));
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use fuse_backing::error::{BackingError, FileType, NotFuseDeviceReason, NotPermitted, Scope};
+use fuse_backing::error::{BackingError, DeviceError, FileType, NotPermitted, Scope};
 use fuse_backing::{BackingId, DeviceFd, Errno, FopenFlags, FuseDevice, OpenReply, uapi};
 use libtest_mimic::Failed;
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, mknodat, open};
@@ -561,8 +561,8 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
 fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let never_open = FuseDevice::new(Closed.as_fd()).unwrap_err();
     assert_eq!(
-        (never_open.reason(), never_open.errno()),
-        (NotFuseDeviceReason::Unreadable(Errno::BADF), Errno::BADF)
+        (never_open.cause(), never_open.errno()),
+        (DeviceError::Other(Errno::BADF), Errno::BADF)
     );
 
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -580,7 +580,7 @@ fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error:
     // SAFETY: closed while it is borrowed, which is what is tried. Nothing is opened under its number
     // in between: there is no other thread, and this one opens nothing.
     let lent = unsafe { BorrowedFd::borrow_raw(owned.as_raw_fd()) };
-    let device = FuseDevice::new(lent).map_err(|refused| refused.reason())?;
+    let device = FuseDevice::new(lent).map_err(|refused| refused.cause())?;
     let file = tempfile::NamedTempFile::new()?;
     let path_only = open(file.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let id = device.backing_open(&file)?;

@@ -43,6 +43,8 @@ type Files = Handles<FuseDevice<Arc<std::os::fd::OwnedFd>>>;
 /// A mount of one file. The handles can be replaced, as those of a server that is restarted.
 struct Server {
     handles: Arc<Mutex<Arc<Files>>>,
+    /// Every handle, in the order of the opens.
+    opened: Arc<Mutex<Vec<u64>>>,
     connection: Connection,
     path: PathBuf,
 }
@@ -50,16 +52,20 @@ struct Server {
 impl Server {
     fn start(sandbox: &Sandbox, backing: &Path, init: Init) -> Result<Self, Failed> {
         let handles: Arc<Mutex<Arc<Files>>> = Arc::default();
+        let opened: Arc<Mutex<Vec<u64>>> = Arc::default();
         let node = Node {
             name: "file".into(),
             backing: File::open(backing)?,
         };
         let on_open = {
             let (handles, backing) = (Arc::clone(&handles), backing.to_owned());
+            let all = Arc::clone(&opened);
             move |nodeid, flags: i32| {
                 let file = File::open(&backing).map_err(|_| Errno::IO)?;
                 let handles = handles.lock().unwrap_or_else(PoisonError::into_inner);
                 let opened = handles.open(&nodeid, flags, file, FopenFlags::empty())?;
+                let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                all.push(opened.fh);
                 Ok(opened.to_fuse_open_out())
             }
         };
@@ -67,6 +73,7 @@ impl Server {
         let path = connection.path("file");
         Ok(Self {
             handles,
+            opened,
             connection,
             path,
         })
@@ -75,6 +82,13 @@ impl Server {
     fn handles(&self) -> Arc<Files> {
         let handles = self.handles.lock();
         Arc::clone(&handles.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// RELEASE, of the open of that place in the order.
+    fn release(&self, at: usize) -> bool {
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        let fh = opened.get(at).copied().unwrap_or(0);
+        self.handles().release(fh).is_some()
     }
 
     fn replace(&self, handles: Files) {
@@ -105,8 +119,7 @@ fn attached_after_the_first_open(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(server.read()?, CONTENT);
     let served = server.reads();
     assert_ne!(served, 0);
-    // RELEASE.
-    assert!(server.handles().release(1).is_some());
+    assert!(server.release(0));
 
     server.attach()?;
     assert_eq!(server.read()?, CONTENT);
@@ -158,7 +171,8 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         server.attach()?;
         let mut holder = Client::start("hold", &[server.path.as_os_str()])?;
         assert_eq!(holder.line()?, "open");
-        let handle = server.handles().get(1).ok_or("of the holder")?;
+        let fh = server.opened.lock().unwrap_or_else(PoisonError::into_inner)[0];
+        let handle = server.handles().get(fh).ok_or("of the holder")?;
         let (nodeid, id) = (
             *handle.open.inode(),
             handle.open.id().map(BackingId::as_raw),
@@ -171,8 +185,8 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
             let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
             let open = successor
                 .table()
-                .adopt(&nodeid, id, ServerFile::new(&file))?;
-            assert!(successor.adopt(1, Handle { open, file }).is_ok());
+                .adopt(&nodeid, &id, ServerFile::new(&file))?;
+            assert!(successor.adopt(fh, Handle { open, file }).is_ok());
         }
         server.replace(successor);
         // Without, the kernel is given a second id for an inode that is open.
@@ -184,9 +198,8 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         assert_eq!(server.reads(), 0);
 
         if adopts {
-            // RELEASE of the holder's, and of the other.
-            let handles = server.handles();
-            assert!(handles.release(1).is_some() && handles.release(2).is_some());
+            // Of the holder's, and of the other.
+            assert!(server.release(0) && server.release(1));
             let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
             let closed = server.connection.device().backing_close(id);
             assert_eq!(closed.unwrap_err().cause(), BackingError::UnknownId);

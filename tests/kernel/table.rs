@@ -1059,10 +1059,23 @@ fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Erro
     let numbers = file.metadata()?;
     let known = || for_both(&file).identity(numbers.dev(), numbers.ino());
     let _known = table.open(&2, RDWR, known())?;
+    let handles: Handles<_, Arc<File>> = Handles::new(BackingTable::new(&device));
+    let file = Arc::new(tempfile::tempfile()?);
+    let numbers = file.metadata()?;
+    let open = || {
+        let known = ServerFile::new(Arc::clone(&file)).access(Access::ReadWrite);
+        let known = known.identity(numbers.dev(), numbers.ino());
+        handles.open(&3, RDWR, known, FopenFlags::empty())
+    };
+    let _held = open()?;
+    // Its slot is made.
+    drop(handles.release(open()?.fh));
     trace::traced(|| {
         for _ in 0..SHARES {
             assert!(black_box(table.share(&1, RDWR)).is_some());
             assert!(black_box(table.open(&2, RDWR, known())).is_ok());
+            let opened = black_box(open()).expect("it opens");
+            assert!(handles.release(opened.fh).is_some());
         }
     })?;
     Ok("done".into())

@@ -44,11 +44,11 @@ use crate::register::Register;
 /// It cannot outlive the device it borrows, and is closed once:
 ///
 /// ```compile_fail,E0505
-/// # fn f(device: fuse_backing::FuseDevice, file: std::fs::File) -> Result<(), Box<dyn std::error::Error>> {
-/// let backing = fuse_backing::BackingFile::open(&device, file, fuse_backing::Access::ReadOnly)?;
+/// # fn f(device: fuse_backing::FuseDevice, id: fuse_backing::BackingId) {
+/// let backing = fuse_backing::BackingFile::from_id(&device, id);
 /// drop(device);
-/// backing.close()?;
-/// # Ok(()) }
+/// let closed = backing.close();
+/// # }
 /// ```
 ///
 /// ```compile_fail,E0382
@@ -71,8 +71,8 @@ impl<R: Register> BackingFile<R> {
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file as
     /// [`FuseDevice::backing_open`] does, which has the requirements and the security note.
     ///
-    /// `grant` is the most that will ever be granted through this id. A [`FuseDevice`] does not look
-    /// at it; a registrar that [enforces](Register::enforces_grant) it registers for no more.
+    /// `grant` is the most that will ever be granted through this id: it matters to a registrar that
+    /// [enforces](Register::enforces_grant) it.
     ///
     /// # Errors
     ///

@@ -223,6 +223,8 @@ impl BackingError {
 /// `?` turns it into an [`io::Error`] that holds the cause. Where `?` is to make another error, say a
 /// `Box<dyn Error>`, of one that holds something borrowed, take the cause alone:
 /// `map_err(|failed| failed.cause())`.
+#[derive(Error)]
+#[error("{cause}")]
 pub struct Returned<T, E> {
     inner: T,
     cause: E,
@@ -260,20 +262,12 @@ impl<T, E: Copy> Returned<T, E> {
     }
 }
 
-impl<T, E: fmt::Display> fmt::Display for Returned<T, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.cause.fmt(f)
-    }
-}
-
 // Without a bound on `T`, so that `unwrap` and `?` work whatever it is.
 impl<T, E: fmt::Debug> fmt::Debug for Returned<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.cause.fmt(f)
     }
 }
-
-impl<T, E: fmt::Debug + fmt::Display> std::error::Error for Returned<T, E> {}
 
 impl<T, E: Into<Self>> From<Returned<T, E>> for io::Error {
     fn from(error: Returned<T, E>) -> Self {

@@ -30,10 +30,9 @@ impl Access {
     }
 }
 
-/// A backing file as the server has opened it for one client, and what the server knows of it.
-///
-/// `F` is what holds the fd: a reference, for [`BackingTable::open`](crate::BackingTable::open), or what
-/// [`Handles::open`](crate::Handles::open) keeps.
+/// A backing file as the server has opened it for one client, and what the server knows of it. `F` holds the
+/// fd: a reference for [`BackingTable::open`](crate::BackingTable::open), what to keep for
+/// [`Handles::open`](crate::Handles::open).
 ///
 /// # Examples
 ///
@@ -47,12 +46,9 @@ impl Access {
 /// let plain = ServerFile::new(&file);
 /// // The server keeps an O_PATH fd of the file, and its numbers. Others will be granted more:
 /// # let held = rustix::fs::open("/dev/null", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
-/// # let metadata = file.metadata()?;
-/// let known = ServerFile::new(&file)
-///     .access(Access::ReadOnly)
-///     .identity(metadata.st_dev(), metadata.st_ino())
-///     .path_fd(&held)
-///     .grant(Access::ReadWrite);
+/// # let (dev, ino) = (file.metadata()?.st_dev(), file.metadata()?.st_ino());
+/// let known = ServerFile::new(&file).access(Access::ReadOnly).identity(dev, ino);
+/// let known = known.path_fd(&held).grant(Access::ReadWrite);
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug)]

@@ -25,22 +25,19 @@ use slots::Slots;
 ///
 /// # Examples
 ///
-/// A server whose library hands out the device later. OPEN is in the
-/// [crate's documentation](crate#life-of-a-passthrough-file).
+/// A server whose library hands out the device later. (OPEN: [crate](crate#life-of-a-passthrough-file).)
 ///
 /// ```no_run
 /// use fuse_backing::{FuseDevice, Handles};
 /// use std::{io, os::unix::fs::FileExt};
 ///
 /// # fn mounted() -> io::Result<std::os::fd::OwnedFd> { unimplemented!() }
-/// let handles: Handles = Handles::default(); // most often in an Arc, shared with the filesystem
-/// // ... mount, and then:
+/// let handles: Handles = Handles::default(); // in an Arc, shared with the filesystem. After the mount:
 /// handles.table().attach(FuseDevice::new(mounted()?)?).map_err(|_| io::ErrorKind::AlreadyExists)?;
 ///
 /// // READ, in server mode:
 /// # let (fh, offset, mut buffer) = (1, 0, [0]);
-/// let handle = handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?;
-/// handle.file.read_at(&mut buffer, offset)?;
+/// handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?.file.read_at(&mut buffer, offset)?;
 /// # Ok::<(), io::Error>(())
 /// ```
 pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {

@@ -23,7 +23,6 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 /// ```
 /// use fuse_backing::BackingId;
 ///
-/// assert!(BackingId::from_raw(0).is_none());
 /// let id = BackingId::from_raw(3).ok_or("positive")?;
 /// assert_eq!((id.as_raw(), id.into_raw()), (3, 3));
 /// # Ok::<(), &str>(())
@@ -47,11 +46,8 @@ assert_impl_all!(BackingId: Send, Sync);
 assert_eq_size!(Option<BackingId>, i32);
 
 impl BackingId {
-    /// Takes a raw id, as the kernel returned it or a predecessor of this process handed it over;
-    /// `None` unless it is positive.
-    ///
-    /// Nothing else is checked. Closing an id that is not registered fails with
-    /// [`UnknownId`](crate::error::BackingError::UnknownId); a reply with it gives the client `EIO`.
+    /// Takes a raw id, as the kernel returned it or a predecessor of this process handed it over; `None` unless
+    /// it is positive. Nothing else is checked.
     #[inline]
     #[must_use]
     pub const fn from_raw(raw: i32) -> Option<Self> {

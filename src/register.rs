@@ -12,48 +12,39 @@ use crate::id::BackingId;
 /// Who registers backing files, and closes their ids.
 ///
 /// A [`FuseDevice`] makes the ioctls in the calling thread. The kernel records that thread's rights, and reads
-/// and writes the file with them. Another registrar can lower them, ask another
-/// thread or process, or stand for the kernel in a test.
+/// and writes the file with them. Another registrar can lower them, ask another thread or process, or stand
+/// for the kernel in a test. An id belongs to the connection of the registrar that gave it.
 ///
-/// An id belongs to the connection of the registrar that gave it. [`BackingTable`](crate::BackingTable)
-/// calls a registrar from the thread that opens or releases an inode, and holds no lock over the call but
-/// that of the inode which is being opened. If `register` panics, nothing counts as registered. If `unregister`
-/// panics or answers [`Registrar`](crate::error::BackingError::Registrar), the id may be closed or not: the
+/// [`BackingTable`](crate::BackingTable) calls a registrar from the thread that opens or releases an inode, and
+/// holds no lock over the call but that of the inode which is being opened. If `register` panics, nothing
+/// counts as registered. If `unregister` panics or answers [`Registrar`](crate::error::BackingError::Registrar), the id may be closed or not: the
 /// table keeps it for [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
 ///
 /// # Examples
 ///
-/// A server tested without root and without `/dev/fuse`. This registrar knows what is registered:
+/// A server tested without root and without `/dev/fuse`. This registrar knows how many are registered:
 ///
 /// ```
 /// use fuse_backing::error::{BackingCloseError, BackingError, Scope};
 /// use fuse_backing::{Access, BackingId, BackingTable, Errno, Register, ServerFile};
-/// use std::collections::BTreeSet;
 /// use std::os::fd::BorrowedFd;
-/// use std::sync::{Mutex, PoisonError};
+/// use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 ///
 /// #[derive(Default)]
-/// struct Kernel {
-///     registered: Mutex<BTreeSet<i32>>,
-/// }
+/// struct Kernel { last: AtomicI32, registered: AtomicI32 }
 ///
 /// impl Register for Kernel {
 ///     fn register(&self, _: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingError> {
-///         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
-///         let next = registered.last().map_or(1, |last| last + 1);
-///         registered.insert(next);
 ///         // What a registrar itself refuses has a variant of its own.
-///         let (errno, scope) = (Errno::NOSPC, Scope::Transient);
-///         BackingId::from_raw(next).ok_or(BackingError::Registrar { errno, scope })
+///         let refused = BackingError::Registrar { errno: Errno::NOSPC, scope: Scope::Transient };
+///         let id = BackingId::from_raw(self.last.fetch_add(1, SeqCst) + 1).ok_or(refused)?;
+///         self.registered.fetch_add(1, SeqCst);
+///         Ok(id)
 ///     }
 ///
-///     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
-///         let mut registered = self.registered.lock().unwrap_or_else(PoisonError::into_inner);
-///         if registered.remove(&id.as_raw()) {
-///             Ok(())
-///         } else {
-///             Err(BackingCloseError::new(id, BackingError::UnknownId))
-///         }
+///     fn unregister(&self, _: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+///         self.registered.fetch_sub(1, SeqCst);
+///         Ok(())
 ///     }
 /// }
 ///
@@ -64,7 +55,7 @@ use crate::id::BackingId;
 /// let open = table.open(&2, 0, ServerFile::new(&file))?;
 /// assert_eq!(open.id().map(BackingId::as_raw), Some(1));
 /// drop(open);
-/// assert!(kernel.registered.lock().unwrap_or_else(PoisonError::into_inner).is_empty());
+/// assert_eq!(kernel.registered.load(SeqCst), 0);
 /// # Ok::<(), std::io::Error>(())
 /// ```
 pub trait Register {

@@ -44,14 +44,13 @@ use shared::{Open, Shared};
 ///
 /// The kernel accepts one of two modes for an inode at a time, *passthrough*, with the same id for
 /// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, and the
-/// server no error. So the first open of an inode decides, and all others follow until the last one is
-/// released. (A passthrough open after plain `DIRECT_IO` ones works too, until a client maps such a file
-/// `MAP_SHARED`. No server sees that, so the table does not use it.)
+/// server no error. So the first open decides, and all others follow until the last one is released. (A
+/// passthrough open after plain `DIRECT_IO` ones works only until a client maps the file `MAP_SHARED`, which no
+/// server sees.)
 ///
-/// `R` is who registers, see [`Register`]: a [`FuseDevice`], or a reference or [`Arc`] of one.
-/// `K` is what the server knows an inode by, its node id most often; its `Hash` and `Eq` must not panic for a
-/// key that is in the table. [`Handles`](crate::Handles) keeps open files by file handle on a table: most
-/// servers need no more.
+/// `R` is who registers, see [`Register`]. `K` is what the server knows an inode by, its node id most often; its
+/// `Hash` and `Eq` must not panic for a key that is in the table. Most servers need no more than
+/// [`Handles`](crate::Handles), which keeps open files on a table.
 ///
 /// # The life of an open
 ///
@@ -148,13 +147,6 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// Calls `tell` once in the table's life for each cause of opens in server mode but
     /// [`ServerReason::Chosen`]: from the thread that opens, without a lock; now, for causes so far. What it
     /// holds lives as long as the table: of that, a [`Weak`](std::sync::Weak) reference alone.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # let table = fuse_backing::BackingTable::<fuse_backing::FuseDevice>::default();
-    /// table.on_server_mode(|why| eprintln!("serving without passthrough: {why}"));
-    /// ```
     pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
         let tell: std::sync::Arc<ledger::Tell> = std::sync::Arc::new(tell);
         let set = self.shared.ledger().set_tell(std::sync::Arc::clone(&tell));
@@ -238,8 +230,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// `None` when the server must open the file itself and call [`open`](Self::open): the inode is
     /// not registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
     ///
-    /// This skips the permission check and the errno of the server's own open. It is for servers that are
-    /// mounted with `default_permissions`, or check permissions elsewhere.
+    /// This skips the permission check and the errno of the server's own open: for `default_permissions`, say.
     #[inline]
     pub fn share(&self, inode: &K, client_flags: impl Into<ClientFlags>) -> Option<OpenFile<R, K>> {
         let client_flags = client_flags.into();
@@ -279,15 +270,6 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     ///
     /// [`OpenError::DifferentFile`] while the inode is open with another id or file, or in server mode;
     /// [`OpenError::NoAccess`] or [`OpenError::Unreadable`] for the fd.
-    ///
-    /// # Examples
-    ///
-    /// ```no_run
-    /// # use fuse_backing::{BackingId, BackingTable, ServerFile};
-    /// # fn f(table: BackingTable, inode: u64, id: i32, file: std::fs::File) -> Option<()> {
-    /// let open = table.adopt(&inode, &BackingId::from_raw(id)?, ServerFile::new(&file));
-    /// # drop(open); Some(()) }
-    /// ```
     pub fn adopt(
         &self,
         inode: &K,

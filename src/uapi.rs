@@ -4,9 +4,8 @@
 //! need none of them.
 //!
 //! Sizes, offsets, signedness and numbers are asserted in this file at compile time, for every
-//! target, against the values measured on Linux 6.12 and 6.18. With `FUSE_BACKING_UAPI_CHECK=require` in the
-//! environment the build also compares them with `<linux/fuse.h>`, see the README. Left unset, as for
-//! dependents, no C compiler is asked for.
+//! target, against the values measured on Linux 6.12 and 6.18. With `FUSE_BACKING_UAPI_CHECK=require` the build
+//! also compares them with `<linux/fuse.h>`, see the README. Else no C compiler is asked for.
 //!
 //! # References
 //!
@@ -96,17 +95,7 @@ impl fuse_backing_map {
 
 /// The body of an OPEN reply, and the tail of a CREATE reply.
 ///
-/// [`OpenReply::to_fuse_open_out`](crate::OpenReply::to_fuse_open_out) builds one.
-///
-/// # Examples
-///
-/// ```
-/// use fuse_backing::{FopenFlags, OpenReply};
-///
-/// let out = OpenReply::server(FopenFlags::KEEP_CACHE)?.to_fuse_open_out(7);
-/// assert_eq!(out.to_bytes()[..8], 7u64.to_ne_bytes());
-/// # Ok::<(), fuse_backing::error::OpenError>(())
-/// ```
+/// [`Opened::to_fuse_open_out`](crate::Opened::to_fuse_open_out) builds one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

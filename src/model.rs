@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::io::Errno;
 use shuttle::rand::{Rng, thread_rng};
@@ -229,6 +229,57 @@ fn modes_do_not_mix() {
             for _ in 0..2 {
                 let served = if n == 0 { world.table.serve(&0) } else { None };
                 let open = served.unwrap_or_else(|| world.open(0));
+                world.reply(0, &open);
+                world.release(0, open);
+            }
+        });
+        world.assert_empty();
+    });
+}
+
+/// An inode that was opened before the registrar came stays in server mode until its last release.
+#[test]
+fn attaching_meets_opens() {
+    explore(|| {
+        let world = World {
+            table: Arc::default(),
+            ..World::new()
+        };
+        threads(&world, 3, |world, n| {
+            if n == 0 {
+                assert!(world.table.attach(world.model.clone()).is_ok());
+            }
+            for _ in 0..2 {
+                let open = world.open(0);
+                world.reply(0, &open);
+                world.release(0, open);
+            }
+        });
+        assert!(world.open(0).is_passthrough());
+        world.assert_empty();
+    });
+}
+
+/// What a predecessor has opened is shared, and closed once.
+#[test]
+fn adopted_ids_meet_opens() {
+    explore(|| {
+        let world = World::new();
+        let fd = world.files[0].as_fd();
+        let id = world.model.register(fd, Access::ReadOnly).unwrap();
+        let adopted = [(); 2].map(|()| {
+            let open = world.table.adopt(&0, &id, world.file(0)).unwrap();
+            world.reply(0, &open);
+            std::sync::Mutex::new(Some(open))
+        });
+        let adopted = std::sync::Arc::new(adopted);
+        threads(&world, 3, move |world, n| {
+            if let Some(open) = adopted.get(n) {
+                let open = open.lock().unwrap().take().unwrap();
+                return world.release(0, open);
+            }
+            for _ in 0..2 {
+                let open = world.open(0);
                 world.reply(0, &open);
                 world.release(0, open);
             }

@@ -314,12 +314,13 @@ fn a_predecessor_s_opens_are_adopted() {
     let predecessor = BackingFile::open(&kernel, &backing, Access::ReadWrite).unwrap();
     assert_eq!(predecessor.into_id(), id);
 
-    // The number that comes next, another one of its kind, and one of no kind.
-    let numbers = {
+    // All that can come next, another one of their kind, and one of no kind.
+    let numbers: Vec<u64> = {
         let handles = handles(&Arc::default());
         let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
         let first = opened.unwrap().fh;
-        [first, first | 1 << 40, 0]
+        let next = (0..16).map(|shard| first & !15 | shard);
+        next.chain([first | 1 << 40, 0]).collect()
     };
     let handles = handles(&kernel);
     handles.table().set_limit(1);
@@ -328,7 +329,7 @@ fn a_predecessor_s_opens_are_adopted() {
         let open = handles.table().adopt(&2, &id, ServerFile::new(&file))?;
         Ok::<_, OpenError>(Handle { open, file })
     };
-    for fh in numbers {
+    for &fh in &numbers {
         assert!(handles.adopt(fh, handle(&backing).unwrap()).is_ok());
         let taken = handles.adopt(fh, handle(&backing).unwrap()).unwrap_err();
         assert_eq!(taken.open.id(), Some(&id), "it is given back");
@@ -358,7 +359,7 @@ fn a_predecessor_s_opens_are_adopted() {
     let refused = handles.table().adopt(&2, &other, ServerFile::new(&backing));
     assert_eq!(refused.unwrap_err(), OpenError::DifferentFile);
 
-    for fh in [fresh, numbers[0], numbers[1]] {
+    for fh in [fresh, numbers[0], numbers[16]] {
         assert!(handles.release(fh).is_some());
         assert!(handles.get(fh).is_none() && handles.release(fh).is_none());
     }
@@ -502,4 +503,26 @@ fn a_callback_that_panics() {
     assert!(catch_unwind(AssertUnwindSafe(open)).is_err());
     assert!(table.list().is_empty());
     assert!(open().unwrap().is_passthrough());
+}
+
+/// Whatever is kept, and without asking it: its own code would run under a lock.
+#[test]
+fn debug() {
+    struct Opaque;
+    let kernel: Arc<Fake> = Arc::default();
+    let handles = Handles::new(BackingTable::new(Arc::clone(&kernel)));
+    let backing = file(b"");
+    let open = handles.table().open(&2, RDWR, ServerFile::new(&backing));
+    let opened = handles.insert(open.unwrap(), Opaque, FopenFlags::empty());
+    let handle = handles.get(opened.fh).unwrap();
+    let text = format!("{handle:?}");
+    assert!(
+        text.starts_with("Handle(OpenFile { mode: Some(Passthrough"),
+        "{text}"
+    );
+    let text = format!("{handles:?}");
+    assert!(
+        text.starts_with("Handles(BackingTable(TableStats { ids: 1"),
+        "{text}"
+    );
 }

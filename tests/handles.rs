@@ -116,6 +116,27 @@ fn a_handle_is_not_used_twice() {
     assert_eq!(kernel.ids(), [] as [i32; 0]);
 }
 
+/// Whatever has its place by now.
+#[test]
+fn a_released_number_leads_nowhere() {
+    let kernel = Arc::default();
+    let handles = handles(&kernel);
+    let backing = file(b"");
+    let open = || {
+        let file = backing.try_clone().unwrap();
+        let opened = handles.open(&2, RDWR, file, FopenFlags::empty());
+        opened.unwrap().fh
+    };
+    let first = open();
+    assert!(handles.release(first).is_some());
+    let second = open();
+    let place = |fh| fh % (1 << 36);
+    assert_eq!(place(first), place(second));
+    assert!(handles.get(first).is_none() && handles.release(first).is_none());
+    assert!(handles.get(second).is_some());
+    assert!(handles.release(second).is_some());
+}
+
 /// Policies need no branch: what a mode does not permit is left out.
 #[test]
 fn reply_flags_are_those_that_the_mode_permits() {

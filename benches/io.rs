@@ -118,7 +118,7 @@ impl Mirror {
         let number = fuse::connection_number(&mountpoint)?.to_string();
         let abort = sandbox.fusectl().join(number).join("abort");
         sandbox.watch(Arc::new(File::options().write(true).open(abort)?));
-        if let Some(Err(why)) = mounted.status().negotiated.get() {
+        if let Some(why) = mounted.status().refused() {
             return Err(why.to_string().into());
         }
         Ok(Self {

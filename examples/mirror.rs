@@ -154,7 +154,7 @@ fn serve(source: &Path, mountpoint: &Path, passthrough: bool) -> Result<()> {
 
     // The device is dropped at once: the filesystem has its own, until it ends.
     let (mut mirror, _) = Mounted::new(source, mountpoint, passthrough, events)?;
-    if let Some(Err(why)) = mirror.status().negotiated.get() {
+    if let Some(why) = mirror.status().refused() {
         eprintln!("mirror: serving without passthrough: {why}");
     }
     if let Some(Event::Ended(result)) = mirror.wait(Duration::MAX) {

@@ -31,14 +31,14 @@ use slots::Slots;
 /// use fuse_backing::{FuseDevice, Handles};
 /// use std::{io, os::unix::fs::FileExt};
 ///
-/// # fn mounted() -> io::Result<std::os::fd::OwnedFd> { unimplemented!() }
+/// # fn f(mounted: std::os::fd::OwnedFd) -> io::Result<()> {
 /// let handles: Handles = Handles::default(); // in an Arc, shared with the filesystem. After the mount:
-/// handles.table().attach(FuseDevice::new(mounted()?)?).map_err(|_| io::ErrorKind::AlreadyExists)?;
+/// handles.table().attach(FuseDevice::new(mounted)?).map_err(|_| io::ErrorKind::AlreadyExists)?;
 ///
 /// // READ, in server mode:
 /// # let (fh, offset, mut buffer) = (1, 0, [0]);
 /// handles.get(fh).ok_or(io::ErrorKind::InvalidInput)?.file.read_at(&mut buffer, offset)?;
-/// # Ok::<(), io::Error>(())
+/// # Ok(()) }
 /// ```
 pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
     table: BackingTable<R, K>,
@@ -75,11 +75,7 @@ impl Opened {
     /// The body of the OPEN reply; in a CREATE reply it follows `fuse_entry_out`.
     #[must_use]
     pub fn to_fuse_open_out(self) -> uapi::fuse_open_out {
-        uapi::fuse_open_out {
-            fh: self.fh,
-            open_flags: self.open_flags.bits(),
-            backing_id: self.backing_id.unwrap_or(0),
-        }
+        uapi::fuse_open_out::new(self.fh, self.open_flags.bits(), self.backing_id)
     }
 }
 

@@ -108,11 +108,7 @@ impl<'id> OpenReply<'id> {
     /// The body of the OPEN reply; in a CREATE reply it follows `fuse_entry_out`.
     #[must_use]
     pub fn to_fuse_open_out(&self, fh: u64) -> uapi::fuse_open_out {
-        uapi::fuse_open_out {
-            fh,
-            open_flags: self.open_flags.bits(),
-            backing_id: self.backing_id.unwrap_or(0),
-        }
+        uapi::fuse_open_out::new(fh, self.open_flags.bits(), self.backing_id)
     }
 }
 

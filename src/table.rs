@@ -149,8 +149,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// holds lives as long as the table: of that, a [`Weak`](std::sync::Weak) reference alone.
     pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
         let tell: std::sync::Arc<ledger::Tell> = std::sync::Arc::new(tell);
-        let set = self.shared.ledger().set_tell(std::sync::Arc::clone(&tell));
-        for cause in set.0 {
+        let (causes, _before) = self.shared.ledger().set_tell(std::sync::Arc::clone(&tell));
+        for cause in causes {
             tell(cause);
         }
     }

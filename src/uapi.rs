@@ -109,6 +109,14 @@ pub struct fuse_open_out {
 }
 
 impl fuse_open_out {
+    pub(crate) fn new(fh: u64, open_flags: u32, backing_id: Option<i32>) -> Self {
+        Self {
+            fh,
+            open_flags,
+            backing_id: backing_id.unwrap_or(0),
+        }
+    }
+
     /// The bytes to write to the device, in the byte order of the machine.
     #[must_use]
     pub fn to_bytes(self) -> [u8; 16] {

@@ -222,7 +222,7 @@ impl Running {
 
     /// Asks before anything is measured.
     fn require_passthrough(&self, source: &Path) -> Result<()> {
-        if let Some(Err(why)) = self.mirror.status().negotiated.get() {
+        if let Some(why) = self.mirror.status().refused() {
             return Err(why.to_string().into());
         }
         let file = File::open(source.join("readme"))?;

@@ -362,9 +362,9 @@ impl Filesystem for Mirror {
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
         if let Some(device) = self.device.take() {
-            let negotiated = opens::attach(&self.files, device, config);
-            // INIT comes once.
-            let _ = self.status.negotiated.set(negotiated);
+            if let Err(why) = opens::attach(&self.files, device, config) {
+                self.status.refuse(why);
+            }
         }
         Ok(())
     }

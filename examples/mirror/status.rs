@@ -2,13 +2,13 @@
 
 use std::io;
 use std::sync::atomic::AtomicU64;
-use std::sync::{OnceLock, Weak};
+use std::sync::{Mutex, PoisonError, Weak};
 
 use crate::opens::Files;
 
 pub(crate) struct Status {
-    /// What came of negotiating passthrough, if it was wanted.
-    pub(crate) negotiated: OnceLock<io::Result<()>>,
+    /// Why passthrough, which was wanted, is unavailable.
+    refused: Mutex<Option<io::Error>>,
     /// READ requests so far.
     pub(crate) reads: AtomicU64,
     /// WRITE requests so far.
@@ -21,11 +21,20 @@ pub(crate) struct Status {
 impl Status {
     pub(crate) fn of(files: Weak<Files>) -> Self {
         Self {
-            negotiated: OnceLock::new(),
+            refused: Mutex::default(),
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             files,
         }
+    }
+
+    pub(crate) fn refuse(&self, why: io::Error) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
+
+    pub(crate) fn refused(&self) -> Option<String> {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.as_ref().map(ToString::to_string)
     }
 
     /// Backing ids that are registered now.

@@ -2,7 +2,6 @@
 
 use std::error::Error;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 
 use libtest_mimic::Failed;
 use rustix::mount::{UnmountFlags, unmount};
@@ -14,12 +13,11 @@ use crate::client::{Client, Role, wait_for_parent};
 use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
+use crate::stopped::{CONTENT, read_when_told};
 
 pub const TESTS: &[Test] = &[("serves_a_directory", serves_a_directory)];
 
 pub const ROLES: &[(&str, Role)] = &[("use-hello", use_hello)];
-
-const CONTENT: &str = "what the backing file says";
 
 /// Lists the directory; opens the file, says so, and says what it reads once it is told to; opens it for
 /// writing, and says what comes of that.
@@ -31,12 +29,7 @@ fn use_hello(args: &[String]) -> Result<String, Box<dyn Error>> {
     names.sort();
     println!("{}", names.join(" "));
     let path = format!("{}/file", args[0]);
-    let file = File::open(&path)?;
-    println!("open");
-    wait_for_parent()?;
-    let mut content = [0; CONTENT.len()];
-    file.read_exact_at(&mut content, 0)?;
-    println!("{}", content.escape_ascii());
+    let _file = read_when_told(&path)?;
     wait_for_parent()?;
     let refused = File::options().write(true).open(&path).err();
     Ok(format!(

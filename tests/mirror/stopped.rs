@@ -23,20 +23,25 @@ pub const TESTS: &[Test] = &[
 
 pub const ROLES: &[(&str, Role)] = &[("read-later", read_later)];
 
-const CONTENT: &str = "what the backing file says";
+pub const CONTENT: &str = "what the backing file says";
+
+fn read_later(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let _file = read_when_told(&args[0])?;
+    // The server is asked to close.
+    wait_for_parent()?;
+    Ok("closed".into())
+}
 
 /// Opens, says so, waits, and says what it reads.
-fn read_later(args: &[String]) -> Result<String, Box<dyn Error>> {
-    let file = File::open(&args[0])?;
+pub fn read_when_told(path: &str) -> Result<File, Box<dyn Error>> {
+    let file = File::open(path)?;
     println!("open");
     wait_for_parent()?;
     // No more than is there: the server would be asked for the size.
     let mut content = [0; CONTENT.len()];
     file.read_exact_at(&mut content, 0)?;
     println!("{}", content.escape_ascii());
-    // The server is asked to close.
-    wait_for_parent()?;
-    Ok("closed".into())
+    Ok(file)
 }
 
 fn read(name: &str, way: Way) -> Result<(), Failed> {

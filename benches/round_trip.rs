@@ -18,6 +18,8 @@ mod bare;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/client.rs"]
 mod client;
+#[path = "../tests/support/domain.rs"]
+mod domain;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/fuse.rs"]
 mod fuse;
@@ -25,6 +27,8 @@ mod fuse;
 mod live;
 #[path = "round_trip/peers.rs"]
 mod peers;
+#[path = "round_trip/rights.rs"]
+mod rights;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../tests/support/sandbox.rs"]
 mod sandbox;
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
             "registering and closing",
             accepted as fn(&mut Report) -> Result<(), Failed>,
         ),
+        ("rights", "lowered rights", rights::run),
         ("live", "many live ids", live::run),
     ] {
         report.part(id, what, |report| {

@@ -4,6 +4,7 @@
 //! which is what FUSE libraries send. The errors of other calls convert to an `io::Error` that holds them, for
 //! a log. All of these convert to an [`Errno`]. The enums are `non_exhaustive`; their variants are not.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 
@@ -76,19 +77,81 @@ pub enum NegotiateError {
     /// passthrough off.
     #[error("passthrough and WRITEBACK_CACHE exclude each other")]
     WritebackCacheWanted,
+    /// The server wants `HANDLE_KILLPRIV`, with which set-user-ID and set-group-ID bits survive writes in
+    /// passthrough mode unless registrations are made without `CAP_FSETID`, and which spares no request.
+    #[error("HANDLE_KILLPRIV is of no use with passthrough; HANDLE_KILLPRIV_V2 is")]
+    HandleKillprivWanted,
+    /// The server wants `HANDLE_KILLPRIV_V2`, for which it takes a witness, see
+    /// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2).
+    #[error("HANDLE_KILLPRIV_V2 takes a registrar that registers without CAP_FSETID")]
+    HandleKillprivV2Wanted,
     /// This thread could register nothing.
     #[error("registering backing files is not permitted: {0}")]
     NotPermitted(NotPermitted),
 }
 
 impl NegotiateError {
-    /// `EOPNOTSUPP`, `EINVAL` and `EPERM`, in the order of the variants. No system call gave them.
+    /// `EOPNOTSUPP` for `NotOffered`, `EPERM` for `NotPermitted`, else `EINVAL`. No system call gave them.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
             Self::NotOffered => Errno::OPNOTSUPP,
-            Self::WritebackCacheWanted => Errno::INVAL,
+            Self::WritebackCacheWanted
+            | Self::HandleKillprivWanted
+            | Self::HandleKillprivV2Wanted => Errno::INVAL,
             Self::NotPermitted(_) => Errno::PERM,
+        }
+    }
+}
+
+/// Changing the capabilities of the calling thread failed, see [`rights`](crate::rights).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
+#[non_exhaustive]
+pub enum RightsError {
+    /// `capget` or `capset` failed; the thread has what it had. `EPERM`: it is not permitted such a capability,
+    /// or a policy denies the call.
+    #[error("the thread's capabilities were not changed: {0}")]
+    NotChanged(Errno),
+    /// `capset` failed when the capabilities were to be changed back: the thread has those that it was to have in
+    /// between.
+    #[error("the thread's capabilities were changed and not restored: {0}")]
+    NotRestored(Errno),
+}
+
+impl RightsError {
+    /// The errno that the kernel gave.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match *self {
+            Self::NotChanged(errno) | Self::NotRestored(errno) => errno,
+        }
+    }
+}
+
+/// A [`RegistrarThread`](crate::rights::RegistrarThread) could not be started. `E` is the error of the server's own
+/// preparation.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum RegistrarThreadError<E> {
+    /// There is no thread to be had.
+    #[error("starting the registrar thread failed: {0}")]
+    Spawn(io::Error),
+    /// The preparation failed.
+    #[error("preparing the registrar thread failed: {0}")]
+    Prepare(E),
+    /// The preparation panicked, or the thread was killed in it.
+    #[error("the registrar thread died while it was prepared")]
+    Died,
+}
+
+impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<RegistrarThreadError<E>>
+    for io::Error
+{
+    fn from(error: RegistrarThreadError<E>) -> Self {
+        match error {
+            RegistrarThreadError::Spawn(error) => error,
+            RegistrarThreadError::Prepare(error) => Self::other(error),
+            RegistrarThreadError::Died => Self::other(RegistrarThreadError::<Infallible>::Died),
         }
     }
 }
@@ -157,6 +220,14 @@ pub enum BackingError {
     /// Nothing was registered under it.
     #[error("the ioctl returned {0}, which is not a backing id")]
     InvalidId(i32),
+    /// The calling thread's capabilities could not be [lowered](crate::rights::Lowered), or restored. Nothing stays
+    /// registered.
+    #[error(transparent)]
+    Rights(#[from] RightsError),
+    /// For less than reading and writing, by [`ByAccess`](crate::rights::ByAccess): Landlock does not restrict files
+    /// such as memfds.
+    #[error("the kernel cannot be made to enforce read-only or write-only access to a memfd")]
+    NotEnforceable,
     /// The [`Register`](crate::Register) refuses, not the kernel: its policy, its limit, or its end. An id
     /// that was to be closed may still be registered.
     #[error("the registrar refuses: {errno}")]
@@ -172,14 +243,17 @@ pub enum BackingError {
 }
 
 impl BackingError {
-    /// The errno that the kernel gave; `EPROTO` for [`InvalidId`](Self::InvalidId), where it gave
-    /// none.
+    /// The errno that the kernel gave. Where it gave none: `EPROTO` for [`InvalidId`](Self::InvalidId),
+    /// `EOPNOTSUPP` for [`NotEnforceable`](Self::NotEnforceable).
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
             Self::UnsupportedKernel => Errno::NOTTY,
             Self::Unimplemented => Errno::NOSYS,
-            Self::DisabledInKernel | Self::FileNotSupported => Errno::OPNOTSUPP,
+            Self::DisabledInKernel | Self::FileNotSupported | Self::NotEnforceable => {
+                Errno::OPNOTSUPP
+            }
+            Self::Rights(error) => error.errno(),
             Self::NotAttached(errno)
             | Self::NotRegularFile { errno, .. }
             | Self::Registrar { errno, .. }
@@ -201,6 +275,7 @@ impl BackingError {
         match self {
             Self::NotPermitted(why) => why.scope(),
             Self::Registrar { scope, .. } => *scope,
+            Self::Rights(_) => Scope::Thread,
             Self::UnsupportedKernel
             | Self::Unimplemented
             | Self::DisabledInKernel
@@ -211,6 +286,7 @@ impl BackingError {
             | Self::StackedTooDeep
             | Self::PathOnlyFd
             | Self::BadFd
+            | Self::NotEnforceable
             | Self::UnknownId
             | Self::Other(_) => Scope::File,
             Self::OutOfMemory | Self::OutOfIds | Self::Interrupted => Scope::Transient,
@@ -485,8 +561,8 @@ macro_rules! into_io_error {
     )* };
 }
 
-into_errno! { OpenError BackingError DeviceError NegotiateError }
-into_io_error! { BackingError DeviceError NegotiateError }
+into_errno! { OpenError BackingError DeviceError NegotiateError RightsError }
+into_io_error! { BackingError DeviceError NegotiateError RightsError }
 
 fn kind_of_file(file_type: FileType) -> &'static str {
     match file_type {

@@ -12,7 +12,7 @@ use crate::device::FuseDevice;
 use crate::error::OpenError;
 use crate::file::ServerFile;
 use crate::fopen_flags::FopenFlags;
-use crate::register::Register;
+use crate::register::{Register, WithoutFsetid};
 use crate::sync::Arc;
 use crate::table::{BackingTable, OpenFile};
 use crate::uapi;
@@ -85,6 +85,8 @@ impl<R: Register, T, K: Hash + Eq + Clone> Default for Handles<R, T, K> {
         Self::new(BackingTable::default())
     }
 }
+
+impl<R: Register + WithoutFsetid, T, K: Hash + Eq + Clone> WithoutFsetid for Handles<R, T, K> {}
 
 impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     /// No open files, on `table`.

@@ -2,8 +2,9 @@
 
 use bitflags::bitflags;
 
-use crate::diagnose;
 use crate::error::NegotiateError;
+use crate::register::WithoutFsetid;
+use crate::rights::may_register;
 use crate::uapi;
 
 bitflags! {
@@ -15,6 +16,10 @@ bitflags! {
     pub struct InitFlags: u64 {
         /// `FUSE_WRITEBACK_CACHE`: excludes passthrough.
         const WRITEBACK_CACHE = uapi::FUSE_WRITEBACK_CACHE;
+        /// `FUSE_HANDLE_KILLPRIV`: of no use with passthrough.
+        const HANDLE_KILLPRIV = uapi::FUSE_HANDLE_KILLPRIV;
+        /// `FUSE_HANDLE_KILLPRIV_V2`: see [`Negotiated::handle_killpriv_v2`].
+        const HANDLE_KILLPRIV_V2 = uapi::FUSE_HANDLE_KILLPRIV_V2;
         /// `FUSE_INIT_EXT`: `flags2` is valid.
         const INIT_EXT = uapi::FUSE_INIT_EXT;
         /// `FUSE_DIRECT_IO_ALLOW_MMAP`: shared mmap of direct files.
@@ -74,17 +79,53 @@ pub struct Negotiated {
     pub flags: InitFlags,
     /// The reply's `max_stack_depth`.
     pub max_stack_depth: u32,
+    offered: InitFlags,
+}
+
+impl Negotiated {
+    /// Answers `HANDLE_KILLPRIV_V2` as well, if the kernel offers it: small writes then cost a tenth, since the kernel
+    /// no longer asks for `security.capability` before each.
+    ///
+    /// It says that the server clears set-user-ID and set-group-ID bits. So files are to be registered
+    /// without `CAP_FSETID`: say so by the registrar that registers them, or by the
+    /// table or the handles that have it. And some requests have to be dealt with in another way: see [`rights`](crate::rights).
+    ///
+    /// # Examples
+    ///
+    /// In the INIT of a server that attaches its registrar later:
+    ///
+    /// ```
+    /// use fuse_backing::error::NegotiateError;
+    /// use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate};
+    /// use fuse_backing::{FuseDevice, Handles, rights::Lowered};
+    ///
+    /// fn reply(offered: InitFlags, handles: &Handles<Lowered<FuseDevice>>) -> Result<Negotiated, NegotiateError> {
+    ///     let plain = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?;
+    ///     Ok(plain.handle_killpriv_v2(handles))
+    /// }
+    /// # assert!(reply(InitFlags::empty(), &Handles::default()).is_err());
+    /// ```
+    pub fn handle_killpriv_v2(self, _registering: &impl WithoutFsetid) -> Self {
+        self.handle_killpriv_v2_while_registering_with_fsetid()
+    }
+
+    /// The same without a witness: for a server none of whose files ever has a set-user-ID or set-group-ID bit. If
+    /// files are registered with `CAP_FSETID`, **those bits stay when a stranger writes**.
+    pub fn handle_killpriv_v2_while_registering_with_fsetid(mut self) -> Self {
+        self.flags |= self.offered & InitFlags::HANDLE_KILLPRIV_V2;
+        self
+    }
 }
 
 /// Works out the INIT reply that turns passthrough on, or says why there is none.
 ///
 /// - `offered`: the kernel's flags.
 /// - `wanted`: all that the server wants besides; what was not offered of it is left out of the
-///   reply.
+///   reply. `HANDLE_KILLPRIV_V2` takes a witness, see [`Negotiated::handle_killpriv_v2`].
 ///
 /// The kernel silently accepts an unusable INIT reply, and refuses every registration
 /// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
-/// whether *this thread* is, is checked here (not on Android, whose kernels do not ask).
+/// whether *this thread* is, is checked here ([`may_register`](crate::rights::may_register)).
 ///
 /// # Errors
 ///
@@ -126,11 +167,16 @@ pub fn negotiate(
     if wanted.contains(InitFlags::WRITEBACK_CACHE) {
         return Err(NegotiateError::WritebackCacheWanted);
     }
-    if !cfg!(target_os = "android") {
-        let _certain = diagnose::registering_permitted().map_err(NegotiateError::NotPermitted)?;
+    if wanted.contains(InitFlags::HANDLE_KILLPRIV) {
+        return Err(NegotiateError::HandleKillprivWanted);
     }
+    if wanted.contains(InitFlags::HANDLE_KILLPRIV_V2) {
+        return Err(NegotiateError::HandleKillprivV2Wanted);
+    }
+    may_register().map_err(NegotiateError::NotPermitted)?;
     Ok(Negotiated {
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
         max_stack_depth: max_stack_depth as u32,
+        offered,
     })
 }

@@ -121,6 +121,7 @@ mod ioctl;
 mod model;
 mod register;
 mod reply;
+pub mod rights;
 mod sync;
 pub mod table;
 pub mod uapi;
@@ -133,7 +134,7 @@ pub use file::ServerFile;
 pub use fopen_flags::FopenFlags;
 pub use handles::{Handle, Handles, Opened};
 pub use id::BackingId;
-pub use register::Register;
+pub use register::{Register, WithoutFsetid};
 pub use reply::OpenReply;
 pub use rustix::io::Errno;
 #[doc(inline)]

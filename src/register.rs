@@ -101,8 +101,34 @@ impl<Fd: DeviceFd> Register for FuseDevice<Fd> {
     }
 }
 
+/// Files are registered without `CAP_FSETID`: the witness that
+/// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) asks for.
+///
+/// The filesystem of a backing file then clears set-user-ID and set-group-ID bits at each write. A registrar of your
+/// own may be one only if that holds for every registration, whichever thread asks for it.
+///
+/// # Examples
+///
+/// ```
+/// use fuse_backing::rights::{Lowered, RegistrarThread};
+/// use fuse_backing::{BackingTable, FuseDevice, WithoutFsetid};
+///
+/// fn is_one<T: WithoutFsetid>() {}
+/// is_one::<BackingTable<RegistrarThread<Lowered<FuseDevice>>>>();
+/// ```
+///
+/// A device registers with all that the calling thread has:
+///
+/// ```compile_fail,E0277
+/// # fn is_one<T: fuse_backing::WithoutFsetid>() {}
+/// is_one::<fuse_backing::BackingTable<fuse_backing::FuseDevice>>();
+/// ```
+pub trait WithoutFsetid {}
+
 macro_rules! forward {
     ($($holder:ty),*) => { $(
+        impl<R: WithoutFsetid + ?Sized> WithoutFsetid for $holder {}
+
         impl<R: Register + ?Sized> Register for $holder {
             #[inline]
             fn register(

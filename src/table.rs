@@ -33,7 +33,7 @@ use crate::error::{BackingError, OpenError, ServerReason};
 use crate::file::{FileId, ServerFile};
 use crate::fopen_flags::FopenFlags;
 use crate::id::BackingId;
-use crate::register::Register;
+use crate::register::{Register, WithoutFsetid};
 use crate::reply::OpenReply;
 use crate::sync::Arc;
 pub use listing::{Entry, Listing, TableStats};
@@ -124,6 +124,8 @@ impl<R: Register, K: Hash + Eq + Clone> Default for BackingTable<R, K> {
         }
     }
 }
+
+impl<R: Register + WithoutFsetid, K: Hash + Eq + Clone> WithoutFsetid for BackingTable<R, K> {}
 
 impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// An empty table for the connection of `registrar`.

@@ -45,6 +45,12 @@ pub const FUSE_DEV_IOC_SYNC_INIT: u32 = opcode::none(FUSE_DEV_IOC_MAGIC, 3) as u
 
 /// INIT: buffer writes in the page cache. Excludes [`FUSE_PASSTHROUGH`].
 pub const FUSE_WRITEBACK_CACHE: u64 = 1 << 16;
+/// INIT: the server clears set-user-ID and set-group-ID bits and `security.capability` on write, truncate and
+/// chown. Linux 4.10. Of no use with passthrough, see [`rights`](crate::rights).
+pub const FUSE_HANDLE_KILLPRIV: u64 = 1 << 19;
+/// INIT: as [`FUSE_HANDLE_KILLPRIV`], and on write and truncate only where the kernel asks. Linux 5.11. See
+/// [`rights`](crate::rights).
+pub const FUSE_HANDLE_KILLPRIV_V2: u64 = 1 << 28;
 /// INIT: `flags2` is valid. Without it the kernel ignores [`FUSE_PASSTHROUGH`] in a reply.
 pub const FUSE_INIT_EXT: u64 = 1 << 30;
 /// INIT: allow shared mmap of files opened with [`FOPEN_DIRECT_IO`]. Linux 6.6.
@@ -53,6 +59,14 @@ pub const FUSE_DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 pub const FUSE_PASSTHROUGH: u64 = 1 << 37;
 /// INIT: requests may travel over `io_uring`. Linux 6.14.
 pub const FUSE_OVER_IO_URING: u64 = 1 << 41;
+
+/// In the `open_flags` of an OPEN or CREATE request with `O_TRUNC`: clear set-user-ID and set-group-ID bits. Linux
+/// 5.11, with [`FUSE_HANDLE_KILLPRIV_V2`].
+pub const FUSE_OPEN_KILL_SUIDGID: u32 = 1 << 0;
+/// In the `write_flags` of a WRITE request: the same.
+pub const FUSE_WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// In the `valid` of a SETATTR request that sets the size: the same.
+pub const FATTR_KILL_SUIDGID: u32 = 1 << 11;
 
 /// OPEN: bypass the page cache.
 pub const FOPEN_DIRECT_IO: u32 = 1 << 0;
@@ -235,6 +249,11 @@ const_assert_eq!(FUSE_DEV_IOC_BACKING_CLOSE, TARGET_NUMBERS[2]);
 const_assert_eq!(FUSE_DEV_IOC_SYNC_INIT, TARGET_NUMBERS[3]);
 
 const_assert_eq!(FUSE_WRITEBACK_CACHE, 0x0001_0000);
+const_assert_eq!(FUSE_HANDLE_KILLPRIV, 0x0008_0000);
+const_assert_eq!(FUSE_HANDLE_KILLPRIV_V2, 0x1000_0000);
+const_assert_eq!(FUSE_OPEN_KILL_SUIDGID, 0x01);
+const_assert_eq!(FUSE_WRITE_KILL_SUIDGID, 0x04);
+const_assert_eq!(FATTR_KILL_SUIDGID, 0x0800);
 const_assert_eq!(FUSE_INIT_EXT, 0x4000_0000);
 const_assert_eq!(FUSE_DIRECT_IO_ALLOW_MMAP, 0x0010_0000_0000);
 const_assert_eq!(FUSE_PASSTHROUGH, 0x0020_0000_0000);

@@ -1,0 +1,124 @@
+//! What it costs to register with fewer rights.
+
+use std::convert::Infallible;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
+use fuse_backing::{Access, FuseDevice, Register};
+use libtest_mimic::Failed;
+
+use crate::domain::restrict;
+use crate::peers::FuserSession;
+use crate::sandbox::Sandbox;
+use crate::support::{Contest, Report, per_op};
+use crate::{PATIENCE, ROUNDS, in_turns};
+
+const PLAIN: &str = "all rights";
+const AROUND: &str = "Lowered::around_each";
+const FOR_GOOD: &str = "Lowered::for_good";
+const THREAD: &str = "RegistrarThread";
+const LANDLOCK: &str = "RegistrarThread, Landlock";
+
+pub fn run(report: &mut Report) -> Result<(), Failed> {
+    let sandbox = Sandbox::patient("rights", PATIENCE)?;
+    let session = FuserSession::start(&sandbox)?;
+    let file = tempfile::tempfile()?;
+    let (device, file) = (&session.device, file.as_fd());
+    let keep = CapabilitySet::empty();
+    let rounds = report.args().rounds(ROUNDS / 2);
+    let around = Lowered::around_each(device, keep);
+    let shared = Arc::new(FuseDevice::new(device.as_fd().try_clone_to_owned()?)?);
+    let lowered = || Lowered::for_good(Arc::clone(&shared), keep);
+    let thread = RegistrarThread::spawn(lowered(), || Ok::<(), Infallible>(()))?;
+    let restricted = RegistrarThread::spawn(lowered(), || restrict(Access::ReadOnly))?;
+
+    let bursts = Contest::new(PHASES)
+        .way(PLAIN, both(device, file))
+        .way(AROUND, both(&around, file))
+        .way(THREAD, both(&thread, file))
+        .way(LANDLOCK, both(&restricted, file))
+        .run(rounds);
+    let long = report.args().size(20_000);
+    let [sustained] = Contest::new(["both"])
+        .way(PLAIN, many(device, file, long))
+        .way(AROUND, many(&around, file, long))
+        .run(report.args().rounds(100));
+    // Last, since this thread stays lowered.
+    let for_good = Lowered::for_good(device, !CapabilitySet::FSETID);
+    let once = Contest::new(PHASES)
+        .way(PLAIN, both(device, file))
+        .way(FOR_GOOD, both(&for_good, file))
+        .run(rounds);
+
+    let [.., pair] = &bursts;
+    let [open, _, once_pair] = &once;
+    report.comparison_of(
+        "rights-pair",
+        "BACKING_OPEN and BACKING_CLOSE, in turns",
+        pair,
+        "ns",
+        None,
+    );
+    report.comparison_of(
+        "rights-once",
+        "The same, in a thread that is lowered",
+        once_pair,
+        "ns",
+        None,
+    );
+    report.comparison_of(
+        "rights-once-open",
+        "BACKING_OPEN, in a thread that is lowered",
+        open,
+        "ns",
+        None,
+    );
+    report.note(
+        "Credentials are freed later (RCU), in the time of whoever comes next: in batches of 64 that is often \
+         another way. Those of 20 000 pay for their own.",
+    );
+    report.comparison("rights-sustained", "The same, 20 000 in a row", &sustained);
+    let (around, once) = (sustained.ratio(AROUND, PLAIN), open.ratio(FOR_GOOD, PLAIN));
+    report.at_most(
+        "a pair lowered around each, of one with all rights, 20 000 in a row",
+        around,
+        1.7,
+    );
+    report.at_most(
+        "backing_open lowered for good, of one with all rights",
+        once,
+        1.01,
+    );
+    Ok(())
+}
+
+const PHASES: [&str; 3] = ["BACKING_OPEN", "BACKING_CLOSE", "both"];
+
+fn both<'a>(registrar: &'a impl Register, file: BorrowedFd<'a>) -> impl FnMut() -> [f64; 3] + 'a {
+    let open = move || {
+        registrar
+            .register(file, Access::ReadOnly)
+            .expect("registered")
+    };
+    in_turns(open, move |id| registrar.unregister(id).expect("closed"))
+}
+
+/// Pairs in a row.
+fn many<'a>(
+    registrar: &'a impl Register,
+    file: BorrowedFd<'a>,
+    count: usize,
+) -> impl FnMut() -> [f64; 1] + 'a {
+    move || {
+        let pairs = per_op(count, || {
+            for _ in 0..count {
+                let id = registrar.register(file, Access::ReadOnly);
+                registrar
+                    .unregister(id.expect("registered"))
+                    .expect("closed");
+            }
+        });
+        [pairs]
+    }
+}

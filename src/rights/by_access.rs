@@ -1,0 +1,129 @@
+//! [`ByAccess`]: a registrar for each grant.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::OnceLock;
+
+use rustix::fs::{MemfdFlags, fstat, fstatfs, memfd_create};
+use rustix::io::Errno;
+
+use crate::access::Access;
+use crate::error::{BackingCloseError, BackingError};
+use crate::id::BackingId;
+use crate::register::{Register, WithoutFsetid};
+
+/// Registers a file through the registrar for its grant: one that can register for reading alone, one for
+/// writing alone, and one for both.
+///
+/// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. A file that a thread may not write is
+/// not written through the ids that it registers: a client that opens it for writing gets `EIO`, whatever the reply
+/// says. That goes for unlinked files, files on overlayfs and files of other mount namespaces too. It needs
+/// nothing of the files' mounts, and costs nothing at each registration.
+///
+/// So it [enforces grants](Register::enforces_grant), which the table honours: the
+/// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict is
+/// [`NotEnforceable`](BackingError::NotEnforceable) for less than reading and writing: a memfd, and what else is on
+/// no filesystem that can be mounted.
+///
+/// Ids are closed through the registrar for both.
+///
+/// # Examples
+///
+/// `examples/enforced.rs` is a server with this.
+///
+/// ```no_run
+/// use fuse_backing::rights::{ByAccess, CapabilitySet, Lowered, RegistrarThread};
+/// use fuse_backing::{Access, BackingTable, FuseDevice};
+/// use std::{io, sync::Arc};
+///
+/// /// Enters a Landlock domain in which no file can be read, or written, or in none.
+/// fn restrict(to: Access) -> io::Result<()> {
+/// #   let _ = to;
+/// #   Ok(())
+/// }
+///
+/// # fn f(device: Arc<FuseDevice>) -> io::Result<()> {
+/// let registrars = ByAccess::new(|access| {
+///     let lowered = Lowered::for_good(Arc::clone(&device), CapabilitySet::empty());
+///     RegistrarThread::spawn(lowered, move || restrict(access))
+/// })?;
+/// let table: BackingTable<_> = BackingTable::new(registrars);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug)]
+pub struct ByAccess<R> {
+    read_only: R,
+    write_only: R,
+    read_write: R,
+}
+
+impl<R: Register> ByAccess<R> {
+    /// Calls `make` for each access. The registrar that it makes must be unable to register for more.
+    ///
+    /// # Errors
+    ///
+    /// The first of `make`'s.
+    pub fn new<E>(mut make: impl FnMut(Access) -> Result<R, E>) -> Result<Self, E> {
+        Ok(Self {
+            read_only: make(Access::ReadOnly)?,
+            write_only: make(Access::WriteOnly)?,
+            read_write: make(Access::ReadWrite)?,
+        })
+    }
+}
+
+impl<R: Register> Register for ByAccess<R> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
+        let registrar = match grant {
+            Access::ReadOnly => &self.read_only,
+            Access::WriteOnly => &self.write_only,
+            Access::ReadWrite => return self.read_write.register(file, grant),
+        };
+        if is_beyond_landlock(file).map_err(BackingError::Other)? {
+            return Err(BackingError::NotEnforceable);
+        }
+        registrar.register(file, grant)
+    }
+
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        self.read_write.unregister(id)
+    }
+
+    fn takes_path_fd(&self) -> bool {
+        let registrars = [&self.read_only, &self.write_only, &self.read_write];
+        registrars.into_iter().all(R::takes_path_fd)
+    }
+
+    fn enforces_grant(&self) -> bool {
+        true
+    }
+}
+
+impl<R: WithoutFsetid> WithoutFsetid for ByAccess<R> {}
+
+/// Landlock looks at no file of a filesystem that the kernel has for itself (`is_nouser_or_private` in
+/// `security/landlock/fs.c`). Of those with regular files: tmpfs's own mount, of memfds and System V shared memory,
+/// known by the device number of a memfd; and that of `memfd_secret(2)`, whose files can be mapped.
+fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const SECRETMEM_MAGIC: u64 = 0x5345_434d;
+
+    #[allow(clippy::cast_sign_loss, reason = "the type differs between targets")]
+    let magic = fstatfs(file)?.f_type as u64;
+    Ok(magic == SECRETMEM_MAGIC || device_of(file)? == device_of_memfds()?)
+}
+
+/// `st_dev`
+fn device_of(file: BorrowedFd<'_>) -> Result<u64, Errno> {
+    #[allow(clippy::unnecessary_cast, reason = "the type differs between targets")]
+    Ok(fstat(file)?.st_dev as u64)
+}
+
+/// The same for as long as the machine runs.
+fn device_of_memfds() -> Result<u64, Errno> {
+    static DEVICE: OnceLock<u64> = OnceLock::new();
+    if let Some(device) = DEVICE.get() {
+        return Ok(*device);
+    }
+    let memfd = memfd_create("fuse-backing", MemfdFlags::CLOEXEC)?;
+    let device = device_of(memfd.as_fd())?;
+    Ok(*DEVICE.get_or_init(|| device))
+}

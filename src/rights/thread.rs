@@ -1,0 +1,232 @@
+//! [`RegistrarThread`]: a thread that registers for the others.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::process::{Pid, getpid, test_kill_process};
+use rustix::thread::gettid;
+use static_assertions::assert_impl_all;
+
+use crate::access::Access;
+use crate::device::FuseDevice;
+use crate::error::{BackingCloseError, BackingError, RegistrarThreadError, Scope};
+use crate::id::BackingId;
+use crate::register::{Register, WithoutFsetid};
+
+/// How often whoever waits looks whether the thread is still there. A thread that a seccomp filter kills drops
+/// nothing, and tells nobody.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Registers in a thread of its own, which the server prepares: by entering a Landlock domain, which is for
+/// good, by setfsuid(2) and setfsgid(2), or by giving up capabilities. The thread needs `CAP_SYS_ADMIN` in the end.
+///
+/// Others wait for it, so that a registration takes two switches of threads more; a close too. They hand it a
+/// duplicate of the fd to be registered.
+///
+/// Dropping it waits for the end of the thread, which drops the inner registrar; so does a
+/// [`BackingTable`](crate::BackingTable) that has it, together with the last open.
+///
+/// If the thread has died, by a panic in the inner registrar or a seccomp filter, every call fails with
+/// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves what is opened without
+/// passthrough. What was registered stays so, and works, until the connection ends or a registrar of the same
+/// connection closes it.
+///
+/// # Examples
+///
+/// One that keeps clients out of the blocks that a filesystem reserves for root, and the setuid bits safe. (`setfsuid`
+/// is nix's, in `nix::unistd`.)
+///
+/// ```no_run
+/// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
+/// use fuse_backing::{BackingTable, FuseDevice};
+/// # fn setfsuid(_: u32) {}
+///
+/// # fn f(device: FuseDevice) -> std::io::Result<()> {
+/// let lowered = Lowered::for_good(device, CapabilitySet::empty());
+/// let registrar = RegistrarThread::spawn(lowered, || {
+///     setfsuid(65_534); // nobody
+///     Ok::<(), std::io::Error>(())
+/// })?;
+/// let table: BackingTable<_> = BackingTable::new(registrar);
+/// # Ok(()) }
+/// ```
+pub struct RegistrarThread<R> {
+    requests: Sender<Request>,
+    /// Process and thread that it runs in. After fork(2) the child has no such thread.
+    place: (Pid, Pid),
+    has_died: AtomicBool,
+    takes_path_fd: bool,
+    enforces_grant: bool,
+    _registrar: PhantomData<fn() -> R>,
+}
+
+/// Each with where the answer goes.
+enum Request {
+    Register(OwnedFd, Access, SyncSender<Result<BackingId, BackingError>>),
+    Unregister(BackingId, SyncSender<Result<(), BackingError>>),
+    End(SyncSender<()>),
+}
+
+const DIED: BackingError = BackingError::Registrar {
+    errno: Errno::OWNERDEAD,
+    scope: Scope::Connection,
+};
+
+assert_impl_all!(RegistrarThread<FuseDevice>: Send, Sync);
+
+impl<R: Register + Send + 'static> RegistrarThread<R> {
+    /// Starts the thread, and waits for it to `prepare` itself.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistrarThreadError`]; `registrar` is dropped then.
+    pub fn spawn<E: Send + 'static>(
+        registrar: R,
+        prepare: impl FnOnce() -> Result<(), E> + Send + 'static,
+    ) -> Result<Self, RegistrarThreadError<E>> {
+        let (requests, inbox) = channel();
+        let (started, start) = sync_channel(1);
+        let (takes_path_fd, enforces_grant) =
+            (registrar.takes_path_fd(), registrar.enforces_grant());
+        let run = move || {
+            // First, since what it does to the thread can be the end of it.
+            let _ = started.send(Started::In(gettid()));
+            match prepare() {
+                Ok(()) => {
+                    let _ = started.send(Started::Prepared(Ok(())));
+                    serve(registrar, &inbox);
+                }
+                Err(error) => {
+                    drop(registrar);
+                    let _ = started.send(Started::Prepared(Err(error)));
+                }
+            }
+        };
+        let thread = thread::Builder::new().name("fuse-registrar".to_owned());
+        let _detached = thread.spawn(run).map_err(RegistrarThreadError::Spawn)?;
+        let Ok(Started::In(thread)) = start.recv() else {
+            return Err(RegistrarThreadError::Died);
+        };
+        let spawned = Self {
+            requests,
+            place: (getpid(), thread),
+            has_died: AtomicBool::new(false),
+            takes_path_fd,
+            enforces_grant,
+            _registrar: PhantomData,
+        };
+        match spawned.wait(&start) {
+            Some(Started::Prepared(Ok(()))) => Ok(spawned),
+            Some(Started::Prepared(Err(error))) => Err(RegistrarThreadError::Prepare(error)),
+            Some(Started::In(_)) | None => Err(RegistrarThreadError::Died),
+        }
+    }
+}
+
+/// What the thread says before it serves.
+enum Started<E> {
+    In(Pid),
+    Prepared(Result<(), E>),
+}
+
+fn serve(registrar: impl Register, inbox: &Receiver<Request>) {
+    // Whoever asked may be gone: nobody is left to tell then.
+    for request in inbox {
+        match request {
+            Request::Register(file, grant, answer) => {
+                let _ = answer.send(registrar.register(file.as_fd(), grant));
+            }
+            Request::Unregister(id, answer) => {
+                let closed = registrar.unregister(id);
+                let _ = answer.send(closed.map_err(|failed| failed.cause()));
+            }
+            Request::End(answer) => {
+                drop(registrar);
+                let _ = answer.send(());
+                return;
+            }
+        }
+    }
+}
+
+impl<R> RegistrarThread<R> {
+    /// `None` if the thread has died.
+    fn ask<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request) -> Option<T> {
+        if self.has_died.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (sender, answer) = sync_channel(1);
+        self.requests.send(request(sender)).ok()?;
+        self.wait(&answer)
+    }
+
+    fn wait<T>(&self, answer: &Receiver<T>) -> Option<T> {
+        loop {
+            match answer.recv_timeout(LOOK) {
+                Ok(answer) => return Some(answer),
+                Err(RecvTimeoutError::Timeout) if self.is_alive() => {}
+                Err(_) => {
+                    self.has_died.store(true, Ordering::Relaxed);
+                    // It may have answered before it died.
+                    return answer.try_recv().ok();
+                }
+            }
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        let (process, thread) = self.place;
+        process == getpid() && test_kill_process(thread) != Err(Errno::SRCH)
+    }
+}
+
+impl<R> Register for RegistrarThread<R> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
+        let file = fcntl_dupfd_cloexec(file, 0).map_err(|errno| BackingError::Registrar {
+            errno,
+            scope: Scope::Transient,
+        })?;
+        let answer = self.ask(|answer| Request::Register(file, grant, answer));
+        answer.unwrap_or(Err(DIED))
+    }
+
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        let answer = self.ask(|answer| Request::Unregister(id.alias(), answer));
+        let closed = answer.unwrap_or(Err(DIED));
+        closed.map_err(|cause| BackingCloseError::new(id, cause))
+    }
+
+    fn takes_path_fd(&self) -> bool {
+        self.takes_path_fd
+    }
+
+    fn enforces_grant(&self) -> bool {
+        self.enforces_grant
+    }
+}
+
+impl<R: WithoutFsetid> WithoutFsetid for RegistrarThread<R> {}
+
+impl<R> Drop for RegistrarThread<R> {
+    fn drop(&mut self) {
+        // By what the inner registrar holds, this can be the thread itself: it ends without being asked.
+        if gettid() != self.place.1 {
+            let _ended = self.ask(Request::End);
+        }
+    }
+}
+
+impl<R> fmt::Debug for RegistrarThread<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegistrarThread")
+            .field("thread", &self.place.1)
+            .field("has_died", &self.has_died)
+            .finish_non_exhaustive()
+    }
+}

@@ -4,6 +4,7 @@
 //! ```text
 //! mirror SRC MNT                    serve SRC at MNT until it is unmounted, or Ctrl-C
 //! mirror --no-passthrough SRC MNT   the same through plain FUSE
+//! mirror --no-killpriv SRC MNT      the same, with the kernel asking before each write, which is slow
 //! mirror                            measure both against the source, and check that nothing leaks
 //! ```
 //!
@@ -37,11 +38,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 
-use session::{Event, Events, Mounted};
+use session::{Event, Events, Mounted, Options};
 
 #[path = "mirror/attr.rs"]
 mod attr;
+#[path = "mirror/client.rs"]
+mod client;
 #[path = "mirror/demo.rs"]
 mod demo;
 #[path = "mirror/dirs.rs"]
@@ -65,8 +69,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const GRACE: Duration = Duration::from_secs(5);
 
 const USAGE: &str = "\
-usage: mirror [--no-passthrough] SRC MNT   serve the directory SRC at MNT
-       mirror                              demonstrate passthrough (as root)";
+usage: mirror [--no-passthrough | --no-killpriv] SRC MNT   serve the directory SRC at MNT
+       mirror                                              demonstrate passthrough (as root)";
 
 enum Command {
     Help,
@@ -78,7 +82,7 @@ enum Command {
     Serve {
         source: PathBuf,
         mountpoint: PathBuf,
-        passthrough: bool,
+        options: Options,
     },
 }
 
@@ -95,8 +99,8 @@ fn main() -> ExitCode {
         Command::Serve {
             source,
             mountpoint,
-            passthrough,
-        } => serve(&source, &mountpoint, passthrough),
+            options,
+        } => serve(&source, &mountpoint, options),
     });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -108,7 +112,7 @@ fn main() -> ExitCode {
 }
 
 fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
-    let mut passthrough = true;
+    let mut options = Options::default();
     let mut paths = Vec::new();
     let mut args = args.peekable();
     if args.peek().is_none() {
@@ -117,7 +121,8 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
     while let Some(arg) = args.next() {
         match arg.to_str() {
             Some("--help" | "-h") => return Ok(Command::Help),
-            Some("--no-passthrough") => passthrough = false,
+            Some("--no-passthrough") => options.passthrough = false,
+            Some("--no-killpriv") => options.killpriv = false,
             Some(client @ ("--read" | "--open" | "--hold")) => {
                 let path = args.next().ok_or(format!("{client} takes a path"))?;
                 return Ok(match client {
@@ -136,7 +141,7 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
         Ok([source, mountpoint]) => Ok(Command::Serve {
             source,
             mountpoint,
-            passthrough,
+            options,
         }),
         Err(paths) => {
             Err(format!("SRC and MNT are two paths, not {}\n{USAGE}", paths.len()).into())
@@ -144,7 +149,7 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
     }
 }
 
-fn serve(source: &Path, mountpoint: &Path, passthrough: bool) -> Result<()> {
+fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
     refuse_a_mirror_in_itself(source, mountpoint)?;
     prepare_process()?;
     let events = Events::new();
@@ -153,7 +158,7 @@ fn serve(source: &Path, mountpoint: &Path, passthrough: bool) -> Result<()> {
     ctrlc::set_handler(move || drop(interrupted.send(Event::Interrupted)))?;
 
     // The device is dropped at once: the filesystem has its own, until it ends.
-    let (mut mirror, _) = Mounted::new(source, mountpoint, passthrough, events)?;
+    let (mut mirror, _) = Mounted::new(source, mountpoint, options, events)?;
     if let Some(why) = mirror.status().refused() {
         eprintln!("mirror: serving without passthrough: {why}");
     }
@@ -192,7 +197,8 @@ fn refuse_a_mirror_in_itself(source: &Path, mountpoint: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What a server that creates files for others, and holds an fd of each, needs.
+/// What a server that creates files for others, and holds an fd of each, needs. Before there are other threads, which
+/// inherit it.
 fn prepare_process() -> Result<()> {
     // The modes in requests are final.
     umask(rustix::fs::Mode::empty());
@@ -204,5 +210,10 @@ fn prepare_process() -> Result<()> {
     };
     setrlimit(Resource::Nofile, limit(highest.trim().parse().ok()))
         .or_else(|_| setrlimit(Resource::Nofile, limit(getrlimit(Resource::Nofile).maximum)))?;
+    // It takes blocks for others, and is in no group of theirs: `client.rs`.
+    let mut sets = capabilities(None)?;
+    sets.effective.remove(CapabilitySet::SYS_RESOURCE);
+    set_capabilities(None, sets)?;
+    set_thread_groups(&[])?;
     Ok(())
 }

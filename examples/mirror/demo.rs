@@ -17,7 +17,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::Result;
 use crate::opens::Device;
-use crate::session::{Event, Events, Mounted};
+use crate::session::{Event, Events, Mounted, Options};
 
 const SIZE: u64 = 256 << 20;
 const CHUNK: usize = 1 << 20;
@@ -216,7 +216,11 @@ struct Running {
 impl Running {
     fn start(source: &Path, at: PathBuf, passthrough: bool) -> Result<Self> {
         fs::create_dir(&at)?;
-        let (mirror, device) = Mounted::new(source, &at, passthrough, Events::new())?;
+        let options = Options {
+            passthrough,
+            ..Options::default()
+        };
+        let (mirror, device) = Mounted::new(source, &at, options, Events::new())?;
         Ok(Self { at, mirror, device })
     }
 

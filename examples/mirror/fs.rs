@@ -26,6 +26,7 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
+use crate::client;
 use crate::dirs::Dirs;
 use crate::inodes::{Inode, Inodes};
 use crate::opens::{self, Device, Files, OpenFile};
@@ -44,12 +45,15 @@ const GENERATION: Generation = Generation(0);
 /// The inode number of a directory entry that the kernel was not told of. libfuse's choice too.
 const UNKNOWN_INODE: INodeNo = INodeNo(0xffff_ffff);
 
+const ACCESS_ACL: &str = "system.posix_acl_access";
+
 pub(crate) struct Mirror {
     inodes: Inodes,
     files: Arc<Files>,
     dirs: Dirs,
     /// Until INIT, if passthrough is wanted.
     device: Option<Device>,
+    killpriv: bool,
     /// Files that were opened with `O_DIRECT` can be mapped all the same.
     can_map_direct: bool,
     /// The kernel checks POSIX ACLs, and leaves the umask to the server.
@@ -60,7 +64,7 @@ pub(crate) struct Mirror {
 impl Mirror {
     /// `source` is an fd of the directory that becomes the root, `device` that of the session to
     /// come, if passthrough is wanted.
-    pub(crate) fn new(source: OwnedFd, device: Option<Device>) -> Result<Self> {
+    pub(crate) fn new(source: OwnedFd, device: Option<Device>, killpriv: bool) -> Result<Self> {
         let files = Arc::new(Files::default());
         let status = Arc::new(Status::of(Arc::downgrade(&files)));
         Ok(Self {
@@ -68,6 +72,7 @@ impl Mirror {
             files,
             dirs: Dirs::default(),
             device,
+            killpriv,
             can_map_direct: false,
             acl: false,
             status,
@@ -103,34 +108,6 @@ impl Mirror {
         }
     }
 
-    /// Finishes MKDIR, MKNOD and SYMLINK: `name` was made, and now gets its owner.
-    fn made(
-        &self,
-        req: &Request,
-        parent: &Inode,
-        name: &OsStr,
-        made: FileType,
-    ) -> Result<FileAttr> {
-        let fd = source::path_fd(parent, name)?;
-        let stat = rustix::fs::fstat(&fd)?;
-        // The name was looked up again, and somebody may have put another file in its place behind
-        // the mirror. What is not fresh keeps its owner.
-        let fresh = FileType::from_raw_mode(stat.st_mode) == made
-            && stat.st_uid == rustix::process::geteuid().as_raw()
-            && (made == FileType::Directory || stat.st_nlink == 1);
-        if fresh {
-            let removal = match made {
-                FileType::Directory => AtFlags::REMOVEDIR,
-                _ => AtFlags::empty(),
-            };
-            source::give_to_client(req, parent, &fd, &stat).inspect_err(|_| {
-                // The error that is reported is the one that made it necessary.
-                let _ = rustix::fs::unlinkat(parent, name, removal);
-            })?;
-        }
-        self.remember(fd)
-    }
-
     /// Opens a file that the kernel knows. The server opens it itself first, with the client's
     /// flags: that is where ETXTBSY, EROFS or EINVAL come from, which the kernel's own open of the
     /// backing file would turn into EIO.
@@ -158,24 +135,18 @@ impl Mirror {
         // If one has appeared since the kernel looked, ESTALE makes it look again, and then check
         // and OPEN that file.
         let exclusive = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let file = rustix::fs::openat(&parent, name, source::server_flags(flags) | exclusive, mode)
-            .map_err(|errno| match errno {
-                Errno::EXIST if !flags.contains(OFlags::EXCL) => Errno::STALE,
-                errno => errno,
-            })?;
-        self.created(req, &parent, file, flags).inspect_err(|_| {
+        let exclusively = source::server_flags(flags) | exclusive;
+        let open = || rustix::fs::openat(&parent, name, exclusively, mode);
+        let file = client::make(req, open).map_err(|errno| match errno {
+            Errno::EXIST if !flags.contains(OFlags::EXCL) => Errno::STALE,
+            errno => errno,
+        })?;
+        self.created(file, flags).inspect_err(|_| {
             let _ = rustix::fs::unlinkat(&parent, name, AtFlags::empty());
         })
     }
 
-    fn created(
-        &self,
-        req: &Request,
-        parent: &Inode,
-        file: OwnedFd,
-        flags: OFlags,
-    ) -> Result<(FileAttr, Opened)> {
-        source::give_to_client(req, parent, &file, &rustix::fs::fstat(&file)?)?;
+    fn created(&self, file: OwnedFd, flags: OFlags) -> Result<(FileAttr, Opened)> {
         let attr = self.remember(source::path_fd_of(&file)?)?;
         let opened = self
             .inodes
@@ -209,7 +180,7 @@ impl Mirror {
         self.files.get(handle.0).ok_or(Errno::BADF)
     }
 
-    fn set_attributes(&self, nodeid: INodeNo, set: &SetAttr) -> Result<FileAttr> {
+    fn set_attributes(&self, req: &Request, nodeid: INodeNo, set: &SetAttr) -> Result<FileAttr> {
         let inode = self.inodes.get(nodeid)?;
         // The owner before the mode, since a change of owner takes setuid and setgid away; the size
         // before the times, since it sets them.
@@ -221,9 +192,13 @@ impl Mirror {
             rustix::fs::chmod(proc_path(&inode), Mode::from_raw_mode(mode))?;
         }
         if let Some(size) = set.size {
+            let truncate = |file: &OwnedFd| {
+                let kill = client::kills_setid(req);
+                client::write(req, kill, || rustix::fs::ftruncate(file, size))
+            };
             match set.handle {
-                Some(handle) => rustix::fs::ftruncate(&self.handle(handle)?.file, size)?,
-                None => source::truncate(&inode, size)?,
+                Some(handle) => truncate(&self.handle(handle)?.file)?,
+                None => truncate(&source::open_for_writing(&inode)?)?,
             }
         }
         if set.atime.is_some() || set.mtime.is_some() {
@@ -284,19 +259,29 @@ impl Mirror {
 
     fn write_at(
         &self,
+        req: &Request,
         handle: FileHandle,
         offset: u64,
         data: &[u8],
-        append: bool,
+        flags: (OFlags, WriteFlags),
     ) -> Result<usize> {
+        let (open_flags, write_flags) = flags;
         let open = self.handle(handle)?;
-        if append {
-            // The kernel's idea of where the file ends may be old.
-            let data = [std::io::IoSlice::new(data)];
-            rustix::io::pwritev2(&open.file, &data, offset, ReadWriteFlags::APPEND)
-        } else {
-            rustix::io::pwrite(&open.file, data, offset)
+        // Pages that were written through a mapping go where they belong, also if the file that the kernel chose for
+        // them is open for appending. Nobody knows whose they are.
+        if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            return rustix::io::pwrite(&open.file, data, offset);
         }
+        let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        client::write(req, kill, || {
+            if open_flags.contains(OFlags::APPEND) {
+                // The kernel's idea of where the file ends may be old.
+                let data = [std::io::IoSlice::new(data)];
+                rustix::io::pwritev2(&open.file, &data, offset, ReadWriteFlags::APPEND)
+            } else {
+                rustix::io::pwrite(&open.file, data, offset)
+            }
+        })
     }
 }
 
@@ -362,7 +347,7 @@ impl Filesystem for Mirror {
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
         if let Some(device) = self.device.take() {
-            if let Err(why) = opens::attach(&self.files, device, config) {
+            if let Err(why) = opens::attach(&self.files, device, self.killpriv, config) {
                 self.status.refuse(why);
             }
         }
@@ -388,7 +373,7 @@ impl Filesystem for Mirror {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -413,7 +398,7 @@ impl Filesystem for Mirror {
             mtime,
             handle: fh,
         };
-        let attr = self.set_attributes(ino, &set);
+        let attr = self.set_attributes(req, ino, &set);
         answer!(reply, attr, |attr| reply.attr(&TTL, &attr));
     }
 
@@ -438,8 +423,9 @@ impl Filesystem for Mirror {
         let attr = self.inodes.get(parent).and_then(|parent| {
             let file_type = FileType::from_raw_mode(mode);
             let mode = self.creation_mode(&parent, mode, umask);
-            rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into())?;
-            self.made(req, &parent, name, file_type)
+            let mknod = || rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into());
+            client::make(req, mknod)?;
+            self.find(&parent, name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
     }
@@ -455,8 +441,8 @@ impl Filesystem for Mirror {
     ) {
         let attr = self.inodes.get(parent).and_then(|parent| {
             let mode = self.creation_mode(&parent, mode, umask);
-            rustix::fs::mkdirat(&parent, name, mode)?;
-            self.made(req, &parent, name, FileType::Directory)
+            client::make(req, || rustix::fs::mkdirat(&parent, name, mode))?;
+            self.find(&parent, name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
     }
@@ -470,15 +456,15 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let attr = self.inodes.get(parent).and_then(|parent| {
-            rustix::fs::symlinkat(target, &parent, link_name)?;
-            self.made(req, &parent, link_name, FileType::Symlink)
+            client::make(req, || rustix::fs::symlinkat(target, &parent, link_name))?;
+            self.find(&parent, link_name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
     }
 
     fn link(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         newparent: INodeNo,
         newname: &OsStr,
@@ -487,7 +473,10 @@ impl Filesystem for Mirror {
         let attr = self.inodes.get(ino).and_then(|inode| {
             let parent = self.inodes.get(newparent)?;
             let follow = AtFlags::SYMLINK_FOLLOW;
-            rustix::fs::linkat(CWD, proc_path(&inode), &parent, newname, follow)?;
+            let path = proc_path(&inode);
+            client::make(req, || {
+                rustix::fs::linkat(CWD, path, &parent, newname, follow)
+            })?;
             self.find(&parent, newname)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
@@ -511,7 +500,7 @@ impl Filesystem for Mirror {
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         newparent: INodeNo,
@@ -522,7 +511,9 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(parent).and_then(|parent| {
             let newparent = self.inodes.get(newparent)?;
             let flags = RenameFlags::from_bits_retain(flags.bits());
-            rustix::fs::renameat_with(&parent, name, &newparent, newname, flags)
+            client::make(req, || {
+                rustix::fs::renameat_with(&parent, name, &newparent, newname, flags)
+            })
         });
         answer!(reply, done, |()| reply.ok());
     }
@@ -580,7 +571,7 @@ impl Filesystem for Mirror {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -591,11 +582,8 @@ impl Filesystem for Mirror {
         reply: ReplyWrite,
     ) {
         self.status.writes.fetch_add(1, Ordering::Relaxed);
-        // Pages that were written through a mapping go where they belong, also if the file that
-        // the kernel chose for them is open for appending.
-        let append = open_flags(flags.0).contains(OFlags::APPEND)
-            && !write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let written = self.write_at(fh, offset, data, append);
+        let flags = (open_flags(flags.0), write_flags);
+        let written = self.write_at(req, fh, offset, data, flags);
         answer!(reply, written, |written| reply.written(written as u32));
     }
 
@@ -702,7 +690,7 @@ impl Filesystem for Mirror {
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -712,7 +700,11 @@ impl Filesystem for Mirror {
     ) {
         let done = self.inodes.get(ino).and_then(|inode| {
             let flags = XattrFlags::from_bits_retain(flags as u32);
-            rustix::fs::setxattr(proc_path(&inode), name, value, flags)
+            let set = || rustix::fs::setxattr(proc_path(&inode), name, value, flags);
+            client::make(req, || match name == ACCESS_ACL {
+                true => client::set_acl(req, rustix::fs::fstat(&inode)?.st_gid, set),
+                false => set(),
+            })
         });
         answer!(reply, done, |()| reply.ok());
     }
@@ -749,7 +741,7 @@ impl Filesystem for Mirror {
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -759,7 +751,9 @@ impl Filesystem for Mirror {
     ) {
         let done = self.handle(fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
-            rustix::fs::fallocate(&open.file, mode, offset, length)
+            client::write(req, client::kills_setid(req), || {
+                rustix::fs::fallocate(&open.file, mode, offset, length)
+            })
         });
         answer!(reply, done, |()| reply.ok());
     }
@@ -787,7 +781,7 @@ impl Filesystem for Mirror {
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino_in: INodeNo,
         fh_in: FileHandle,
         mut offset_in: u64,
@@ -803,7 +797,9 @@ impl Filesystem for Mirror {
         let copied = self.handle(fh_in).and_then(|from| {
             let to = self.handle(fh_out)?;
             let (at, into) = (Some(&mut offset_in), Some(&mut offset_out));
-            rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)
+            client::write(req, client::kills_setid(req), || {
+                rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)
+            })
         });
         answer!(reply, copied, |copied| reply.written(copied as u32));
     }

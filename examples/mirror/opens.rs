@@ -1,25 +1,40 @@
 //! Passthrough: whether it is on, and what the mirror knows of a file that a client opens.
 
+use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
+use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuse_backing::{ClientFlags, FopenFlags, FuseDevice, Handle, Handles, ServerFile};
 use fuser::{INodeNo, KernelConfig};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::OFlags;
 
 use crate::inodes::Inode;
 
 pub(crate) type Device = Arc<FuseDevice>;
-pub(crate) type Files = Handles<Device, OwnedFd, INodeNo>;
-pub(crate) type OpenFile = Handle<Device, OwnedFd, INodeNo>;
+pub(crate) type Registrar = RegistrarThread<Lowered<Device>>;
+pub(crate) type Files = Handles<Registrar, OwnedFd, INodeNo>;
+pub(crate) type OpenFile = Handle<Registrar, OwnedFd, INodeNo>;
+
+/// The kernel's overflow ids. Nobody has them.
+const NOBODY: u32 = 65_534;
 
 /// In INIT: turns passthrough on, or finds out why it is unavailable.
-pub(crate) fn attach(files: &Files, device: Device, config: &mut KernelConfig) -> io::Result<()> {
+pub(crate) fn attach(
+    files: &Files,
+    device: Device,
+    killpriv: bool,
+    config: &mut KernelConfig,
+) -> io::Result<()> {
     let offered = InitFlags::from_bits_retain(config.capabilities().bits());
     // Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
-    let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
+    let mut reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
+    if killpriv {
+        reply = reply.handle_killpriv_v2(files);
+    }
     let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
     let refused = |what| io::Error::other(format!("fuser refuses {what}"));
     let added = config.add_capabilities(flags);
@@ -28,8 +43,20 @@ pub(crate) fn attach(files: &Files, device: Device, config: &mut KernelConfig) -
     set.map_err(|_| refused("max_stack_depth".to_owned()))?;
     let table = files.table();
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));
-    let attached = table.attach(device);
+    let attached = table.attach(registrar(device)?);
     attached.map_err(|_| io::Error::other("a device is attached already"))
+}
+
+/// What clients do through passthrough is done with the rights of this thread: set-user-ID and set-group-ID bits go
+/// when a file is written, and neither root's reserved blocks nor quotas are open.
+fn registrar(device: Device) -> io::Result<Registrar> {
+    let lowered = Lowered::for_good(device, CapabilitySet::empty());
+    let prepare = || {
+        setfsgid(Gid::from_raw(NOBODY));
+        setfsuid(Uid::from_raw(NOBODY));
+        Ok::<(), Infallible>(())
+    };
+    Ok(RegistrarThread::spawn(lowered, prepare)?)
 }
 
 /// A file that the mirror has opened with the client's flags by way of `inode`. The inode's own fd is

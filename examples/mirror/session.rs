@@ -41,6 +41,23 @@ impl Events {
     }
 }
 
+/// How to serve.
+#[derive(Clone, Copy)]
+pub(crate) struct Options {
+    pub(crate) passthrough: bool,
+    /// With passthrough: `HANDLE_KILLPRIV_V2`. Without it the kernel asks for a file's capabilities before each write.
+    pub(crate) killpriv: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            passthrough: true,
+            killpriv: true,
+        }
+    }
+}
+
 /// Unmounted when dropped.
 pub(crate) struct Mounted {
     mountpoint: PathBuf,
@@ -55,7 +72,7 @@ impl Mounted {
     pub(crate) fn new(
         source: &Path,
         mountpoint: &Path,
-        passthrough: bool,
+        options: Options,
         events: Events,
     ) -> Result<(Self, Device)> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -69,7 +86,8 @@ impl Mounted {
         // it unmounts at the end of the session even if somebody else has already: that takes away
         // whatever is mounted there by then.
         let device = Arc::new(FuseDevice::open()?);
-        let mirror = Mirror::new(root, passthrough.then(|| Arc::clone(&device)))?;
+        let passthrough = options.passthrough.then(|| Arc::clone(&device));
+        let mirror = Mirror::new(root, passthrough, options.killpriv)?;
         let status = mirror.status();
         mount(&device, source, &mountpoint)
             .map_err(|errno| format!("mounting at {} failed: {errno}", mountpoint.display()))?;

@@ -3,8 +3,7 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use fuser::Request;
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::inodes::Inode;
@@ -39,43 +38,14 @@ pub(crate) fn server_flags(client: OFlags) -> OFlags {
     (client - creation) | OFlags::CLOEXEC
 }
 
-/// Makes a new file the client's, as if the client had made it.
-pub(crate) fn give_to_client(
-    req: &Request,
-    parent: &Inode,
-    new: impl AsFd,
-    made: &Stat,
-) -> Result<()> {
-    let dir = Mode::from_raw_mode(rustix::fs::fstat(parent)?.st_mode);
-    // In a setgid directory it has inherited its group.
-    let gid = if dir.contains(Mode::SGID) {
-        made.st_gid
-    } else {
-        req.gid()
-    };
-    if (made.st_uid, made.st_gid) == (req.uid(), gid) {
-        return Ok(());
-    }
-    let (uid, gid) = (Uid::from_raw(req.uid()), Gid::from_raw(gid));
-    rustix::fs::chownat(&new, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
-    // chown(2) has cleared these, on everything but directories.
-    let mode = Mode::from_raw_mode(made.st_mode);
-    let is_dir = FileType::from_raw_mode(made.st_mode) == FileType::Directory;
-    if mode.intersects(Mode::SUID | Mode::SGID) && !is_dir {
-        rustix::fs::chmod(proc_path(new), mode)?;
-    }
-    Ok(())
-}
-
 pub(crate) fn has_default_acl(dir: &Inode) -> bool {
     rustix::fs::getxattr_query(proc_path(dir), "system.posix_acl_default").is_ok()
 }
 
-/// truncate(2), of an fd that cannot be written.
-pub(crate) fn truncate(inode: &Inode, size: u64) -> Result<()> {
+/// An fd to be written, of an inode that no client has open for that.
+pub(crate) fn open_for_writing(inode: &Inode) -> Result<OwnedFd> {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = rustix::fs::open(proc_path(inode), flags, Mode::empty())?;
-    rustix::fs::ftruncate(&file, size)
+    rustix::fs::open(proc_path(inode), flags, Mode::empty())
 }
 
 pub(crate) fn sync(fd: impl AsFd, data_only: bool) -> Result<()> {

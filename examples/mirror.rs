@@ -11,8 +11,9 @@
 //! Mounting takes root. Where the kernel refuses passthrough, being older than Linux 6.9 or in a
 //! container with users of its own, the mirror says why and serves plainly.
 //!
-//! Where to look: `mirror/opens.rs` is about passthrough, `mirror/fs.rs` about everything else that
-//! a filesystem does, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
+//! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other calls,
+//! `mirror/fs.rs` about everything else that a filesystem does, `mirror/session.rs` about mounting, `mirror/demo.rs`
+//! about the measurement.
 //!
 //! What differs from the source:
 //!
@@ -27,6 +28,12 @@
 //! - Without passthrough `O_DIRECT` asks for no alignment.
 //! - A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag: passthrough
 //!   keeps the flags of the open.
+//! - Set-user-ID and set-group-ID bits go when root writes, too, and root's writes find no room in the blocks that are
+//!   reserved for it: what is passed through is read and written with the rights of nobody. So are files of a source
+//!   that asks for the user itself, as NFS does.
+//! - Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for
+//!   root in another PID namespace.
+//! - Without passthrough, what is written through mappings can take blocks that are reserved for root.
 //! - A bind mount inside SRC of something else inside SRC is not told apart from it.
 //! - The server holds an fd of each file that the kernel remembers. Where their number is limited,
 //!   lookups in a larger tree fail with `EMFILE`.
@@ -44,8 +51,6 @@ use session::{Event, Events, Mounted, Options};
 
 #[path = "mirror/attr.rs"]
 mod attr;
-#[path = "mirror/client.rs"]
-mod client;
 #[path = "mirror/demo.rs"]
 mod demo;
 #[path = "mirror/dirs.rs"]
@@ -54,6 +59,8 @@ mod dirs;
 mod fs;
 #[path = "mirror/inodes.rs"]
 mod inodes;
+#[path = "mirror/on_behalf.rs"]
+mod on_behalf;
 #[path = "mirror/opens.rs"]
 mod opens;
 #[path = "mirror/session.rs"]
@@ -210,7 +217,7 @@ fn prepare_process() -> Result<()> {
     };
     setrlimit(Resource::Nofile, limit(highest.trim().parse().ok()))
         .or_else(|_| setrlimit(Resource::Nofile, limit(getrlimit(Resource::Nofile).maximum)))?;
-    // It takes blocks for others, and is in no group of theirs: `client.rs`.
+    // It takes blocks for others, and is in no group of theirs: `on_behalf.rs`.
     let mut sets = capabilities(None)?;
     sets.effective.remove(CapabilitySet::SYS_RESOURCE);
     set_capabilities(None, sets)?;

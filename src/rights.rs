@@ -37,7 +37,7 @@
 //! | SETATTR of the owner | nothing: chown(2) clears them whoever calls it |
 //!
 //! fuser 0.18 hides the second flag and the third: there too the server asks whether the client has the capability,
-//! see `examples/mirror/client.rs`.
+//! see `examples/mirror/on_behalf.rs`.
 
 mod by_access;
 mod thread;

@@ -9,6 +9,7 @@ use std::sync::Mutex;
 
 use libtest_mimic::Failed;
 use rustix::fs::{Advice, fadvise};
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::client::{Client, Role};
 use crate::support::contest::Random;
@@ -88,12 +89,18 @@ impl Reader {
         Ok(Self(Client::start(ROLES[0].0, &args)?))
     }
 
-    /// Nanoseconds that one call took, of a batch of them.
-    pub fn batch(&mut self) -> f64 {
+    /// Nanoseconds that one call of a batch took, and nanoseconds of CPU time: the client's and this process's,
+    /// in which the server is.
+    pub fn batch(&mut self) -> [f64; 2] {
+        let before = cpu_time();
         self.0.proceed().expect("the client lives");
         let line = self.0.line().expect("the client answers");
-        line.parse()
-            .unwrap_or_else(|_| panic!("the client says: {line:?}"))
+        let server = cpu_time() - before;
+        let figures: Vec<f64> = line.split(' ').flat_map(str::parse).collect();
+        let [each, client, ops] = figures[..] else {
+            panic!("the client says: {line:?}");
+        };
+        [each, client + server / ops]
     }
 }
 
@@ -140,12 +147,20 @@ fn read_or_write(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
             let worker = workers[0].lock().expect("no panic");
             fadvise(&worker.file, 0, None, Advice::DontNeed)?;
         }
+        let before = cpu_time();
         let each = threads::per_op(threads, ops, |index| {
             workers[index].lock().expect("no panic").work(kind);
         });
-        println!("{each}");
+        let client = (cpu_time() - before) / ops as f64;
+        println!("{each} {client} {ops}");
     }
     Ok(String::new())
+}
+
+/// Of this process, in nanoseconds.
+fn cpu_time() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 * 1e9 + time.tv_nsec as f64
 }
 
 impl Worker {

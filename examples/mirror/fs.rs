@@ -26,9 +26,9 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
-use crate::client;
 use crate::dirs::Dirs;
 use crate::inodes::{Inode, Inodes};
+use crate::on_behalf;
 use crate::opens::{self, Device, Files, OpenFile};
 use crate::source::{self, proc_path};
 use crate::status::Status;
@@ -137,7 +137,7 @@ impl Mirror {
         let exclusive = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let exclusively = source::server_flags(flags) | exclusive;
         let open = || rustix::fs::openat(&parent, name, exclusively, mode);
-        let file = client::make(req, open).map_err(|errno| match errno {
+        let file = on_behalf::make(req, open).map_err(|errno| match errno {
             Errno::EXIST if !flags.contains(OFlags::EXCL) => Errno::STALE,
             errno => errno,
         })?;
@@ -193,8 +193,8 @@ impl Mirror {
         }
         if let Some(size) = set.size {
             let truncate = |file: &OwnedFd| {
-                let kill = client::kills_setid(req);
-                client::write(req, kill, || rustix::fs::ftruncate(file, size))
+                let kill = on_behalf::kills_setid(req);
+                on_behalf::write(req, kill, || rustix::fs::ftruncate(file, size))
             };
             match set.handle {
                 Some(handle) => truncate(&self.handle(handle)?.file)?,
@@ -273,7 +273,7 @@ impl Mirror {
             return rustix::io::pwrite(&open.file, data, offset);
         }
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        client::write(req, kill, || {
+        on_behalf::write(req, kill, || {
             if open_flags.contains(OFlags::APPEND) {
                 // The kernel's idea of where the file ends may be old.
                 let data = [std::io::IoSlice::new(data)];
@@ -346,6 +346,10 @@ impl Filesystem for Mirror {
         // The kernel is to check the ACLs that the source's files have, not their modes alone.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
+        // What is written without passthrough, the server sees.
+        if self.killpriv && self.device.is_none() {
+            add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
+        }
         if let Some(device) = self.device.take() {
             if let Err(why) = opens::attach(&self.files, device, self.killpriv, config) {
                 self.status.refuse(why);
@@ -424,7 +428,7 @@ impl Filesystem for Mirror {
             let file_type = FileType::from_raw_mode(mode);
             let mode = self.creation_mode(&parent, mode, umask);
             let mknod = || rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into());
-            client::make(req, mknod)?;
+            on_behalf::make(req, mknod)?;
             self.find(&parent, name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
@@ -441,7 +445,7 @@ impl Filesystem for Mirror {
     ) {
         let attr = self.inodes.get(parent).and_then(|parent| {
             let mode = self.creation_mode(&parent, mode, umask);
-            client::make(req, || rustix::fs::mkdirat(&parent, name, mode))?;
+            on_behalf::make(req, || rustix::fs::mkdirat(&parent, name, mode))?;
             self.find(&parent, name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
@@ -456,7 +460,7 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let attr = self.inodes.get(parent).and_then(|parent| {
-            client::make(req, || rustix::fs::symlinkat(target, &parent, link_name))?;
+            on_behalf::make(req, || rustix::fs::symlinkat(target, &parent, link_name))?;
             self.find(&parent, link_name)
         });
         answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
@@ -474,7 +478,7 @@ impl Filesystem for Mirror {
             let parent = self.inodes.get(newparent)?;
             let follow = AtFlags::SYMLINK_FOLLOW;
             let path = proc_path(&inode);
-            client::make(req, || {
+            on_behalf::make(req, || {
                 rustix::fs::linkat(CWD, path, &parent, newname, follow)
             })?;
             self.find(&parent, newname)
@@ -511,7 +515,7 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(parent).and_then(|parent| {
             let newparent = self.inodes.get(newparent)?;
             let flags = RenameFlags::from_bits_retain(flags.bits());
-            client::make(req, || {
+            on_behalf::make(req, || {
                 rustix::fs::renameat_with(&parent, name, &newparent, newname, flags)
             })
         });
@@ -701,8 +705,8 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(ino).and_then(|inode| {
             let flags = XattrFlags::from_bits_retain(flags as u32);
             let set = || rustix::fs::setxattr(proc_path(&inode), name, value, flags);
-            client::make(req, || match name == ACCESS_ACL {
-                true => client::set_acl(req, rustix::fs::fstat(&inode)?.st_gid, set),
+            on_behalf::make(req, || match name == ACCESS_ACL {
+                true => on_behalf::set_acl(req, rustix::fs::fstat(&inode)?.st_gid, set),
                 false => set(),
             })
         });
@@ -710,6 +714,7 @@ impl Filesystem for Mirror {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.status.getxattrs.fetch_add(1, Ordering::Relaxed);
         let value = self.inodes.get(ino).and_then(|inode| {
             let path = &proc_path(&inode);
             match size {
@@ -751,7 +756,7 @@ impl Filesystem for Mirror {
     ) {
         let done = self.handle(fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
-            client::write(req, client::kills_setid(req), || {
+            on_behalf::write(req, on_behalf::kills_setid(req), || {
                 rustix::fs::fallocate(&open.file, mode, offset, length)
             })
         });
@@ -797,7 +802,7 @@ impl Filesystem for Mirror {
         let copied = self.handle(fh_in).and_then(|from| {
             let to = self.handle(fh_out)?;
             let (at, into) = (Some(&mut offset_in), Some(&mut offset_out));
-            client::write(req, client::kills_setid(req), || {
+            on_behalf::write(req, on_behalf::kills_setid(req), || {
                 rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)
             })
         });

@@ -45,7 +45,7 @@ impl Events {
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) passthrough: bool,
-    /// With passthrough: `HANDLE_KILLPRIV_V2`. Without it the kernel asks for a file's capabilities before each write.
+    /// `HANDLE_KILLPRIV_V2`. Without it the kernel asks for a file's capabilities before each write.
     pub(crate) killpriv: bool,
 }
 

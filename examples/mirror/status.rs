@@ -13,6 +13,8 @@ pub(crate) struct Status {
     pub(crate) reads: AtomicU64,
     /// WRITE requests so far.
     pub(crate) writes: AtomicU64,
+    /// GETXATTR requests so far.
+    pub(crate) getxattrs: AtomicU64,
     /// Upgrades while the mirror is served. Weak, because its table holds the device, which would keep the
     /// connection.
     pub(crate) files: Weak<Files>,
@@ -24,6 +26,7 @@ impl Status {
             refused: Mutex::default(),
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
+            getxattrs: AtomicU64::new(0),
             files,
         }
     }

@@ -160,7 +160,8 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// again, with the *client's* flags, the credentials of the thread that registered it, and no
     /// permission check: a client that opens the FUSE file for writing writes to a file that was
     /// registered through a read-only or `O_PATH` fd. Hold the client's flags against an
-    /// [`Access`](crate::Access), as [`OpenReply::passthrough`] does.
+    /// [`Access`](crate::Access), as [`OpenReply::passthrough`] does. For lower credentials see
+    /// [`rights`](crate::rights).
     ///
     /// # Errors
     ///

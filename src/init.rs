@@ -125,7 +125,7 @@ impl Negotiated {
 ///
 /// The kernel silently accepts an unusable INIT reply, and refuses every registration
 /// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
-/// whether *this thread* is, is checked here ([`may_register`](crate::rights::may_register)).
+/// whether *this thread* is, is checked here ([`may_register`]).
 ///
 /// # Errors
 ///

@@ -52,6 +52,8 @@
 //! - **It ignores the access mode of the fd that is registered**: a client that opens the FUSE file
 //!   for writing writes to a backing file that was registered read-only. With an [`Access`] the table
 //!   and [`OpenReply`] compare the client's flags with what the server grants.
+//! - **It reads and writes with the rights of the thread that registered**, root's most often: set-user-ID bits can
+//!   survive a stranger's write, and root's reserved blocks are open. [`rights`] lowers them.
 //! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
 //!   and the same id, or none is, until the last open was released. So CREATE goes through the table too.
 //! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id

@@ -4,12 +4,18 @@
 //! that registered it*, as they were at that moment (`backing_file_open` in `fs/backing-file.c`). By default that is
 //! all that root may do:
 //!
-//! | registered by | after a stranger's write, set-user-ID and set-group-ID bits are | a stranger can use root's reserved blocks and exceed quotas |
-//! |---|---|---|
-//! | a client without passthrough, for comparison | cleared | no |
-//! | a thread with all of root's rights | **kept**, where the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2` | **yes** |
-//! | one without `CAP_FSETID` | cleared; after root's writes too | **yes** |
-//! | one with `CAP_SYS_ADMIN` alone, and an fsuid(2) other than 0 | cleared; after root's writes too | no; nor can root |
+//! | registered by | set-user-ID and set-group-ID bits, after a stranger's write | root's reserved blocks | quotas |
+//! |---|---|---|---|
+//! | nobody: the client itself, without passthrough | cleared | out of reach | hold |
+//! | a thread with all of root's rights | **stay**, where the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2` | **used** | **exceeded** |
+//! | one without `CAP_FSETID` | cleared, by root's writes too | **used** | **exceeded** |
+//! | one with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold |
+//! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold |
+//!
+//! Reserved blocks are open to the user that the filesystem names, who is root unless tune2fs(8) says otherwise, by
+//! fsuid; to its group; and to `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in `fs/ext4/balloc.c`). Quotas are those of the
+//! file's owner, and hold for everybody without `CAP_SYS_RESOURCE` (`ignore_hardlimit` in `fs/quota/dquot.c`; read,
+//! not run).
 //!
 //! - [`Lowered`] registers with a chosen set of capabilities, and never with `CAP_FSETID`.
 //! - [`RegistrarThread`] registers in a thread of its own, which the server prepares: it sets an fsuid, or enters
@@ -103,7 +109,8 @@ pub fn may_register() -> Result<(), NotPermitted> {
 /// use fuse_backing::{BackingTable, FuseDevice};
 ///
 /// # fn f(device: FuseDevice, offered: InitFlags) -> std::io::Result<()> {
-/// let table = BackingTable::new(Lowered::around_each(device, CapabilitySet::empty()));
+/// let lowered = Lowered::around_each(device, CapabilitySet::empty());
+/// let table: BackingTable<_> = BackingTable::new(lowered);
 /// // In INIT. The type of the table says that nothing is registered with CAP_FSETID:
 /// let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?.handle_killpriv_v2(&table);
 /// # Ok(()) }

@@ -28,17 +28,21 @@ use crate::register::{Register, WithoutFsetid};
 ///
 /// # Examples
 ///
-/// `examples/enforced.rs` is a server with this.
-///
 /// ```no_run
 /// use fuse_backing::rights::{ByAccess, CapabilitySet, Lowered, RegistrarThread};
 /// use fuse_backing::{Access, BackingTable, FuseDevice};
+/// use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError};
 /// use std::{io, sync::Arc};
 ///
-/// /// Enters a Landlock domain in which no file can be read, or written, or in none.
-/// fn restrict(to: Access) -> io::Result<()> {
-/// #   let _ = to;
-/// #   Ok(())
+/// /// Keeps the calling thread from opening files for more than this. Fails where there is no Landlock.
+/// fn restrict(to: Access) -> Result<(), RulesetError> {
+///     let denied = match to {
+///         Access::ReadOnly => AccessFs::WriteFile | AccessFs::Truncate,
+///         Access::WriteOnly => AccessFs::ReadFile.into(),
+///         Access::ReadWrite => return Ok(()),
+///     };
+///     let rules = Ruleset::default().set_compatibility(CompatLevel::HardRequirement);
+///     rules.handle_access(denied)?.create()?.restrict_self().map(drop)
 /// }
 ///
 /// # fn f(device: Arc<FuseDevice>) -> io::Result<()> {
@@ -49,6 +53,8 @@ use crate::register::{Register, WithoutFsetid};
 /// let table: BackingTable<_> = BackingTable::new(registrars);
 /// # Ok(()) }
 /// ```
+///
+/// `examples/enforced.rs` is a server with one of the three.
 #[derive(Clone, Debug)]
 pub struct ByAccess<R> {
     read_only: R,

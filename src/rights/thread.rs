@@ -39,18 +39,17 @@ const LOOK: Duration = Duration::from_millis(500);
 ///
 /// # Examples
 ///
-/// One that keeps clients out of the blocks that a filesystem reserves for root, and the setuid bits safe. (`setfsuid`
-/// is nix's, in `nix::unistd`.)
+/// One that keeps clients out of the blocks that a filesystem reserves for root, and set-user-ID bits safe:
 ///
 /// ```no_run
 /// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 /// use fuse_backing::{BackingTable, FuseDevice};
-/// # fn setfsuid(_: u32) {}
+/// use nix::unistd::{Uid, setfsuid};
 ///
 /// # fn f(device: FuseDevice) -> std::io::Result<()> {
 /// let lowered = Lowered::for_good(device, CapabilitySet::empty());
 /// let registrar = RegistrarThread::spawn(lowered, || {
-///     setfsuid(65_534); // nobody
+///     setfsuid(Uid::from_raw(65_534)); // nobody
 ///     Ok::<(), std::io::Error>(())
 /// })?;
 /// let table: BackingTable<_> = BackingTable::new(registrar);

@@ -161,9 +161,9 @@ impl<R: Register> Lowered<R> {
             self.lower_for_good()?;
             return self.registrar.register(file, grant);
         }
-        let lowered = CapabilityGuard::only(self.keep)?;
+        let mut lowered = CapabilityGuard::only(self.keep)?;
         let result = self.registrar.register(file, grant);
-        if let Err(error) = lowered.restore() {
+        if let Err(error) = lowered.change_back(Other::Unchanged) {
             if let Ok(id) = result {
                 // The error to report is the thread's.
                 let _ = self.registrar.unregister(id);
@@ -215,17 +215,20 @@ thread_local! {
     static LOWERED_TO: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
     /// Guards that have changed the thread and not changed it back.
     static GUARDS: Cell<usize> = const { Cell::new(0) };
-    /// What a guard could not restore.
-    static OWED: Cell<Option<CapabilitySets>> = const { Cell::new(None) };
+    /// What a guard could not make effective again.
+    static OWED: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
 }
 
 /// The sets of the calling thread, once what an earlier guard owes it is restored.
 fn settled() -> Result<CapabilitySets, RightsError> {
-    if let Some(owed) = OWED.get() {
-        set_capabilities(None, owed).map_err(RightsError::NotRestored)?;
-        OWED.set(None);
-    }
-    capabilities(None).map_err(RightsError::NotChanged)
+    let sets = capabilities(None).map_err(RightsError::NotChanged)?;
+    let Some(owed) = OWED.get() else {
+        return Ok(sets);
+    };
+    let effective = owed & sets.permitted;
+    set_effective(sets, effective).map_err(RightsError::NotRestored)?;
+    OWED.set(None);
+    Ok(CapabilitySets { effective, ..sets })
 }
 
 /// True if there was something to change.
@@ -239,8 +242,9 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 
 /// Other effective capabilities for the calling thread, until this is dropped.
 ///
-/// Permitted, inheritable and ambient ones stay as they are. Guards nest: the one that was made last is to be
-/// dropped first. Making one and dropping it takes three system calls, or one if there is nothing to change.
+/// Permitted, inheritable and ambient ones stay as they are, and what is no longer permitted does not become
+/// effective again. Guards nest: the one that was made last is to be dropped first. Making one and dropping it takes
+/// four system calls, or one if there is nothing to change.
 ///
 /// If changing the thread back fails, for want of memory or by a seccomp filter, [`restore`](Self::restore) says
 /// so. Dropping cannot say so. In both cases the next guard and the next registration by a [`Lowered`] in this
@@ -326,17 +330,24 @@ impl CapabilityGuard {
     ///
     /// [`RightsError::NotRestored`].
     pub fn restore(mut self) -> Result<(), RightsError> {
-        self.change_back()
+        self.change_back(Other::Unknown)
     }
 
-    fn change_back(&mut self) -> Result<(), RightsError> {
+    fn change_back(&mut self, other: Other) -> Result<(), RightsError> {
         let Some(before) = self.before.take() else {
             return Ok(());
         };
         LOWERED_TO.set(None);
         GUARDS.set(GUARDS.get() - 1);
-        let restored = set_capabilities(None, before);
-        OWED.set(restored.is_err().then_some(before));
+        let sets = match other {
+            Other::Unchanged => Ok(before),
+            Other::Unknown => capabilities(None),
+        };
+        let restored = sets.and_then(|sets| {
+            let effective = before.effective & sets.permitted;
+            set_capabilities(None, CapabilitySets { effective, ..sets })
+        });
+        OWED.set(restored.is_err().then_some(before.effective));
         restored.map_err(RightsError::NotRestored)
     }
 }
@@ -344,6 +355,14 @@ impl CapabilityGuard {
 impl Drop for CapabilityGuard {
     fn drop(&mut self) {
         // A destructor has nobody to tell; `restore` reports.
-        let _ = self.change_back();
+        let _ = self.change_back(Other::Unknown);
     }
+}
+
+/// What has become of the permitted and inheritable sets since a guard was made.
+#[derive(Clone, Copy)]
+enum Other {
+    /// Nothing but a registrar has run. Spares the system call.
+    Unchanged,
+    Unknown,
 }

@@ -30,10 +30,12 @@
 //!   keeps the flags of the open.
 //! - Set-user-ID and set-group-ID bits go when root writes, too, and root's writes find no room in the blocks that are
 //!   reserved for it: what is passed through is read and written with the rights of nobody. So are files of a source
-//!   that asks for the user itself, as NFS does.
+//!   that asks for the user itself, as NFS does. The set-group-ID bit of a file that its group may not execute goes
+//!   when a member of the group writes.
 //! - Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for
-//!   root in another PID namespace.
-//! - Without passthrough, what is written through mappings can take blocks that are reserved for root.
+//!   root in another PID namespace. Nor does the server have a client's supplementary groups.
+//! - Without passthrough, what is written through a mapping takes no reserved blocks, be it root's, and takes a file's
+//!   capabilities away.
 //! - A bind mount inside SRC of something else inside SRC is not told apart from it.
 //! - The server holds an fd of each file that the kernel remembers. Where their number is limited,
 //!   lookups in a larger tree fail with `EMFILE`.

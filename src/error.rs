@@ -150,7 +150,10 @@ impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<RegistrarThreadErro
     fn from(error: RegistrarThreadError<E>) -> Self {
         match error {
             RegistrarThreadError::Spawn(error) => error,
-            RegistrarThreadError::Prepare(error) => Self::other(error),
+            RegistrarThreadError::Prepare(error) => match error.into().downcast() {
+                Ok(error) => *error,
+                Err(error) => Self::other(error),
+            },
             RegistrarThreadError::Died => Self::other(RegistrarThreadError::<Infallible>::Died),
         }
     }

@@ -12,8 +12,8 @@
 //! | one with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold |
 //! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold |
 //!
-//! Reserved blocks are open to the user that the filesystem names, who is root unless tune2fs(8) says otherwise, by
-//! fsuid; to its group; and to `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in `fs/ext4/balloc.c`). Quotas are those of the
+//! Reserved blocks are open to the user that the filesystem names, who is root unless tune2fs(8) or the mount
+//! option `resuid` says otherwise, by fsuid; to its group; and to `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in `fs/ext4/balloc.c`). Quotas are those of the
 //! file's owner, and hold for everybody without `CAP_SYS_RESOURCE` (`ignore_hardlimit` in `fs/quota/dquot.c`; read,
 //! not run).
 //!
@@ -213,7 +213,7 @@ impl<R: Register> WithoutFsetid for Lowered<R> {}
 thread_local! {
     /// What [`Lowered::for_good`] has left the thread, until a guard changes that.
     static LOWERED_TO: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
-    /// Guards that have changed the thread and not changed it back.
+    /// Guards that live: what they promise must not be lowered for good.
     static GUARDS: Cell<usize> = const { Cell::new(0) };
     /// What a guard could not make effective again.
     static OWED: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
@@ -275,8 +275,8 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 #[derive(Debug)]
 #[must_use = "the capabilities are changed back when this is dropped"]
 pub struct CapabilityGuard {
-    /// `None`: it has changed nothing.
-    before: Option<CapabilitySets>,
+    /// What the thread had, and whether that was changed. `None`: it is changed back.
+    before: Option<(CapabilitySets, bool)>,
     _of_this_thread: PhantomData<*const ()>,
 }
 
@@ -316,10 +316,10 @@ impl CapabilityGuard {
         let changed = changed.map_err(RightsError::NotChanged)?;
         if changed {
             LOWERED_TO.set(None);
-            GUARDS.set(GUARDS.get() + 1);
         }
+        GUARDS.set(GUARDS.get() + 1);
         Ok(Self {
-            before: changed.then_some(sets),
+            before: Some((sets, changed)),
             _of_this_thread: PhantomData,
         })
     }
@@ -334,11 +334,14 @@ impl CapabilityGuard {
     }
 
     fn change_back(&mut self, other: Other) -> Result<(), RightsError> {
-        let Some(before) = self.before.take() else {
+        let Some((before, changed)) = self.before.take() else {
             return Ok(());
         };
-        LOWERED_TO.set(None);
         GUARDS.set(GUARDS.get() - 1);
+        if !changed {
+            return Ok(());
+        }
+        LOWERED_TO.set(None);
         let sets = match other {
             Other::Unchanged => Ok(before),
             Other::Unknown => capabilities(None),

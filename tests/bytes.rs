@@ -12,7 +12,8 @@ use std::fs;
 
 use fuse_backing::error::{NegotiateError, OpenError};
 use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate};
-use fuse_backing::{Access, BackingId, FopenFlags, OpenReply};
+use fuse_backing::rights::Lowered;
+use fuse_backing::{Access, BackingId, FopenFlags, FuseDevice, Handles, OpenReply};
 use proptest::prelude::{any, prop};
 use proptest::strategy::Strategy;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
@@ -224,8 +225,12 @@ fn ids_are_positive() {
 
 /// The flags of `process_init_reply` in fs/fuse/inode.c.
 const WRITEBACK_CACHE: u64 = 1 << 16;
+const HANDLE_KILLPRIV: u64 = 1 << 19;
+const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
 const INIT_EXT: u64 = 1 << 30;
 const PASSTHROUGH: u64 = 1 << 37;
+/// What cannot be wanted together with passthrough, or not in this way.
+const EXCLUDED: u64 = WRITEBACK_CACHE | HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2;
 
 /// What the kernel takes from an INIT reply: its flags, and the depth if passthrough is on.
 fn process_init_reply(init_out: &[u8; 64]) -> (u64, Option<u64>) {
@@ -279,16 +284,35 @@ fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, p
                 taken & !(offered & wanted),
                 (PASSTHROUGH | INIT_EXT) & !(offered & wanted)
             );
+            assert_eq!(wanted & EXCLUDED, 0);
+            let handles = Handles::<Lowered<FuseDevice>>::default();
+            let with_killpriv = taken | offered & HANDLE_KILLPRIV_V2;
+            for more in [
+                reply.handle_killpriv_v2(&handles),
+                reply.handle_killpriv_v2_while_registering_with_fsetid(),
+            ] {
+                assert_eq!(process_init_reply(&init_out(&more)), (with_killpriv, on));
+            }
         }
         Err(NegotiateError::NotOffered) => assert_eq!(offered & PASSTHROUGH, 0),
         Err(NegotiateError::WritebackCacheWanted) => {
             assert_ne!(offered & PASSTHROUGH, 0);
             assert_ne!(wanted & WRITEBACK_CACHE, 0);
         }
+        Err(NegotiateError::HandleKillprivWanted) => {
+            assert_ne!(offered & PASSTHROUGH, 0);
+            assert_eq!(wanted & WRITEBACK_CACHE, 0);
+            assert_ne!(wanted & HANDLE_KILLPRIV, 0);
+        }
+        Err(NegotiateError::HandleKillprivV2Wanted) => {
+            assert_ne!(offered & PASSTHROUGH, 0);
+            assert_eq!(wanted & (WRITEBACK_CACHE | HANDLE_KILLPRIV), 0);
+            assert_ne!(wanted & HANDLE_KILLPRIV_V2, 0);
+        }
         Err(NegotiateError::NotPermitted(_)) => {
             assert!(!permitted);
             assert_ne!(offered & PASSTHROUGH, 0);
-            assert_eq!(wanted & WRITEBACK_CACHE, 0);
+            assert_eq!(wanted & EXCLUDED, 0);
         }
         Err(other) => panic!("{other}"),
     }
@@ -303,9 +327,9 @@ fn negotiations_of_every_named_combination() {
         .iter_names()
         .map(|(_, flag)| flag.bits())
         .collect();
-    assert_eq!(named.len(), 5);
-    // One flag without a name in each of the two fields.
-    let bits: Vec<u64> = named.into_iter().chain([1 << 2, 1 << 63]).collect();
+    assert_eq!(named.len(), 7);
+    // And one flag without a name in each of the two fields.
+    let bits: Vec<u64> = named.into_iter().chain([1 << 2 | 1 << 63]).collect();
     let subsets = |bits: &[u64]| -> Vec<u64> {
         let pick = |subset: u32| (0..bits.len()).filter(move |i| subset >> i & 1 == 1);
         (0..1 << bits.len())
@@ -327,9 +351,7 @@ fn negotiations_of_random_flags() {
     // Mostly such as can succeed.
     let wanted = prop::strategy::Union::new([
         any::<u64>().boxed(),
-        any::<u64>()
-            .prop_map(|flags| flags & !WRITEBACK_CACHE)
-            .boxed(),
+        any::<u64>().prop_map(|flags| flags & !EXCLUDED).boxed(),
     ]);
     let cases = (any::<u64>(), wanted, prop::sample::select(&DEPTHS[..]));
     check(&cases, |(offered, wanted, depth)| {

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use fuse_backing::error::{
     BackingCloseError, BackingError, DeviceError, FileType, NegotiateError, NotPermitted,
-    OpenError, Scope,
+    OpenError, RegistrarThreadError, RightsError, Scope,
 };
 use fuse_backing::{Access, BackingFile, BackingId, Errno, FopenFlags, FuseDevice, Register};
 use rustix::fs::{Mode, OFlags};
@@ -23,6 +23,12 @@ const NOT_PERMITTED: [(NotPermitted, Scope); 4] = [
     (NotPermitted::MissingCapability, Scope::Thread),
     (NotPermitted::NotNegotiatedOrDenied, Scope::Connection),
     (NotPermitted::Undetermined, Scope::Thread),
+];
+
+/// Capabilities are the thread's.
+const RIGHTS: [(RightsError, Errno); 2] = [
+    (RightsError::NotChanged(Errno::PERM), Errno::PERM),
+    (RightsError::NotRestored(Errno::NOMEM), Errno::NOMEM),
 ];
 
 /// An errno that no cause is known of.
@@ -75,8 +81,13 @@ fn backing() {
         (E::Interrupted, Errno::INTR, Scope::Transient),
         (E::InvalidId(0), Errno::PROTO, Scope::Connection),
         (E::InvalidId(-2), Errno::PROTO, Scope::Connection),
+        (E::NotEnforceable, Errno::OPNOTSUPP, Scope::File),
         (E::Other(OTHER), OTHER, Scope::File),
     ];
+    for (error, errno) in RIGHTS {
+        expected.push((E::Rights(error), errno, Scope::Thread));
+        assert_eq!(E::from(error), E::Rights(error));
+    }
     let errno = Errno::INVAL;
     expected.push((E::NotAttached(errno), errno, Scope::Connection));
     for (file_type, errno) in [
@@ -142,12 +153,41 @@ fn negotiation() {
     let mut expected = vec![
         (NegotiateError::NotOffered, Errno::OPNOTSUPP),
         (NegotiateError::WritebackCacheWanted, Errno::INVAL),
+        (NegotiateError::HandleKillprivWanted, Errno::INVAL),
+        (NegotiateError::HandleKillprivV2Wanted, Errno::INVAL),
     ];
     expected.extend(NOT_PERMITTED.map(|(why, _)| (NegotiateError::NotPermitted(why), Errno::PERM)));
     for (error, errno) in &expected {
         assert_eq!(error.errno(), *errno, "{error:?}");
     }
     kept(&expected);
+}
+
+#[test]
+fn rights() {
+    for (error, errno) in RIGHTS {
+        assert_eq!(error.errno(), errno, "{error:?}");
+    }
+    kept(&RIGHTS);
+}
+
+#[test]
+fn registrar_thread() {
+    type E = RegistrarThreadError<BackingError>;
+    let cause = || io::Error::from(Errno::AGAIN);
+    let prepare = BackingError::BadFd;
+    told_apart([E::Spawn(cause()), E::Prepare(prepare), E::Died]);
+    once(&E::Spawn(cause()), &cause());
+    once(&E::Prepare(prepare), &prepare);
+
+    let spawn = io::Error::from(E::Spawn(cause()));
+    assert_eq!(spawn.raw_os_error(), Some(Errno::AGAIN.raw_os_error()));
+    let prepared = io::Error::from(E::Prepare(prepare));
+    let inner = prepared.get_ref().and_then(|inner| inner.downcast_ref());
+    assert_eq!(inner, Some(&prepare));
+    let died = io::Error::from(E::Died);
+    assert_eq!(died.to_string(), E::Died.to_string());
+    assert_eq!(died.raw_os_error(), None);
 }
 
 /// What to answer the client with, also where a FUSE library takes an `io::Error`.
@@ -288,5 +328,8 @@ fn causes_are_told_once() {
     for (why, _) in NOT_PERMITTED {
         once(&BackingError::NotPermitted(why), &why);
         once(&NegotiateError::NotPermitted(why), &why);
+    }
+    for (error, _) in RIGHTS {
+        once(&BackingError::Rights(error), &error);
     }
 }

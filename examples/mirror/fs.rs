@@ -268,9 +268,9 @@ impl Mirror {
         let (open_flags, write_flags) = flags;
         let open = self.handle(handle)?;
         // Pages that were written through a mapping go where they belong, also if the file that the kernel chose for
-        // them is open for appending. Nobody knows whose they are.
+        // them is open for appending.
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
-            return rustix::io::pwrite(&open.file, data, offset);
+            return on_behalf::write_pages(|| rustix::io::pwrite(&open.file, data, offset));
         }
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         on_behalf::write(req, kill, || {

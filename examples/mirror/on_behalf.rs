@@ -15,14 +15,27 @@ use rustix::thread::capabilities;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// Makes a file, or a name for one: it is the client's, and so are the blocks that it takes. The kernel has
-/// checked the client's permissions, so the server's remain what they are.
+/// No user's and no group's. 65534 will not do: some filesystems reserve their blocks for that.
+pub(crate) const NOBODY: u32 = u32::MAX - 1;
+
+/// Makes a file, or a name for one: it is the client's, and so are the blocks that it takes.
 pub(crate) fn make<T>(req: &Request, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    if (req.uid(), req.gid()) == (0, 0) {
+    with_blocks_of(req.uid(), req.gid(), call)
+}
+
+/// Writes pages that were written through a mapping. Nobody knows whose they are, so nobody's blocks are taken. The
+/// bits stay, as they do elsewhere.
+pub(crate) fn write_pages<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    with_blocks_of(NOBODY, NOBODY, call)
+}
+
+/// With all of the server's rights but these ids: the kernel has checked the client's permissions.
+fn with_blocks_of<T>(uid: u32, gid: u32, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    if (uid, gid) == (0, 0) {
         return call();
     }
     let held = capabilities(None)?.effective;
-    let _client = Identity::assume(req.uid(), req.gid());
+    let _client = Identity::assume(uid, gid);
     let raised = CapabilityGuard::with(held)?;
     let result = call();
     raised.restore()?;

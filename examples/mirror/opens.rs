@@ -13,14 +13,12 @@ use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::OFlags;
 
 use crate::inodes::Inode;
+use crate::on_behalf::NOBODY;
 
 pub(crate) type Device = Arc<FuseDevice>;
 pub(crate) type Registrar = RegistrarThread<Lowered<Device>>;
 pub(crate) type Files = Handles<Registrar, OwnedFd, INodeNo>;
 pub(crate) type OpenFile = Handle<Registrar, OwnedFd, INodeNo>;
-
-/// The kernel's overflow ids. Nobody has them.
-const NOBODY: u32 = 65_534;
 
 /// In INIT: turns passthrough on, or finds out why it is unavailable.
 pub(crate) fn attach(

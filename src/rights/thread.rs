@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread;
@@ -35,7 +36,8 @@ const LOOK: Duration = Duration::from_millis(500);
 /// If the thread has died, by a panic in the inner registrar or a seccomp filter, every call fails with
 /// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves what is opened without
 /// passthrough. What was registered stays so, and works, until the connection ends or a registrar of the same
-/// connection closes it.
+/// connection closes it. A thread that was killed also leaves the inner registrar, and the fd that it was about to
+/// register, open for as long as the process lives.
 ///
 /// # Examples
 ///
@@ -84,7 +86,7 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
     ///
     /// # Errors
     ///
-    /// [`RegistrarThreadError`]; `registrar` is dropped then.
+    /// [`RegistrarThreadError`]; `registrar` is dropped then, unless the thread was killed.
     pub fn spawn<E: Send + 'static>(
         registrar: R,
         prepare: impl FnOnce() -> Result<(), E> + Send + 'static,
@@ -181,6 +183,11 @@ impl<R> RegistrarThread<R> {
 
     fn is_alive(&self) -> bool {
         let (process, thread) = self.place;
+        let tasks = Path::new("/proc/self/task");
+        if tasks.is_dir() {
+            return tasks.join(thread.to_string()).is_dir();
+        }
+        // Where /proc is unavailable. Another process may have the number by now.
         process == getpid() && test_kill_process(thread) != Err(Errno::SRCH)
     }
 }

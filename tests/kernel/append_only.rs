@@ -9,11 +9,10 @@
 
 use std::ffi::{OsStr, c_long, c_ulong, c_void};
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
+use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -35,9 +34,9 @@ use rustix::io_uring::{
     io_uring_setup, io_uring_sqe, len_union,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap};
-use rustix::mount::{FsOpenFlags, UnmountFlags, fsopen, unmount};
 
 use crate::client::{self, Role};
+use crate::ext4::{self, Ext4};
 use crate::fuse::{Connection, Init, Node, OpenAnswer};
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::{Needs, Test};
@@ -488,63 +487,12 @@ fn on_ext4(
     sandbox: &Sandbox,
     test: fn(&Sandbox, &Path) -> Result<(), Failed>,
 ) -> Result<(), Failed> {
-    if let Err(errno) = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC) {
-        assert_eq!(errno, Errno::NODEV);
+    if !ext4::is_supported()? {
         return Ok(());
     }
-    // Without loop devices there is nothing to mount. Opening this file loads their driver, where there is one.
-    if let Err(error) = File::open("/dev/loop-control") {
-        let drivers = fs::read_to_string("/proc/misc")?;
-        assert!(!drivers.contains("loop-control"), "/dev: {error}");
-        return Ok(());
-    }
-    let ext4 = Ext4::new(sandbox)?;
-    test(sandbox, &ext4.0)?;
-    unmount_when_idle(&ext4.0)
-}
-
-/// An ext4 filesystem in a file. mount(8) marks its loop device to be detached at unmount, so that none is
-/// left behind.
-struct Ext4(PathBuf);
-
-impl Ext4 {
-    fn new(sandbox: &Sandbox) -> Result<Self, Failed> {
-        let image = sandbox.folder("image")?.join("ext4");
-        File::create_new(&image)?.set_len(4 << 20)?;
-        let image = image.as_os_str();
-        let mkfs = ["-q", "-F", "-O", "^has_journal"].map(OsStr::new);
-        run("mkfs.ext4", "e2fsprogs", &[&mkfs[..], &[image]].concat())?;
-        let folder = sandbox.folder("ext4")?;
-        let mount = ["-n", "-t", "ext4", "-o", "loop"].map(OsStr::new);
-        let places = [image, folder.as_os_str()];
-        run("mount", "mount", &[&mount[..], &places].concat())?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Ext4 {
-    fn drop(&mut self) {
-        let _ = unmount(&self.0, UnmountFlags::DETACH);
-    }
-}
-
-/// Runs a program of this Debian package.
-fn run(program: &str, package: &str, args: &[&OsStr]) -> Result<(), Failed> {
-    let output = match Command::new(program).args(args).output() {
-        Ok(output) => output,
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Err(format!(
-                "the kernel has ext4, and there is no {program}: apt-get install {package}"
-            )
-            .into());
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{program}: {}: {said}", output.status).into());
-    }
-    Ok(())
+    let ext4 = Ext4::new(sandbox, 4 << 20, &["-O", "^has_journal"])?;
+    test(sandbox, ext4.path())?;
+    unmount_when_idle(ext4.path())
 }
 
 fn table_only_lets_clients_append_on_tmpfs(sandbox: &Sandbox) -> Result<(), Failed> {

@@ -350,7 +350,11 @@ fn overlayfs(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-fn overlay(sandbox: &Sandbox, tmpfs: &Tmpfs, lower: &Path) -> Result<std::path::PathBuf, Failed> {
+pub fn overlay(
+    sandbox: &Sandbox,
+    tmpfs: &Tmpfs,
+    lower: &Path,
+) -> Result<std::path::PathBuf, Failed> {
     let own = tempfile::tempdir_in(tmpfs.path())?.keep();
     let (upper, work, merged) = (
         own.join("upper"),

@@ -12,6 +12,7 @@
 //! | `regular-files-only` | other backing files are refused: Linux 6.12.48, 6.16.8, 6.17 and later |
 //! | `unattached-eperm` | a device that is not mounted gets `EPERM`, else `EINVAL`, from the ioctls of passthrough |
 //! | `clone-eperm` | and from CLONE |
+//! | `landlock` | threads can enter Landlock domains |
 //! | `fail-nth` | `/proc/self/fail-nth`: a kernel that was built to have its allocations fail |
 
 use std::env;
@@ -59,6 +60,7 @@ const WORDS: &[&str] = &[
     "regular-files-only",
     "unattached-eperm",
     "clone-eperm",
+    "landlock",
     "fail-nth",
 ];
 
@@ -113,6 +115,19 @@ pub fn fail_nth() -> bool {
     told_of("fail-nth").unwrap_or_else(has_fail_nth)
 }
 
+pub fn landlock() -> bool {
+    told_of("landlock").unwrap_or_else(has_landlock)
+}
+
+/// `landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)`
+#[allow(unsafe_code)]
+fn has_landlock() -> bool {
+    let (none, zero, version) = (std::ptr::null::<u8>(), 0_usize, 1_u32);
+    // SAFETY: with this flag the call reads nothing.
+    let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, zero, version) };
+    abi > 0
+}
+
 fn has_fail_nth() -> bool {
     Path::new("/proc/thread-self/fail-nth").exists()
 }
@@ -145,6 +160,7 @@ fn kernel_is_as_told(sandbox: &Sandbox) -> Result<(), Failed> {
     let told = told().ok_or("FUSE_BACKING_EXPECT is not set")?;
     assert_eq!(Support::offered(offer), told.support);
     assert_eq!(sync_init(offer), offer.minor >= 45);
+    assert_eq!(landlock(), has_landlock());
     assert_eq!(fail_nth(), has_fail_nth());
     Ok(())
 }

@@ -16,12 +16,17 @@
 mod alloc;
 #[path = "../support/client.rs"]
 mod client;
+#[path = "../support/domain.rs"]
+mod domain;
+#[path = "../support/ext4.rs"]
+mod ext4;
 #[path = "../support/fuse.rs"]
 mod fuse;
 #[path = "../support/mode.rs"]
 mod mode;
 #[path = "../support/sandbox.rs"]
 mod sandbox;
+#[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../support/seccomp.rs"]
 mod seccomp;
 #[path = "../support/thread.rs"]
@@ -43,6 +48,7 @@ mod held;
 mod killed;
 mod passthrough;
 mod property;
+mod rights;
 mod sync_init;
 mod table;
 
@@ -97,6 +103,9 @@ fn main() -> ExitCode {
         ("killed", killed::TESTS),
         ("passthrough", passthrough::TESTS),
         ("property", property::TESTS),
+        ("rights::by_access", rights::by_access::TESTS),
+        ("rights::lowered", rights::lowered::TESTS),
+        ("rights::thread", rights::thread::TESTS),
         ("sync_init", sync_init::TESTS),
         ("table", table::TESTS),
     ];
@@ -129,6 +138,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         killed::ROLES,
         passthrough::ROLES,
         property::ROLES,
+        rights::ROLES,
         sync_init::ROLES,
         table::ROLES,
     ]

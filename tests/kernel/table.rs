@@ -231,6 +231,14 @@ fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
         negotiate(offered, InitFlags::WRITEBACK_CACHE, depth),
         Err(NegotiateError::WritebackCacheWanted)
     );
+    assert_eq!(
+        negotiate(offered, InitFlags::HANDLE_KILLPRIV, depth),
+        Err(NegotiateError::HandleKillprivWanted)
+    );
+    assert_eq!(
+        negotiate(offered, InitFlags::HANDLE_KILLPRIV_V2, depth),
+        Err(NegotiateError::HandleKillprivV2Wanted)
+    );
     Ok(())
 }
 

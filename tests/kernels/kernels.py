@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 # FUSE_BACKING_EXPECT, see tests/kernel/expect.rs.
-ABSENT = "absent"
+ABSENT = "absent landlock"
 STABLE_6_12 = "regular-files-only unattached-eperm"
-MAINLINE_6_18 = "present sync-init regular-files-only unattached-eperm clone-eperm"
+MAINLINE_6_18 = "present sync-init regular-files-only unattached-eperm clone-eperm landlock"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ KERNELS = (
     Kernel(
         "6.12",
         release="6.12.",
-        expect=f"present {STABLE_6_12}",
+        expect=f"present {STABLE_6_12} landlock",
         deb="linux-image-6.12-cloud-amd64",
         modules=("overlay",),
     ),
@@ -56,7 +56,7 @@ KERNELS = (
     Kernel(
         "6.12-arm64",
         release="6.12.",
-        expect=f"present {STABLE_6_12}",
+        expect=f"present {STABLE_6_12} landlock",
         arch="aarch64",
         deb="linux-image-6.12-cloud-arm64:arm64",
         modules=("overlay",),
@@ -65,14 +65,14 @@ KERNELS = (
     Kernel(
         "um-off",
         release="6.12.",
-        expect=f"disabled {STABLE_6_12}",
+        expect=f"disabled {STABLE_6_12} landlock",
         arch="um",
         fragments=("um.config", "um-off.config"),
     ),
     Kernel(
         "um-debug",
         release="6.12.",
-        expect=f"present {STABLE_6_12} fail-nth",
+        expect=f"present {STABLE_6_12} landlock fail-nth",
         arch="um",
         fragments=("um.config", "um-debug.config"),
         patience=900,
@@ -90,4 +90,4 @@ KERNELS = (
 )
 
 # The machine itself, where it has one of these.
-HOSTS = {"6.1.": ABSENT, "6.12.": f"present {STABLE_6_12}", "6.18.": MAINLINE_6_18}
+HOSTS = {"6.1.": ABSENT, "6.12.": f"present {STABLE_6_12} landlock", "6.18.": MAINLINE_6_18}

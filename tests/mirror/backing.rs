@@ -31,7 +31,8 @@ impl Backing {
         let scratch = tempfile::Builder::new()
             .prefix("fuse-backing-test-")
             .permissions(Permissions::from_mode(0o755))
-            .tempdir()?;
+            // tempfile's own choice is the sandbox's tmpfs by now.
+            .tempdir_in(std::env::temp_dir())?;
         let at = sandbox.folder("scratch")?;
         mount_bind(scratch.path(), &at)?;
         Ok(Self {

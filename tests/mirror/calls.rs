@@ -54,7 +54,7 @@ const USER: u32 = 1000;
 const OTHER: u32 = 1001;
 
 /// `struct posix_acl_xattr_header` and its entries: tag, permissions, id.
-fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+pub fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut bytes = 2_u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
         bytes.extend(tag.to_le_bytes());
@@ -64,12 +64,12 @@ fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     bytes
 }
 
-const NOBODY: u32 = u32::MAX;
-const OWNER: u16 = 1;
-const NAMED_USER: u16 = 2;
-const GROUP: u16 = 4;
-const MASK: u16 = 0x10;
-const OTHERS: u16 = 0x20;
+pub const NOBODY: u32 = u32::MAX;
+pub const OWNER: u16 = 1;
+pub const NAMED_USER: u16 = 2;
+pub const GROUP: u16 = 4;
+pub const MASK: u16 = 0x10;
+pub const OTHERS: u16 = 0x20;
 
 /// Owner rw, `USER` rw, group r, others nothing.
 fn acl_for_user() -> Vec<u8> {
@@ -1375,6 +1375,7 @@ pub const CALLS: &[Section] = calls! {
         umask(0o022);
         write(A, b"x");
         stat("by root");
+        chmod("by root", 0o777);
         become_user(USER, USER, &[]);
         open(A, "write", O::WRONLY | O::APPEND);
         write(A, b"x");

@@ -223,6 +223,15 @@ pub const DIFFERENCES: &[Difference] = &[
         why: "the kernel goes by the file's mode; opening it fails",
     },
     Difference {
+        section: "setuid and setgid are cleared",
+        call: r#"stat("by root")"#,
+        way: Some(Way::Passthrough),
+        mirror: "RegularFile 777 nlink 1 uid 0 gid 0 size 1 rdev 0x0 blksize 4096",
+        plain: "RegularFile 6777 nlink 1 uid 0 gid 0 size 1 rdev 0x0 blksize 4096",
+        on: On::Tmpfs,
+        why: "what passes through is written without CAP_FSETID",
+    },
+    Difference {
         section: "programs that set the user",
         // The second of the two.
         call: r#"run("./id", "-u")"#,

@@ -10,6 +10,8 @@
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../support/client.rs"]
 mod client;
+#[path = "../support/ext4.rs"]
+mod ext4;
 #[allow(
     dead_code,
     clippy::expect_used,
@@ -27,11 +29,15 @@ mod mode;
 )]
 #[path = "../support/sandbox.rs"]
 mod sandbox;
+#[allow(dead_code, reason = "not all of it is of use here")]
+#[path = "../support/seccomp.rs"]
+mod seccomp;
 
 mod backing;
 mod calls;
 mod differences;
 mod differential;
+mod enforced;
 mod errnos;
 mod fsx;
 mod held;
@@ -40,7 +46,9 @@ mod killed;
 mod place;
 mod program;
 mod race;
+mod reserve;
 mod server;
+mod setid;
 mod stopped;
 mod tree;
 
@@ -68,10 +76,13 @@ fn main() -> ExitCode {
         ("race", race::TESTS),
         ("differential", differential::TESTS),
         ("differences", differences::TESTS),
+        ("enforced", enforced::TESTS),
         ("errnos", errnos::TESTS),
         ("held", held::TESTS),
         ("hello", hello::TESTS),
         ("killed", killed::TESTS),
+        ("reserve", reserve::TESTS),
+        ("setid", setid::TESTS),
         ("stopped", stopped::TESTS),
     ] {
         for &(name, run) in tests {
@@ -92,10 +103,14 @@ fn roles() -> Vec<(&'static str, client::Role)> {
     [
         differences::ROLES,
         differential::ROLES,
+        enforced::ROLES,
         held::ROLES,
         hello::ROLES,
         killed::ROLES,
         race::ROLES,
+        reserve::ROLES,
+        server::ROLES,
+        setid::ROLES,
         stopped::ROLES,
     ]
     .concat()

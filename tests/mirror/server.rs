@@ -1,8 +1,10 @@
 //! A mirror in a process of its own, from its start to the proof that nothing is left of it.
 
+use std::error::Error;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
@@ -17,9 +19,10 @@ use rustix::process::{
 };
 
 use crate::backing::Backing;
+use crate::client::{self, Role};
 use crate::fuse::{Connection, Init, connection_number};
-use crate::program;
 use crate::sandbox::Sandbox;
+use crate::{program, seccomp};
 
 /// For what takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -36,6 +39,23 @@ impl Way {
     pub fn is_passthrough(self) -> Result<bool, Failed> {
         Ok(self == Self::Passthrough && kernel_has_passthrough()?)
     }
+}
+
+pub const ROLES: &[(&str, Role)] = &[("with-all-rights", with_all_rights)];
+
+/// Becomes the program that the arguments say.
+fn with_all_rights(args: &[String]) -> Result<String, Box<dyn Error>> {
+    seccomp::pretend(&[
+        libc::SYS_capset,
+        libc::SYS_setfsuid,
+        libc::SYS_setfsgid,
+        // There the other two are for ids of 16 bits.
+        #[cfg(any(target_arch = "x86", target_arch = "arm"))]
+        libc::SYS_setfsuid32,
+        #[cfg(any(target_arch = "x86", target_arch = "arm"))]
+        libc::SYS_setfsgid32,
+    ])?;
+    Err(Command::new(&args[0]).args(&args[1..]).exec().into())
 }
 
 /// Killed when dropped, if it was not stopped before.
@@ -55,6 +75,25 @@ impl Mirror {
         Self::spawn(&program::example("mirror")?, sandbox, source, way)
     }
 
+    /// `--no-killpriv`
+    pub fn start_asking(sandbox: &Sandbox, source: &Path) -> Result<Self, Failed> {
+        let mut command = Command::new(program::example("mirror")?);
+        command.arg("--no-killpriv");
+        Self::spawn_by(command, sandbox, source, Way::Passthrough)
+    }
+
+    /// With all of root's rights at whatever it does, though it means to give some of them up: capset(2),
+    /// setfsuid(2) and setfsgid(2) succeed, and change nothing.
+    pub fn start_with_all_rights(
+        sandbox: &Sandbox,
+        source: &Path,
+        way: Way,
+    ) -> Result<Self, Failed> {
+        let mut command = client::command(ROLES[0].0)?;
+        command.arg(program::example("mirror")?);
+        Self::spawn_by(command, sandbox, source, way)
+    }
+
     /// Any server that is called like it.
     pub fn spawn(
         program: &Path,
@@ -62,9 +101,18 @@ impl Mirror {
         source: &Path,
         way: Way,
     ) -> Result<Self, Failed> {
+        Self::spawn_by(Command::new(program), sandbox, source, way)
+    }
+
+    /// By a command that lacks the mirror's arguments only, and becomes the mirror.
+    pub fn spawn_by(
+        mut command: Command,
+        sandbox: &Sandbox,
+        source: &Path,
+        way: Way,
+    ) -> Result<Self, Failed> {
         let mountpoint = sandbox.folder("mnt")?;
         let log = sandbox.folder("log")?.join("stderr");
-        let mut command = Command::new(program);
         if way == Way::Plain {
             command.arg("--no-passthrough");
         }
@@ -173,13 +221,21 @@ impl Mirror {
 
     /// Bytes that it has read and written so far, requests and replies among them.
     pub fn moved(&self) -> Result<u64, Failed> {
+        Ok(self.io("rchar")? + self.io("wchar")?)
+    }
+
+    /// How often it has read so far, from whatever: once for each request.
+    pub fn reads(&self) -> Result<u64, Failed> {
+        self.io("syscr")
+    }
+
+    /// One of the counts in `/proc/PID/io`.
+    fn io(&self, name: &str) -> Result<u64, Failed> {
         let io = fs::read_to_string(format!("/proc/{}/io", self.child.id()))?;
-        let mut sum = 0;
-        for name in ["rchar: ", "wchar: "] {
-            let count = io.lines().find_map(|line| line.strip_prefix(name));
-            sum += count.ok_or("no such count")?.parse::<u64>()?;
-        }
-        Ok(sum)
+        let count = io
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        Ok(count.ok_or("no such count")?.parse()?)
     }
 
     /// Asks it to end, and sees that it ends well, unmounts, and leaves no backing file registered.

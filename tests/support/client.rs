@@ -55,10 +55,8 @@ impl Client {
     }
 
     fn start_with(role: &str, args: &[&OsStr], input: Stdio) -> Result<Self, Failed> {
-        let mut child = Command::new(env::current_exe()?)
-            .args([MARK, role])
+        let mut child = command(role)?
             .args(args)
-            .env("TMPDIR", tempfile::env::temp_dir())
             .stdin(input)
             .stdout(Stdio::piped())
             .spawn()?;
@@ -106,6 +104,15 @@ impl Drop for Client {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A child that is yet to be started, with no argument so far.
+pub fn command(role: &str) -> Result<Command, Failed> {
+    let mut command = Command::new(env::current_exe()?);
+    command
+        .args([MARK, role])
+        .env("TMPDIR", tempfile::env::temp_dir());
+    Ok(command)
 }
 
 /// Start to end.

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -422,7 +422,7 @@ impl Server {
             (0o40_755, 0)
         } else {
             let metadata = self.node(nodeid)?.backing.metadata().map_err(errno)?;
-            (0o100_666, metadata.len())
+            (metadata.mode(), metadata.len())
         };
         let mut attr = [nodeid, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
         // The nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize, flags.

@@ -11,8 +11,9 @@ use std::thread;
 
 use libc::{
     BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, POLLIN,
-    SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO, SECCOMP_RET_USER_NOTIF,
-    SECCOMP_SET_MODE_FILTER, c_long, c_ulong, sock_filter, sock_fprog,
+    SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO,
+    SECCOMP_RET_KILL_THREAD, SECCOMP_RET_USER_NOTIF, SECCOMP_SET_MODE_FILTER, c_long, c_ulong,
+    sock_filter, sock_fprog,
 };
 use rustix::io::Errno;
 use rustix::ioctl::opcode;
@@ -22,6 +23,8 @@ const SECCOMP_IOCTL_NOTIF_RECV: libc::Ioctl =
     opcode::read_write::<libc::seccomp_notif>(b'!', 0) as _;
 const SECCOMP_IOCTL_NOTIF_SEND: libc::Ioctl =
     opcode::read_write::<libc::seccomp_notif_resp>(b'!', 1) as _;
+/// The same: the call is made after all.
+const SECCOMP_USER_NOTIF_FLAG_CONTINUE: u32 = 1;
 
 /// `struct seccomp_data`: the number of the call.
 const OFFSET_OF_NUMBER: u32 = 0;
@@ -62,31 +65,65 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
     }
     program.push(answer(SECCOMP_RET_ALLOW));
 
-    // Started before there is a filter, which it would inherit.
-    let (sender, receiver) = mpsc::channel();
-    let supervised = !values.is_empty();
-    if supervised {
-        thread::spawn(move || {
-            receiver
-                .recv()
-                .map(|listener| supervise(&listener, &values))
-        });
+    if values.is_empty() {
+        return install(&mut program, false).map(drop);
     }
-    if let Some(listener) = install(&mut program, supervised)? {
-        sender.send(listener).map_err(io::Error::other)?;
-    }
-    Ok(())
+    install_supervised(&mut program, move |call| {
+        let request = call.args[1] as u32;
+        let value = values.iter().find(|(forged, _)| *forged == request);
+        Answer::Value(value.map_or(0, |(_, value)| i64::from(*value)))
+    })
 }
 
 /// Makes every later call of this number by this thread fail with this errno. As [`forge`], for the rest of
 /// the thread's life; what was forged or refused before stays so.
 pub fn refuse(number: c_long, errno: Errno) -> io::Result<()> {
-    let mut program = vec![
-        load(OFFSET_OF_NUMBER),
-        skip_unless(number as u32, 1),
-        answer(error(errno)),
-        answer(SECCOMP_RET_ALLOW),
-    ];
+    install(&mut answering(number, error(errno)), false).map(drop)
+}
+
+/// The next call of this number by this thread fails with this errno. Later ones are made.
+pub fn refuse_next(number: c_long, errno: Errno) -> io::Result<()> {
+    let mut refusal = Some(errno);
+    let mut program = answering(number, SECCOMP_RET_USER_NOTIF);
+    install_supervised(&mut program, move |_| {
+        refusal.take().map_or(Answer::Made, Answer::Error)
+    })
+}
+
+/// This thread's next call of this number kills it. Nothing that it has is dropped.
+pub fn kill_at(number: c_long) -> io::Result<()> {
+    install(&mut answering(number, SECCOMP_RET_KILL_THREAD), false).map(drop)
+}
+
+/// What a supervisor says to a call.
+enum Answer {
+    Value(i64),
+    Error(Errno),
+    Made,
+}
+
+fn install_supervised(
+    program: &mut [sock_filter],
+    says: impl FnMut(&libc::seccomp_data) -> Answer + Send + 'static,
+) -> io::Result<()> {
+    // Started before there is a filter, which it would inherit.
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || receiver.recv().map(|listener| supervise(&listener, says)));
+    if let Some(listener) = install(program, true)? {
+        sender.send(listener).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// Makes every later call of these numbers by this thread return 0 without being made, and by the program that it
+/// executes. As [`forge`], for the rest of the thread's life.
+pub fn pretend(numbers: &[c_long]) -> io::Result<()> {
+    let mut program = vec![load(OFFSET_OF_NUMBER)];
+    for &number in numbers {
+        program.push(skip_unless(number as u32, 1));
+        program.push(answer(SECCOMP_RET_ERRNO));
+    }
+    program.push(answer(SECCOMP_RET_ALLOW));
     install(&mut program, false).map(drop)
 }
 
@@ -124,7 +161,10 @@ fn install(program: &mut [sock_filter], listen: bool) -> io::Result<Option<Owned
 }
 
 /// Answers for the kernel, until the thread with the filter ends.
-fn supervise(listener: &OwnedFd, values: &[(u32, i32)]) -> io::Result<()> {
+fn supervise(
+    listener: &OwnedFd,
+    mut says: impl FnMut(&libc::seccomp_data) -> Answer,
+) -> io::Result<()> {
     loop {
         let mut poll = libc::pollfd {
             fd: listener.as_raw_fd(),
@@ -153,13 +193,17 @@ fn supervise(listener: &OwnedFd, values: &[(u32, i32)]) -> io::Result<()> {
         }
         // SAFETY: zeroed and then filled in by the kernel, and integers all.
         let call = unsafe { call.assume_init() };
-        let request = call.data.args[1] as u32;
-        let value = values.iter().find(|(forged, _)| *forged == request);
+        let (val, error, flags) = match says(&call.data) {
+            Answer::Value(value) => (value, 0, 0),
+            Answer::Error(errno) => (0, -errno.raw_os_error(), 0),
+            Answer::Made => (0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE),
+        };
+        let id = call.id;
         let answer = libc::seccomp_notif_resp {
-            id: call.id,
-            val: value.map_or(0, |(_, value)| i64::from(*value)),
-            error: 0,
-            flags: 0,
+            id,
+            val,
+            error,
+            flags,
         };
         // SAFETY: the kernel reads a live `seccomp_notif_resp`.
         let result = unsafe {
@@ -173,6 +217,16 @@ fn supervise(listener: &OwnedFd, values: &[(u32, i32)]) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
+}
+
+/// A filter that answers the calls of one number.
+fn answering(number: c_long, with: u32) -> Vec<sock_filter> {
+    vec![
+        load(OFFSET_OF_NUMBER),
+        skip_unless(number as u32, 1),
+        answer(with),
+        answer(SECCOMP_RET_ALLOW),
+    ]
 }
 
 fn load(offset: u32) -> sock_filter {

@@ -1,0 +1,189 @@
+//! Whose rights passthrough I/O has: what the rows of the table in `fuse_backing::rights` say, and what becomes of
+//! the thread that registers. Without a kernel: tests/rights.rs.
+
+pub mod by_access;
+pub mod lowered;
+pub mod thread;
+
+use std::env;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use fuse_backing::error::{BackingCloseError, BackingError};
+use fuse_backing::rights::CapabilitySet;
+use fuse_backing::{Access, BackingId, Errno, FopenFlags, FuseDevice, OpenReply, Register, uapi};
+use libtest_mimic::Failed;
+use rustix::fs::{Gid, Uid};
+use rustix::thread::{
+    CapabilitySets, capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+};
+
+use crate::client::{self, Role};
+use crate::fuse::{Connection, Init, Node};
+use crate::sandbox::Sandbox;
+
+pub const ROLES: &[(&str, Role)] = &[
+    ("stranger", stranger),
+    ("register-lowered", lowered::register),
+];
+
+const CONTENT: &str = "content";
+/// What strangers write.
+const WRITTEN: &str = "CON";
+
+type Device = FuseDevice<Arc<OwnedFd>>;
+
+/// Opens for an access, writes if it may, and reads if it may, as a user who is not root. Says what it read, or
+/// "written", or the errno.
+fn stranger(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let path = Path::new(&args[0]);
+    // Root can reach it, wherever the tests are.
+    env::set_current_dir(path.parent().ok_or("no folder")?)?;
+    let (uid, gid) = (Uid::from_raw(1001), Gid::from_raw(1001));
+    set_thread_groups(&[])?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
+    assert!(sets().effective.is_empty());
+
+    let (reads, writes) = (args[1].contains('r'), args[1].contains('w'));
+    let used = || {
+        let mut options = File::options();
+        let mut file = options
+            .read(reads)
+            .write(writes)
+            .open(path.file_name().unwrap_or_default())?;
+        if writes {
+            file.write_all(WRITTEN.as_bytes())?;
+            return Ok("written".to_owned());
+        }
+        let mut content = String::new();
+        file.read_to_string(&mut content).map(|_| content)
+    };
+    Ok(used().unwrap_or_else(|error: std::io::Error| {
+        format!("errno {}", error.raw_os_error().unwrap_or(0))
+    }))
+}
+
+fn as_stranger(path: &Path, how: &str) -> Result<String, Failed> {
+    client::run("stranger", &[path.as_os_str(), OsStr::new(how)])
+}
+
+fn errno(errno: Errno) -> String {
+    format!("errno {}", errno.raw_os_error())
+}
+
+/// A mount of one file. Its server answers each OPEN with the id that was registered last, whatever the client
+/// wants.
+struct Place {
+    connection: Connection,
+    id: Arc<AtomicI32>,
+}
+
+impl Place {
+    fn new(sandbox: &Sandbox, init: Init, backing: &File) -> Result<Self, Failed> {
+        let id = Arc::<AtomicI32>::default();
+        let node = Node {
+            name: "file".into(),
+            backing: backing.try_clone()?,
+        };
+        let on_open = {
+            let id = Arc::clone(&id);
+            move |_, _| {
+                let mut out = OpenReply::server(FopenFlags::empty())?.to_fuse_open_out(1);
+                out.open_flags = uapi::FOPEN_PASSTHROUGH;
+                out.backing_id = id.load(Ordering::SeqCst);
+                Ok(out)
+            }
+        };
+        let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
+        Ok(Self { connection, id })
+    }
+
+    fn answer_with(&self, id: BackingId) {
+        self.id.store(id.into_raw(), Ordering::SeqCst);
+    }
+
+    fn client(&self, how: &str) -> Result<String, Failed> {
+        as_stranger(&self.connection.path("file"), how)
+    }
+
+    /// READ and WRITE requests.
+    fn asked(&self) -> (u64, u64) {
+        let seen = &self.connection.seen;
+        let asked = [&seen.reads, &seen.writes].map(|count| count.load(Ordering::SeqCst));
+        (asked[0], asked[1])
+    }
+}
+
+/// The kernel does not know this id any more.
+#[track_caller]
+fn assert_closed(connection: &Connection, id: i32) {
+    let closed = connection.device().backing_close(known(id));
+    assert_eq!(closed.unwrap_err().cause(), BackingError::UnknownId);
+}
+
+fn known(id: i32) -> BackingId {
+    BackingId::from_raw(id).expect("positive")
+}
+
+fn sets() -> CapabilitySets {
+    capabilities(None).expect("capget")
+}
+
+/// Does something once it has registered, or failed to, and notes what the thread had when it did.
+struct Noting<F = fn()> {
+    device: Device,
+    noted: Mutex<Vec<(CapabilitySets, Option<i32>)>>,
+    afterwards: F,
+}
+
+impl Noting {
+    fn new(device: Device) -> Self {
+        Self::then(device, || {})
+    }
+}
+
+impl<F: Fn()> Noting<F> {
+    fn then(device: Device, afterwards: F) -> Self {
+        Self {
+            device,
+            noted: Mutex::default(),
+            afterwards,
+        }
+    }
+
+    fn noted(&self) -> Vec<(CapabilitySets, Option<i32>)> {
+        self.noted.lock().unwrap().clone()
+    }
+
+    /// What the thread could do at the last registration.
+    fn effective(&self) -> CapabilitySet {
+        let noted = self.noted();
+        noted.last().expect("registered").0.effective
+    }
+
+    /// What the last registration gave.
+    fn id(&self) -> i32 {
+        let noted = self.noted();
+        noted.last().and_then(|(_, id)| *id).expect("registered")
+    }
+}
+
+impl<F: Fn()> Register for Noting<F> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
+        let result = self.device.register(file, grant);
+        let id = result.as_ref().ok().map(BackingId::as_raw);
+        self.noted.lock().unwrap().push((sets(), id));
+        (self.afterwards)();
+        result
+    }
+
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
+        self.device.unregister(id)
+    }
+}

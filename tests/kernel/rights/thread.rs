@@ -1,0 +1,286 @@
+//! `RegistrarThread`: how it starts, how it ends, and what is left when it dies.
+
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use fuse_backing::error::{BackingError, RegistrarThreadError, Scope, ServerReason};
+use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
+use fuse_backing::{Access, BackingId, BackingTable, Errno, FuseDevice, Register, ServerFile};
+use libtest_mimic::Failed;
+use rustix::fs::OFlags;
+use rustix::process::{Pid, getppid};
+use rustix::thread::gettid;
+
+use super::{CONTENT, Noting, Place, assert_closed, known, sets};
+use crate::fuse::{Connection, Init};
+use crate::sandbox::{Sandbox, patience_times};
+use crate::seccomp::kill_at;
+use crate::{Needs, Test};
+
+pub const TESTS: &[Test] = &[
+    (
+        "registers_with_what_it_has",
+        Needs::Passthrough,
+        registers_with_what_it_has,
+    ),
+    (
+        "preparation_that_fails",
+        Needs::Nothing,
+        preparation_that_fails,
+    ),
+    (
+        "preparation_that_panics",
+        Needs::Nothing,
+        preparation_that_panics,
+    ),
+    (
+        "killed_in_the_preparation",
+        Needs::Nothing,
+        killed_in_the_preparation,
+    ),
+    (
+        "killed_when_it_registers",
+        Needs::Passthrough,
+        killed_when_it_registers,
+    ),
+    (
+        "killed_when_it_closes",
+        Needs::Passthrough,
+        killed_when_it_closes,
+    ),
+    (
+        "registrar_that_panics",
+        Needs::Passthrough,
+        registrar_that_panics,
+    ),
+    ("table_goes_on", Needs::Passthrough, table_goes_on),
+    (
+        "open_outlives_its_table",
+        Needs::Passthrough,
+        open_outlives_its_table,
+    ),
+];
+
+/// A thread that is dead is missed within half a second.
+const SOON: Duration = Duration::from_secs(5);
+/// No call looks for it again.
+const AT_ONCE: Duration = Duration::from_millis(400);
+
+const DIED: BackingError = BackingError::Registrar {
+    errno: Errno::OWNERDEAD,
+    scope: Scope::Connection,
+};
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) -> Result<(), Failed> {
+    let deadline = Instant::now() + SOON * patience_times();
+    while !holds() {
+        if Instant::now() > deadline {
+            return Err(format!("{what}: not so").into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+/// On the sandbox's own filesystem: what a thread was handed that is killed stays open.
+fn file() -> File {
+    tempfile::tempfile().expect("a file")
+}
+
+fn register(registrar: &impl Register, file: &File) -> Result<BackingId, BackingError> {
+    registrar.register(file.as_fd(), Access::ReadWrite)
+}
+
+fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let noting = Arc::new(Noting::new(connection.device()));
+    let (before, file) = (sets(), file());
+    let keep = CapabilitySet::CHOWN;
+    let lowered = Lowered::for_good(Arc::clone(&noting), keep);
+    let thread = RegistrarThread::spawn(lowered, || Ok::<(), Errno>(()))?;
+    let id = register(&thread, &file)?;
+    assert_eq!(noting.effective(), CapabilitySet::SYS_ADMIN | keep);
+    let raw = id.as_raw();
+    thread.unregister(id)?;
+    let unknown = thread.unregister(known(raw)).unwrap_err();
+    assert_eq!(unknown.cause(), BackingError::UnknownId);
+    assert_eq!(unknown.into_inner().as_raw(), raw);
+    assert_eq!(sets(), before, "of this thread");
+    Ok(())
+}
+
+fn preparation_that_fails(_: &Sandbox) -> Result<(), Failed> {
+    let registrar = Arc::new(FuseDevice::open()?);
+    let refused = RegistrarThread::spawn(Arc::clone(&registrar), || Err(Errno::NOSYS));
+    assert!(matches!(
+        refused,
+        Err(RegistrarThreadError::Prepare(Errno::NOSYS))
+    ));
+    assert_eq!(Arc::strong_count(&registrar), 1);
+    Ok(())
+}
+
+fn preparation_that_panics(_: &Sandbox) -> Result<(), Failed> {
+    let registrar = Arc::new(FuseDevice::open()?);
+    let refused = RegistrarThread::spawn(Arc::clone(&registrar), panics::<Result<(), Errno>>);
+    assert!(matches!(refused, Err(RegistrarThreadError::Died)));
+    eventually("dropped", || Arc::strong_count(&registrar) == 1)
+}
+
+fn panics<T>() -> T {
+    resume_unwind(Box::new("a registrar thread that panics"))
+}
+
+fn killed_in_the_preparation(_: &Sandbox) -> Result<(), Failed> {
+    let start = Instant::now();
+    let refused = RegistrarThread::spawn(FuseDevice::open()?, || {
+        kill_at(libc::SYS_getppid)?;
+        let _ = getppid();
+        Ok::<(), std::io::Error>(())
+    });
+    assert!(matches!(refused, Err(RegistrarThreadError::Died)));
+    assert!(start.elapsed() < SOON * patience_times());
+    Ok(())
+}
+
+type Afterwards = Box<dyn Fn() + Send + Sync>;
+
+/// The thread's next ioctl kills it.
+fn kills() -> Afterwards {
+    Box::new(|| kill_at(libc::SYS_ioctl).expect("seccomp"))
+}
+
+/// At the second registration.
+fn panics_at_the_second() -> Afterwards {
+    let is_first = AtomicBool::new(true);
+    Box::new(move || {
+        if !is_first.swap(false, Ordering::SeqCst) {
+            panics()
+        }
+    })
+}
+
+/// What was registered stays so, and can be closed by others. Nobody hangs.
+fn dies(
+    sandbox: &Sandbox,
+    afterwards: Afterwards,
+    last: impl FnOnce(&RegistrarThread<Noting<Afterwards>>, BackingId),
+) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let backing = tmpfs.file("file", CONTENT)?;
+    // The server itself has another file, so that nothing but the id pins this one.
+    let place = Place::new(sandbox, Init::passthrough(1), &file())?;
+    let device = place.connection.device();
+    let noting = Noting::then(place.connection.device(), afterwards);
+    let thread = RegistrarThread::spawn(noting, || Ok::<(), Errno>(()))?;
+    let id = register(&thread, &backing)?;
+    place.answer_with(known(id.as_raw()));
+
+    let start = Instant::now();
+    last(&thread, known(id.as_raw()));
+    assert!(start.elapsed() < SOON * patience_times());
+    let start = Instant::now();
+    assert_eq!(register(&thread, &file()), Err(DIED));
+    let failed = thread.unregister(id).unwrap_err();
+    assert_eq!(failed.cause(), DIED);
+    drop(thread);
+    assert!(start.elapsed() < AT_ONCE * patience_times());
+
+    assert_eq!(place.client("r")?, CONTENT);
+    assert_eq!(place.asked(), (0, 0));
+    drop(backing);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    device.backing_close(failed.into_inner())?;
+    tmpfs.unmount_when_idle()
+}
+
+fn last_registration(thread: &RegistrarThread<Noting<Afterwards>>, _: BackingId) {
+    assert_eq!(register(thread, &file()), Err(DIED));
+}
+
+fn killed_when_it_registers(sandbox: &Sandbox) -> Result<(), Failed> {
+    dies(sandbox, kills(), last_registration)
+}
+
+fn killed_when_it_closes(sandbox: &Sandbox) -> Result<(), Failed> {
+    dies(sandbox, kills(), |thread, id| {
+        assert_eq!(thread.unregister(id).unwrap_err().cause(), DIED);
+    })
+}
+
+fn registrar_that_panics(sandbox: &Sandbox) -> Result<(), Failed> {
+    dies(sandbox, panics_at_the_second(), last_registration)
+}
+
+/// In server mode, and says so.
+fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let backing = tmpfs.file("file", CONTENT)?;
+    let place = Place::new(sandbox, Init::passthrough(1), &file())?;
+    let noting = Noting::then(place.connection.device(), kills());
+    let thread = RegistrarThread::spawn(noting, || Ok::<(), Errno>(()))?;
+    let table: BackingTable<_, u32> = BackingTable::new(thread);
+    let told = Arc::<Mutex<Vec<ServerReason>>>::default();
+    table.on_server_mode({
+        let told = Arc::clone(&told);
+        move |why| told.lock().unwrap().push(why)
+    });
+    let open = |inode, file: &File| table.open(&inode, OFlags::RDWR, ServerFile::new(file));
+
+    let before = open(1, &backing)?;
+    let id = before.id().ok_or("no passthrough")?.as_raw();
+    place.answer_with(known(id));
+    let reason = ServerReason::Refused(DIED);
+    let other = file();
+    for inode in [2, 3] {
+        assert_eq!(open(inode, &other)?.server_reason(), Some(reason));
+    }
+    assert_eq!(*told.lock().unwrap(), [reason]);
+    let stats = table.stats();
+    assert_eq!(
+        (stats.refused, stats.served),
+        (Some(DIED), vec![(reason, 2)])
+    );
+
+    assert!(open(1, &backing)?.is_passthrough());
+    assert_eq!(place.client("r")?, CONTENT);
+    assert_eq!(place.asked(), (0, 0));
+    drop(before);
+    assert_eq!(table.list()[0].close_failed, Some(DIED));
+    drop(table);
+    drop(backing);
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    place.connection.device().backing_close(known(id))?;
+    tmpfs.unmount_when_idle()
+}
+
+fn open_outlives_its_table(sandbox: &Sandbox) -> Result<(), Failed> {
+    let tmpfs = sandbox.tmpfs()?;
+    let backing = tmpfs.file("file", CONTENT)?;
+    let place = Place::new(sandbox, Init::passthrough(1), &file())?;
+    let tid = Arc::<OnceLock<Pid>>::default();
+    let noting = Arc::new(Noting::then(place.connection.device(), {
+        let tid = Arc::clone(&tid);
+        move || tid.set(gettid()).expect("one registration")
+    }));
+    let thread = RegistrarThread::spawn(Arc::clone(&noting), || Ok::<(), Errno>(()))?;
+    let table: BackingTable<_> = BackingTable::new(thread);
+    let open = table.open(&1, OFlags::RDWR, ServerFile::new(&backing))?;
+    drop(backing);
+    place.answer_with(known(noting.id()));
+    let tid = tid.get().ok_or("registered")?.as_raw_pid();
+    let name = move || fs::read_to_string(format!("/proc/self/task/{tid}/comm"));
+
+    drop(table);
+    assert_eq!(place.client("r")?, CONTENT);
+    assert_eq!(name()?.trim_end(), "fuse-registrar");
+    drop(open);
+    assert_closed(&place.connection, noting.id());
+    assert_eq!(Arc::strong_count(&noting), 1);
+    eventually("the thread has ended", || name().is_err())?;
+    tmpfs.unmount_when_idle()
+}

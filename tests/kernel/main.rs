@@ -153,7 +153,9 @@ fn trial(mode: Mode, ready: &Result<(), String>, file: &str, test: Test) -> Tria
         let offer = Connection::mount(&sandbox, Init::PLAIN)?.offer();
         let support = expect::support(offer);
         match needs {
-            Needs::Passthrough if support != Support::Present => assert_absent(&sandbox, support),
+            Needs::Passthrough | Needs::FailNth if support != Support::Present => {
+                assert_absent(&sandbox, support)
+            }
             Needs::SyncInit if !expect::sync_init(offer) => sync_init::assert_absent(),
             _ => run(&sandbox),
         }

@@ -71,8 +71,21 @@ def image(kernel: Kernel) -> Image:
     return Image(file, [(name, packages.module(tree, name)) for name in kernel.modules])
 
 
-def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, files: dict[str, Path]) -> bytes:
+def busybox(kernel: Kernel) -> Path:
+    debian = {"um": "amd64", "x86_64": "amd64", "aarch64": "arm64"}[kernel.arch]
+    return packages.unpacked(f"busybox-static:{debian}") / "bin" / "busybox"
+
+
+def prepare(kernel: Kernel) -> None:
+    """Fetches and builds what it needs: not two of them at a time, since they share folders."""
     need({"cpio": "cpio"})
+    image(kernel)
+    # Debian has none for mips64.
+    if kernel.arch != "mips64":
+        busybox(kernel)
+
+
+def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, files: dict[str, Path]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name in ("bin", "dev", "proc", "sys", "tmp", "modules"):
@@ -81,9 +94,7 @@ def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, fi
             # Debian has no busybox for it.
             packages.call("mips64-linux-gnuabi64-gcc", "-static", "-O1", "-o", root / "init", HERE / "init.c")
         else:
-            debian = {"um": "amd64", "x86_64": "amd64", "aarch64": "arm64"}[kernel.arch]
-            busybox = packages.unpacked(f"busybox-static:{debian}") / "bin" / "busybox"
-            (root / "bin/busybox").write_bytes(busybox.read_bytes())
+            (root / "bin/busybox").write_bytes(busybox(kernel).read_bytes())
             (root / "init").write_bytes((HERE / "init").read_bytes())
             (root / "command").write_text(command)
         for number, (name, data) in enumerate(modules):

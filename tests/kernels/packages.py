@@ -174,9 +174,10 @@ def built(architecture: str, fragments: tuple[str, ...], image: str, **variables
     need({"make": "make", "gcc": "gcc libc6-dev", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"})
     tree = source()
     say(f"building a kernel of {' and '.join(fragments)}: minutes")
+    # Kept: of the next one, only what differs is built.
+    tree_out = CACHE / f"{architecture}-build"
+    tree_out.mkdir(exist_ok=True)
     with partial(folder) as new:
-        tree_out = new / "build"
-        tree_out.mkdir()
         (tree_out / "fragment").write_text(wanted)
         make = ["make", "-s", "-C", tree, f"O={tree_out}", f"ARCH={architecture}", f"-j{os.cpu_count()}"]
         make += [f"{name}={value}" for name, value in variables.items()]
@@ -192,7 +193,6 @@ def built(architecture: str, fragments: tuple[str, ...], image: str, **variables
         shutil.copy(tree_out / ".config", new / "config")
         for module in tree_out.rglob("*.ko"):
             shutil.copy(module, new)
-        shutil.rmtree(tree_out)
     return folder
 
 

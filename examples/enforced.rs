@@ -1,7 +1,6 @@
 //! Serves FILE as MNT/file, to be read: `enforced FILE MNT`, as root. The server forgets to check what a client asks
-//! for, and grants everything. No client can write all the same: `registrar` is how.
+//! for, and grants everything. No client can write all the same (but for memfds): `registrar` is how.
 #![cfg_attr(rustfmt, rustfmt_skip)]
-
 use std::{env, error::Error, ffi::OsStr, fs::File, io, os::fd::AsFd, sync::Arc, time::Duration, time::UNIX_EPOCH};
 use fuse_backing::{FopenFlags, FuseDevice, Handles, Opened, init::{InitFlags, MaxStackDepth, negotiate}};
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
@@ -16,7 +15,6 @@ fn registrar(device: FuseDevice) -> io::Result<RegistrarThread<Lowered<FuseDevic
         rules.handle_access(AccessFs::WriteFile | AccessFs::Truncate)?.create()?.restrict_self().map(drop)
     })?)
 }
-
 struct Server(File, Arc<Handles<RegistrarThread<Lowered<FuseDevice>>>>);
 
 fn attr(file: &File, ino: INodeNo) -> FileAttr {
@@ -27,8 +25,7 @@ fn attr(file: &File, ino: INodeNo) -> FileAttr {
 
 impl fuser::Filesystem for Server {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let offered = InitFlags::from_bits_retain(config.capabilities().bits());
-        let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?.handle_killpriv_v2(&*self.1);
+        let reply = negotiate(InitFlags::from_bits_retain(config.capabilities().bits()), InitFlags::empty(), MaxStackDepth::One)?;
         config.add_capabilities(fuser::InitFlags::from_bits_retain(reply.flags.bits())).or(Err(io::ErrorKind::Other))?;
         config.set_max_stack_depth(reply.max_stack_depth).map(drop).or(Err(io::ErrorKind::Other.into()))
     }
@@ -41,10 +38,14 @@ impl fuser::Filesystem for Server {
     fn open(&self, _: &Request, ino: INodeNo, _client_flags: OpenFlags, reply: fuser::ReplyOpen) {
         let opened = self.0.try_clone().and_then(|file| Ok(self.1.open(&ino.0, 0, file, FopenFlags::empty())?));
         let Ok(Opened { fh, backing_id: Some(id), .. }) = opened else { return reply.error(Errno::EIO) };
-        // SAFETY: the handles registered it with this session, and keep it: this server releases nothing.
+        // SAFETY: the handles registered it with this session, and keep it until RELEASE.
         #[allow(unsafe_code)] let lent = unsafe { reply.wrap_backing(id as u32) };
         reply.opened_passthrough(FileHandle(fh), fuser::FopenFlags::empty(), &lent);
         let _ = lent.into_raw();
+    }
+    fn release(&self, _: &Request, _: INodeNo, fh: FileHandle, _: OpenFlags, _: Option<fuser::LockOwner>, _: bool,
+               reply: fuser::ReplyEmpty) {
+        drop(self.1.release(fh.0)); reply.ok();
     }
 }
 
@@ -53,7 +54,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     let [file, mountpoint] = &args[..] else { return Err("usage: enforced FILE MNT".into()) };
     let handles = Arc::new(Handles::default());
     let session = fuser::Session::new(Server(File::open(file)?, handles.clone()), mountpoint, &fuser::Config::default())?;
-    let registrar = registrar(FuseDevice::new(session.as_fd().try_clone_to_owned()?)?)?;
-    handles.table().attach(registrar).or(Err("attached already"))?;
+    handles.table().attach(registrar(FuseDevice::new(session.as_fd().try_clone_to_owned()?)?)?).or(Err("attached already"))?;
     Ok(session.spawn()?.join()?)
 }

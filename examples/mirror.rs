@@ -28,12 +28,12 @@
 //! - Without passthrough `O_DIRECT` asks for no alignment.
 //! - A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag: passthrough
 //!   keeps the flags of the open.
-//! - Set-user-ID and set-group-ID bits go when root writes, too, and root's writes find no room in the blocks that are
-//!   reserved for it: what is passed through is read and written with the rights of nobody. So are files of a source
-//!   that asks for the user itself, as NFS does. The set-group-ID bit of a file that its group may not execute goes
-//!   when a member of the group writes.
+//! - Passthrough reads and writes as nobody. So root's writes, too, clear set-user-ID and set-group-ID bits, and find
+//!   no room in reserved blocks. The set-group-ID bit of a file that its group may not execute goes when a member of
+//!   the group writes. On NFS, clients read and write through passthrough only what everybody may
+//!   (`--no-passthrough` serves the rest).
 //! - Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for
-//!   root in another PID namespace. Nor does the server have a client's supplementary groups.
+//!   root in another PID or user namespace. Nor does the server have a client's supplementary groups.
 //! - Without passthrough, what is written through a mapping takes no reserved blocks, be it root's, and takes a file's
 //!   capabilities away.
 //! - A bind mount inside SRC of something else inside SRC is not told apart from it.
@@ -46,6 +46,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 
@@ -223,6 +224,9 @@ fn prepare_process() -> Result<()> {
     let mut sets = capabilities(None)?;
     sets.effective.remove(CapabilitySet::SYS_RESOURCE);
     set_capabilities(None, sets)?;
-    set_thread_groups(&[])?;
-    Ok(())
+    match set_thread_groups(&[]) {
+        // A user namespace can deny it: the groups that are left are those of the user who started the server.
+        Ok(()) | Err(Errno::PERM) => Ok(()),
+        Err(errno) => Err(format!("giving up supplementary groups failed: {errno}").into()),
+    }
 }

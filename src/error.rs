@@ -2,7 +2,8 @@
 //!
 //! [`OpenError`] answers a client: it converts to an [`io::Error`] that has the errno as `raw_os_error()`,
 //! which is what FUSE libraries send. The errors of other calls convert to an `io::Error` that holds them, for
-//! a log. All of these convert to an [`Errno`]. The enums are `non_exhaustive`; their variants are not.
+//! a log. All but [`RegistrarThreadError`] convert to an [`Errno`]. The enums are `non_exhaustive`; their
+//! variants are not.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -83,7 +84,9 @@ pub enum NegotiateError {
     HandleKillprivWanted,
     /// The server wants `HANDLE_KILLPRIV_V2`, for which it takes a witness, see
     /// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2).
-    #[error("HANDLE_KILLPRIV_V2 takes a registrar that registers without CAP_FSETID")]
+    #[error(
+        "HANDLE_KILLPRIV_V2 needs a registrar without CAP_FSETID: use Negotiated::handle_killpriv_v2"
+    )]
     HandleKillprivV2Wanted,
     /// This thread could register nothing.
     #[error("registering backing files is not permitted: {0}")]
@@ -112,9 +115,8 @@ pub enum RightsError {
     /// or a policy denies the call.
     #[error("the thread's capabilities were not changed: {0}")]
     NotChanged(Errno),
-    /// `capset` failed when the capabilities were to be changed back: the thread has those that it was to have in
-    /// between.
-    #[error("the thread's capabilities were changed and not restored: {0}")]
+    /// `capset` failed when restoring: the thread keeps the changed capabilities.
+    #[error("the thread's capabilities could not be restored: {0}")]
     NotRestored(Errno),
 }
 
@@ -133,7 +135,7 @@ impl RightsError {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum RegistrarThreadError<E> {
-    /// There is no thread to be had.
+    /// The thread could not be created.
     #[error("starting the registrar thread failed: {0}")]
     Spawn(io::Error),
     /// The preparation failed.
@@ -224,12 +226,14 @@ pub enum BackingError {
     #[error("the ioctl returned {0}, which is not a backing id")]
     InvalidId(i32),
     /// The calling thread's capabilities could not be [lowered](crate::rights::Lowered), or restored. Nothing stays
-    /// registered.
+    /// registered, unless closing fails as well.
     #[error(transparent)]
     Rights(#[from] RightsError),
-    /// For less than reading and writing, by [`ByAccess`](crate::rights::ByAccess): Landlock does not restrict files
-    /// such as memfds.
-    #[error("the kernel cannot be made to enforce read-only or write-only access to a memfd")]
+    /// For less than reading and writing, by [`ByAccess`](crate::rights::ByAccess): Landlock does not restrict memfds
+    /// and System V shared memory.
+    #[error(
+        "the kernel cannot enforce read-only or write-only access to this file (Landlock ignores memfds)"
+    )]
     NotEnforceable,
     /// The [`Register`](crate::Register) refuses, not the kernel: its policy, its limit, or its end. An id
     /// that was to be closed may still be registered.
@@ -278,6 +282,7 @@ impl BackingError {
         match self {
             Self::NotPermitted(why) => why.scope(),
             Self::Registrar { scope, .. } => *scope,
+            Self::Rights(error) if error.errno() == Errno::NOMEM => Scope::Transient,
             Self::Rights(_) => Scope::Thread,
             Self::UnsupportedKernel
             | Self::Unimplemented

@@ -86,9 +86,9 @@ impl Negotiated {
     /// Answers `HANDLE_KILLPRIV_V2` as well, if the kernel offers it: small writes then cost a tenth, since the kernel
     /// no longer asks for `security.capability` before each.
     ///
-    /// It says that the server clears set-user-ID and set-group-ID bits. So files are to be registered
-    /// without `CAP_FSETID`: say so by the registrar that registers them, or by the
-    /// table or the handles that have it. And some requests have to be dealt with in another way: see [`rights`](crate::rights).
+    /// It promises that the server clears set-user-ID and set-group-ID bits, so files must be registered without
+    /// `CAP_FSETID`. Pass the registrar, table or handles that register them. The server must also handle some
+    /// requests differently: see [`rights`](crate::rights).
     ///
     /// # Examples
     ///
@@ -160,6 +160,31 @@ pub fn negotiate(
     wanted: InitFlags,
     max_stack_depth: MaxStackDepth,
 ) -> Result<Negotiated, NegotiateError> {
+    let reply = reply(offered, wanted, max_stack_depth)?;
+    may_register().map_err(NegotiateError::NotPermitted)?;
+    Ok(reply)
+}
+
+/// [`negotiate`] without asking whether this thread may register: for a registrar in another thread or process.
+///
+/// # Errors
+///
+/// [`NegotiateError`], but not [`NotPermitted`](NegotiateError::NotPermitted).
+///
+/// # Examples
+///
+/// ```
+/// use fuse_backing::init::{InitFlags, MaxStackDepth, reply};
+///
+/// let reply = reply(InitFlags::PASSTHROUGH, InitFlags::empty(), MaxStackDepth::One)?;
+/// assert!(reply.flags.contains(InitFlags::PASSTHROUGH));
+/// # Ok::<(), fuse_backing::error::NegotiateError>(())
+/// ```
+pub fn reply(
+    offered: InitFlags,
+    wanted: InitFlags,
+    max_stack_depth: MaxStackDepth,
+) -> Result<Negotiated, NegotiateError> {
     // INIT_EXT is not asked for: fuser strips it, and a kernel that sends bit 37 has it.
     if !offered.contains(InitFlags::PASSTHROUGH) {
         return Err(NegotiateError::NotOffered);
@@ -173,7 +198,6 @@ pub fn negotiate(
     if wanted.contains(InitFlags::HANDLE_KILLPRIV_V2) {
         return Err(NegotiateError::HandleKillprivV2Wanted);
     }
-    may_register().map_err(NegotiateError::NotPermitted)?;
     Ok(Negotiated {
         flags: wanted & offered | InitFlags::PASSTHROUGH | InitFlags::INIT_EXT,
         max_stack_depth: max_stack_depth as u32,

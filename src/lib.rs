@@ -136,7 +136,7 @@ pub use file::ServerFile;
 pub use fopen_flags::FopenFlags;
 pub use handles::{Handle, Handles, Opened};
 pub use id::BackingId;
-pub use register::{Register, WithoutFsetid};
+pub use register::{InCallingThread, Register, WithoutFsetid};
 pub use reply::OpenReply;
 pub use rustix::io::Errno;
 #[doc(inline)]

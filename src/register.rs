@@ -101,11 +101,16 @@ impl<Fd: DeviceFd> Register for FuseDevice<Fd> {
     }
 }
 
-/// Files are registered without `CAP_FSETID`: the witness that
-/// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) asks for.
-///
-/// The filesystem of a backing file then clears set-user-ID and set-group-ID bits at each write. A registrar of your
-/// own may be one only if that holds for every registration, whichever thread asks for it.
+/// Marks registrars that make the system call in the thread that calls `register`, and so with its rights:
+/// [`Lowered`](crate::rights::Lowered) takes no others.
+pub trait InCallingThread: Register {}
+
+impl<Fd: DeviceFd> InCallingThread for FuseDevice<Fd> {}
+
+/// Marks registrars that register every file without `CAP_FSETID`, so that the filesystem of a backing file clears
+/// set-user-ID and set-group-ID bits at each write.
+/// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) takes one. Implement it only if that
+/// holds for every registration, from every thread.
 ///
 /// # Examples
 ///
@@ -127,6 +132,7 @@ pub trait WithoutFsetid {}
 
 macro_rules! forward {
     ($($holder:ty),*) => { $(
+        impl<R: InCallingThread + ?Sized> InCallingThread for $holder {}
         impl<R: WithoutFsetid + ?Sized> WithoutFsetid for $holder {}
 
         impl<R: Register + ?Sized> Register for $holder {

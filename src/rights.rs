@@ -1,8 +1,8 @@
 //! Whose rights passthrough I/O has.
 //!
 //! The kernel opens, reads and writes a backing file with the credentials and the Landlock domain of the *thread
-//! that registered it*, as they were at that moment (`backing_file_open` in `fs/backing-file.c`). By default that is
-//! all that root may do:
+//! that registered it*, as they were at that moment (`backing_file_open` in `fs/backing-file.c`). Usually that is a
+//! thread with all of root's rights:
 //!
 //! | registered by | set-user-ID and set-group-ID bits, after a stranger's write | root's reserved blocks | quotas |
 //! |---|---|---|---|
@@ -12,10 +12,10 @@
 //! | one with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold |
 //! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold |
 //!
-//! Reserved blocks are open to the user that the filesystem names, who is root unless tune2fs(8) or the mount
-//! option `resuid` says otherwise, by fsuid; to its group; and to `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in `fs/ext4/balloc.c`). Quotas are those of the
-//! file's owner, and hold for everybody without `CAP_SYS_RESOURCE` (`ignore_hardlimit` in `fs/quota/dquot.c`; read,
-//! not run).
+//! ext4 opens reserved blocks to three: the reserving user, by fsuid (root, unless tune2fs(8) or the mount option
+//! `resuid` names another), the reserving group, and `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in
+//! `fs/ext4/balloc.c`). Quotas are the file owner's. `CAP_SYS_RESOURCE` ignores them (`ignore_hardlimit` in
+//! `fs/quota/dquot.c`; from the source, not measured).
 //!
 //! - [`Lowered`] registers with a chosen set of capabilities, and never with `CAP_FSETID`.
 //! - [`RegistrarThread`] registers in a thread of its own, which the server prepares: it sets an fsuid, or enters
@@ -24,23 +24,30 @@
 //!   that was granted more than the server meant to grant.
 //! - [`CapabilityGuard`] changes the calling thread's capabilities for the server's own calls.
 //!
-//! They use each other: see [`RegistrarThread`] for a registrar that has all of it.
+//! They combine: the example of [`RegistrarThread`] has the first two.
+//!
+//! # Before there are other threads
+//!
+//! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and their kin change every thread of the process, also these: a
+//! registrar's fsuid becomes the new user's. And if a lowered thread may not make the change that another one makes,
+//! glibc ends the process. Call them before any thread is lowered or prepared. setfsuid(2), setfsgid(2), capset(2) and
+//! Landlock change one thread.
 //!
 //! # `FUSE_HANDLE_KILLPRIV_V2`
 //!
-//! Before each write the kernel asks the server for the file's `security.capability`, unless the server has
-//! answered INIT with this flag. It is most of what a small write costs. In return the server says that *it* clears
-//! set-user-ID bits, set-group-ID bits of files that their group may execute, and `security.capability`.
-//! In passthrough mode it sees no write, so the registrar must be one that is [`WithoutFsetid`]: then the
-//! filesystem of the backing file clears them. What still reaches the server is the server's to do:
+//! Before each write the kernel asks the server for `security.capability`, which is most of the cost of a small
+//! write. A server that answers INIT with this flag is not asked. In return it must clear set-user-ID bits,
+//! set-group-ID bits of group-executable files, and `security.capability`. In passthrough mode it sees no writes: the
+//! backing filesystem clears them, if the file was registered without `CAP_FSETID`. So the registrar must be
+//! [`WithoutFsetid`]. The server handles the rest:
 //!
 //! | request | what the server does |
 //! |---|---|
 //! | WRITE with `FUSE_WRITE_KILL_SUIDGID` | makes its write(2) [without](CapabilityGuard::without) `CAP_FSETID` |
 //! | SETATTR of the size with `FATTR_KILL_SUIDGID` | its truncate(2) likewise |
 //! | OPEN and CREATE with `O_TRUNC` and `FUSE_OPEN_KILL_SUIDGID` | its open(2) likewise |
-//! | FALLOCATE, `COPY_FILE_RANGE` | likewise for a client without `CAP_FSETID`. The kernel does not say, so that a server asks capget(2) of the client's thread |
-//! | SETATTR of the owner | nothing: chown(2) clears them whoever calls it |
+//! | FALLOCATE, `COPY_FILE_RANGE` | likewise for a client without `CAP_FSETID`. The kernel does not say: the server asks capget(2) of the client's thread, if that is in the server's user namespace |
+//! | SETATTR of the owner | nothing for programs: chown(2) clears their bits for every caller. (The set-group-ID bit of a file that its group may not execute stays if the server has `CAP_FSETID`.) |
 //!
 //! fuser 0.18 hides the second flag and the third: there too the server asks whether the client has the capability,
 //! see `examples/mirror/on_behalf.rs`.
@@ -49,6 +56,7 @@ mod by_access;
 mod thread;
 
 use std::cell::Cell;
+use std::fs;
 use std::marker::PhantomData;
 use std::os::fd::BorrowedFd;
 
@@ -65,17 +73,16 @@ use crate::device::FuseDevice;
 use crate::diagnose;
 use crate::error::{BackingCloseError, BackingError, NotPermitted, RightsError};
 use crate::id::BackingId;
-use crate::register::{Register, WithoutFsetid};
+use crate::register::{InCallingThread, Register, WithoutFsetid};
 
-/// Whether the calling thread has what the kernel asks of whoever registers: `CAP_SYS_ADMIN`, effective, in the
-/// initial user namespace.
+/// Whether the calling thread may register: it needs effective `CAP_SYS_ADMIN` in the initial user namespace.
 ///
-/// [`negotiate`](crate::init::negotiate) asks this itself. It is for servers whose library answers INIT without
-/// telling what the kernel offers, to be asked before they ask for passthrough.
+/// [`negotiate`](crate::init::negotiate) checks this. Call it yourself if your FUSE library does not show what the
+/// kernel offers in INIT.
 ///
 /// # Errors
 ///
-/// [`NotPermitted`]: what is missing. What cannot be found out counts as there: the kernel will say. (On Android
+/// [`NotPermitted`]: what is missing. What cannot be determined counts as present; the kernel then decides. (On Android
 /// nothing is missing, since its kernels do not ask.)
 ///
 /// # Examples
@@ -95,11 +102,9 @@ pub fn may_register() -> Result<(), NotPermitted> {
 
 /// Registers through another registrar with fewer effective capabilities than the calling thread has.
 ///
-/// Those that stay are the chosen ones that the thread has, and `CAP_SYS_ADMIN`, without which the kernel
-/// registers nothing. `CAP_FSETID` never stays. Permitted, inheritable and ambient capabilities are not changed.
-/// Closing an id records no rights and is done as the thread is.
-///
-/// The inner registrar must register in the calling thread, as [`FuseDevice`] does.
+/// Keeps the chosen capabilities that the thread has, and `CAP_SYS_ADMIN`, which registering needs. Never keeps
+/// `CAP_FSETID`. Permitted, inheritable and ambient sets are unchanged. Closing an id uses the thread's own
+/// capabilities.
 ///
 /// # Examples
 ///
@@ -115,6 +120,15 @@ pub fn may_register() -> Result<(), NotPermitted> {
 /// let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?.handle_killpriv_v2(&table);
 /// # Ok(()) }
 /// ```
+///
+/// A thread of its own is lowered from within, not from without:
+///
+/// ```compile_fail,E0277
+/// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
+/// # fn f(thread: RegistrarThread<fuse_backing::FuseDevice>) {
+/// let lowered = Lowered::around_each(thread, CapabilitySet::empty());
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Lowered<R> {
     registrar: R,
@@ -124,21 +138,22 @@ pub struct Lowered<R> {
 
 assert_impl_all!(Lowered<FuseDevice>: Send, Sync);
 
-impl<R: Register> Lowered<R> {
+impl<R: InCallingThread> Lowered<R> {
     /// Lowers the calling thread for the time of each registration: three system calls more, or one where the
     /// thread has nothing to lose.
     pub fn around_each(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, false)
     }
 
-    /// Lowers each thread at its first registration, for good, and then costs nothing. What the server
-    /// itself does in these threads has the lowered rights too. So `keep` what it needs, and raise the
-    /// thread with a [`CapabilityGuard`] for what needs `CAP_FSETID`: chmod(2) with the set-group-ID bit, and
-    /// setting ACLs. While such a guard lives, registrations are made as by [`around_each`](Self::around_each).
+    /// Lowers each thread at its first registration, and leaves it lowered. What the server itself does in these
+    /// threads has the lowered rights too. So `keep` what it needs, and raise the thread with a
+    /// [`CapabilityGuard`] for what needs `CAP_FSETID`: chmod(2) with the set-group-ID bit, and setting ACLs. While
+    /// a guard lives, registrations are made as by [`around_each`](Self::around_each).
     ///
-    /// The crate remembers that a thread is lowered. A thread that gets capabilities back by other
-    /// means must not register so: by capset(2), or by seteuid(2) or setfsuid(2) to 0, at which the kernel makes
-    /// permitted capabilities effective.
+    /// Further registrations cost nothing in a thread that cannot get capabilities back by changing its user ids: one
+    /// that keeps no `CAP_SETUID` and whose ids are all the same. Others are looked at each time, by one capget(2),
+    /// and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities effective. Do not
+    /// raise a lowered thread by capset(2): that is not noticed.
     pub fn for_good(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, true)
     }
@@ -177,19 +192,26 @@ impl<R: Register> Lowered<R> {
         let sets = settled()?;
         let effective = sets.effective & self.keep;
         set_effective(sets, effective).map_err(RightsError::NotChanged)?;
-        LOWERED_TO.set(Some(effective));
+        LOWERED.set(match LOWERED.get() {
+            Lowering::Unknown if effective.contains(CapabilitySet::SETUID) || !has_one_uid() => {
+                Lowering::Revocable
+            }
+            Lowering::Unknown | Lowering::Final(_) => Lowering::Final(effective),
+            Lowering::Revocable => Lowering::Revocable,
+        });
         Ok(())
     }
 }
 
-impl<R: Register> Register for Lowered<R> {
+impl<R: InCallingThread> Register for Lowered<R> {
     #[inline]
     fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
-        let lowered_to = LOWERED_TO.get().filter(|_| self.for_good);
-        if lowered_to.is_some_and(|effective| self.keep.contains(effective)) {
-            return self.registrar.register(file, grant);
+        match LOWERED.get() {
+            Lowering::Final(effective) if self.for_good && self.keep.contains(effective) => {
+                self.registrar.register(file, grant)
+            }
+            _ => self.register_lowered(file, grant),
         }
-        self.register_lowered(file, grant)
     }
 
     #[inline]
@@ -208,18 +230,38 @@ impl<R: Register> Register for Lowered<R> {
     }
 }
 
-impl<R: Register> WithoutFsetid for Lowered<R> {}
+impl<R: InCallingThread> InCallingThread for Lowered<R> {}
+impl<R: InCallingThread> WithoutFsetid for Lowered<R> {}
+
+/// What [`Lowered::for_good`] has made of a thread.
+#[derive(Clone, Copy)]
+enum Lowering {
+    /// Nothing yet, or a guard has changed it since.
+    Unknown,
+    /// These, and the thread can get back no others by itself.
+    Final(CapabilitySet),
+    Revocable,
+}
 
 thread_local! {
-    /// What [`Lowered::for_good`] has left the thread, until a guard changes that.
-    static LOWERED_TO: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
-    /// Guards that live: what they promise must not be lowered for good.
+    static LOWERED: Cell<Lowering> = const { Cell::new(Lowering::Unknown) };
+    /// Live guards: while there are any, nothing is lowered for good.
     static GUARDS: Cell<usize> = const { Cell::new(0) };
-    /// What a guard could not make effective again.
+    /// Effective set that a guard failed to restore.
     static OWED: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
 }
 
-/// The sets of the calling thread, once what an earlier guard owes it is restored.
+/// Real, effective, saved and filesystem user id of the calling thread are the same: it can change none of them without
+/// `CAP_SETUID`. Where `/proc` does not tell, they may differ.
+fn has_one_uid() -> bool {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let mut uids = uids.unwrap_or_default().split_whitespace();
+    let first = uids.next();
+    first.is_some() && uids.all(|uid| Some(uid) == first)
+}
+
+/// The calling thread's sets, after restoring what an earlier guard could not.
 fn settled() -> Result<CapabilitySets, RightsError> {
     let sets = capabilities(None).map_err(RightsError::NotChanged)?;
     let Some(owed) = OWED.get() else {
@@ -240,15 +282,14 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
     Ok(differs)
 }
 
-/// Other effective capabilities for the calling thread, until this is dropped.
+/// Changes the calling thread's effective capabilities until dropped.
 ///
-/// Permitted, inheritable and ambient ones stay as they are, and what is no longer permitted does not become
-/// effective again. Guards nest: the one that was made last is to be dropped first. Making one and dropping it takes
-/// four system calls, or one if there is nothing to change.
+/// Permitted, inheritable and ambient sets are unchanged. A capability that is no longer permitted is not restored.
+/// Drop nested guards in reverse order. Making one and dropping it takes four system calls, or one if there is nothing
+/// to change.
 ///
-/// If changing the thread back fails, for want of memory or by a seccomp filter, [`restore`](Self::restore) says
-/// so. Dropping cannot say so. In both cases the next guard and the next registration by a [`Lowered`] in this
-/// thread begin with another attempt, and fail if it fails.
+/// Restoring fails if memory runs out or seccomp denies it. [`restore`](Self::restore) reports that; dropping cannot.
+/// The thread's next guard, or next registration by a [`Lowered`], then tries again first, and fails if that fails.
 ///
 /// # Examples
 ///
@@ -315,7 +356,7 @@ impl CapabilityGuard {
         let changed = set_effective(sets, change(sets.effective));
         let changed = changed.map_err(RightsError::NotChanged)?;
         if changed {
-            LOWERED_TO.set(None);
+            LOWERED.set(Lowering::Unknown);
         }
         GUARDS.set(GUARDS.get() + 1);
         Ok(Self {
@@ -341,7 +382,7 @@ impl CapabilityGuard {
         if !changed {
             return Ok(());
         }
-        LOWERED_TO.set(None);
+        LOWERED.set(Lowering::Unknown);
         let sets = match other {
             Other::Unchanged => Ok(before),
             Other::Unknown => capabilities(None),

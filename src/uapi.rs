@@ -46,7 +46,7 @@ pub const FUSE_DEV_IOC_SYNC_INIT: u32 = opcode::none(FUSE_DEV_IOC_MAGIC, 3) as u
 /// INIT: buffer writes in the page cache. Excludes [`FUSE_PASSTHROUGH`].
 pub const FUSE_WRITEBACK_CACHE: u64 = 1 << 16;
 /// INIT: the server clears set-user-ID and set-group-ID bits and `security.capability` on write, truncate and
-/// chown. Linux 4.10. Of no use with passthrough, see [`rights`](crate::rights).
+/// chown. Linux 4.9. Of no use with passthrough, see [`rights`](crate::rights).
 pub const FUSE_HANDLE_KILLPRIV: u64 = 1 << 19;
 /// INIT: as [`FUSE_HANDLE_KILLPRIV`], and on write and truncate only where the kernel asks. Linux 5.11. See
 /// [`rights`](crate::rights).

@@ -11,7 +11,7 @@ use std::env;
 use std::fs;
 
 use fuse_backing::error::{NegotiateError, OpenError};
-use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate};
+use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate, reply};
 use fuse_backing::rights::Lowered;
 use fuse_backing::{Access, BackingId, FopenFlags, FuseDevice, Handles, OpenReply};
 use proptest::prelude::{any, prop};
@@ -267,7 +267,13 @@ fn may_register() -> bool {
 
 fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, permitted: bool) {
     let flags = InitFlags::from_bits_retain;
-    match negotiate(flags(offered), flags(wanted), depth) {
+    let negotiated = negotiate(flags(offered), flags(wanted), depth);
+    // The same, but for the permission.
+    match reply(flags(offered), flags(wanted), depth) {
+        Ok(_) if !permitted => assert!(matches!(negotiated, Err(NegotiateError::NotPermitted(_)))),
+        reply => assert_eq!(reply, negotiated),
+    }
+    match negotiated {
         Ok(reply) => {
             let (taken, on) = process_init_reply(&init_out(&reply));
             assert!(permitted);

@@ -85,7 +85,11 @@ fn backing() {
         (E::Other(OTHER), OTHER, Scope::File),
     ];
     for (error, errno) in RIGHTS {
-        expected.push((E::Rights(error), errno, Scope::Thread));
+        let scope = match errno {
+            Errno::NOMEM => Scope::Transient,
+            _ => Scope::Thread,
+        };
+        expected.push((E::Rights(error), errno, scope));
         assert_eq!(E::from(error), E::Rights(error));
     }
     let errno = Errno::INVAL;

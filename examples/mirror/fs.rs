@@ -186,7 +186,10 @@ impl Mirror {
         // before the times, since it sets them.
         if set.uid.is_some() || set.gid.is_some() {
             let (uid, gid) = (set.uid.map(Uid::from_raw), set.gid.map(Gid::from_raw));
-            rustix::fs::chownat(&inode, "", uid, gid, AtFlags::EMPTY_PATH)?;
+            let group = rustix::fs::fstat(&inode)?.st_gid;
+            on_behalf::change_rights(req, group, || {
+                rustix::fs::chownat(&inode, "", uid, gid, AtFlags::EMPTY_PATH)
+            })?;
         }
         if let Some(mode) = set.mode {
             rustix::fs::chmod(proc_path(&inode), Mode::from_raw_mode(mode))?;
@@ -346,14 +349,13 @@ impl Filesystem for Mirror {
         // The kernel is to check the ACLs that the source's files have, not their modes alone.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
+        let attached = self.device.take().is_some_and(|device| {
+            let attached = opens::attach(&self.files, device, self.killpriv, config);
+            attached.map_err(|why| self.status.refuse(why)).is_ok()
+        });
         // What is written without passthrough, the server sees.
-        if self.killpriv && self.device.is_none() {
-            add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
-        }
-        if let Some(device) = self.device.take() {
-            if let Err(why) = opens::attach(&self.files, device, self.killpriv, config) {
-                self.status.refuse(why);
-            }
+        if self.killpriv && !attached && offered.contains(InitFlags::FUSE_HANDLE_KILLPRIV_V2) {
+            let _ = config.add_capabilities(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
         Ok(())
     }
@@ -705,9 +707,12 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(ino).and_then(|inode| {
             let flags = XattrFlags::from_bits_retain(flags as u32);
             let set = || rustix::fs::setxattr(proc_path(&inode), name, value, flags);
-            on_behalf::make(req, || match name == ACCESS_ACL {
-                true => on_behalf::set_acl(req, rustix::fs::fstat(&inode)?.st_gid, set),
-                false => set(),
+            on_behalf::make(req, || {
+                if name == ACCESS_ACL {
+                    on_behalf::change_rights(req, rustix::fs::fstat(&inode)?.st_gid, set)
+                } else {
+                    set()
+                }
             })
         });
         answer!(reply, done, |()| reply.ok());

@@ -15,67 +15,72 @@ use rustix::thread::capabilities;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// No user's and no group's. 65534 will not do: some filesystems reserve their blocks for that.
+/// An id that no user or group has. Not 65534: a filesystem may reserve its blocks for that.
 pub(crate) const NOBODY: u32 = u32::MAX - 1;
 
 /// Makes a file, or a name for one: it is the client's, and so are the blocks that it takes.
 pub(crate) fn make<T>(req: &Request, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    with_blocks_of(req.uid(), req.gid(), call)
-}
-
-/// Writes pages that were written through a mapping. Nobody knows whose they are, so nobody's blocks are taken. The
-/// bits stay, as they do elsewhere.
-pub(crate) fn write_pages<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
-    with_blocks_of(NOBODY, NOBODY, call)
-}
-
-/// With all of the server's rights but these ids: the kernel has checked the client's permissions.
-fn with_blocks_of<T>(uid: u32, gid: u32, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    if (uid, gid) == (0, 0) {
-        return call();
-    }
     let held = capabilities(None)?.effective;
-    let _client = Identity::assume(uid, gid);
-    let raised = CapabilityGuard::with(held)?;
-    let result = call();
-    raised.restore()?;
-    result
+    let _client = Identity::assume(req.uid(), req.gid())?;
+    // The kernel has checked the client's permissions.
+    let _raised = CapabilityGuard::with(held)?;
+    call()
+}
+
+/// Writes back pages of a shared mapping. The writer is unknown, so they take no reserved blocks. Set-id bits stay, as
+/// natively.
+pub(crate) fn write_pages<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
+    let held = capabilities(None)?.effective;
+    // In a user namespace there is no such id, and no block is reserved for its root.
+    let _nobody = Identity::assume(NOBODY, NOBODY).ok();
+    let _raised = CapabilityGuard::with(held)?;
+    call()
 }
 
 /// Changes the data of an open file. Set-user-ID and set-group-ID bits go if they are to be killed.
 pub(crate) fn write<T>(req: &Request, kill: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
     // Other fsuids than 0 are without CAP_FSETID.
-    let _client = Identity::assume(req.uid(), req.gid());
-    if !kill {
-        return call();
-    }
-    let lowered = CapabilityGuard::without(CapabilitySet::FSETID)?;
-    let result = call();
-    lowered.restore()?;
-    result
+    let _client = Identity::assume(req.uid(), req.gid())?;
+    without_fsetid(kill, call)
+}
+
+/// Changes who may do what with a file of this group: the set-group-ID bit goes, unless the client is in the group.
+pub(crate) fn change_rights<T>(
+    req: &Request,
+    group: u32,
+    call: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    without_fsetid(kills_setid(req) && !is_in_group(req, group), call)
+}
+
+// A call that was made is not undone because the thread could not be restored: the next guard sees to that first.
+fn without_fsetid<T>(kill: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
+    let without = || CapabilityGuard::without(CapabilitySet::FSETID);
+    let _lowered = kill.then(without).transpose()?;
+    call()
 }
 
 /// Whether the bits go when this client changes a file's data. fuser 0.18 does not pass on what the kernel says of it at
 /// truncation, and of other calls the kernel says nothing. They stay for root, unless it is without `CAP_FSETID`
-/// or hides in another PID namespace.
+/// or is in another PID or user namespace.
 pub(crate) fn kills_setid(req: &Request) -> bool {
     let has_fsetid = |pid| {
         let sets = capabilities(Some(pid));
         sets.is_ok_and(|sets| sets.effective.contains(CapabilitySet::FSETID))
     };
     let client = i32::try_from(req.pid()).ok().and_then(Pid::from_raw);
-    req.uid() != 0 || !client.is_some_and(has_fsetid)
+    let client = client.filter(|&pid| req.uid() == 0 && is_in_this_user_namespace(pid));
+    !client.is_some_and(has_fsetid)
 }
 
-/// Sets an ACL of a file of this group: the set-group-ID bit goes, unless the client is in the group.
-pub(crate) fn set_acl(req: &Request, group: u32, call: impl FnOnce() -> Result<()>) -> Result<()> {
-    if !kills_setid(req) || is_in_group(req, group) {
-        return call();
-    }
-    let lowered = CapabilityGuard::without(CapabilitySet::FSETID)?;
-    let result = call();
-    lowered.restore()?;
-    result
+/// capget(2) tells what a process may do in its own user namespace.
+fn is_in_this_user_namespace(process: Pid) -> bool {
+    let namespace = |process: &str| rustix::fs::stat(format!("/proc/{process}/ns/user"));
+    let theirs = namespace(&process.to_string());
+    let ours = namespace("self");
+    theirs.is_ok_and(|theirs| {
+        ours.is_ok_and(|ours| (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
+    })
 }
 
 fn is_in_group(req: &Request, group: u32) -> bool {
@@ -85,20 +90,32 @@ fn is_in_group(req: &Request, group: u32) -> bool {
     req.gid() == group || groups.any(|member| member.parse() == Ok(group))
 }
 
-/// The client's fsuid and fsgid, until it is dropped: then root's.
-struct Identity;
+/// Another fsuid and fsgid for the calling thread, until this is dropped.
+pub(crate) struct Identity {
+    uid: Uid,
+    gid: Gid,
+}
 
 impl Identity {
-    fn assume(uid: u32, gid: u32) -> Self {
-        setfsgid(Gid::from_raw(gid));
-        setfsuid(Uid::from_raw(uid));
-        Self
+    pub(crate) fn assume(uid: u32, gid: u32) -> Result<Self> {
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        let gid_before = setfsgid(gid);
+        let before = Self {
+            uid: setfsuid(uid),
+            gid: gid_before,
+        };
+        // They report no error. Made again, they return what is set.
+        if (setfsuid(uid), setfsgid(gid)) == (uid, gid) {
+            Ok(before)
+        } else {
+            Err(Errno::PERM)
+        }
     }
 }
 
 impl Drop for Identity {
     fn drop(&mut self) {
-        setfsuid(Uid::from_raw(0));
-        setfsgid(Gid::from_raw(0));
+        setfsuid(self.uid);
+        setfsgid(self.gid);
     }
 }

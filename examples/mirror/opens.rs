@@ -1,6 +1,5 @@
 //! Passthrough: whether it is on, and what the mirror knows of a file that a client opens.
 
-use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,11 +8,10 @@ use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuse_backing::{ClientFlags, FopenFlags, FuseDevice, Handle, Handles, ServerFile};
 use fuser::{INodeNo, KernelConfig};
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::fs::OFlags;
 
 use crate::inodes::Inode;
-use crate::on_behalf::NOBODY;
+use crate::on_behalf::{Identity, NOBODY};
 
 pub(crate) type Device = Arc<FuseDevice>;
 pub(crate) type Registrar = RegistrarThread<Lowered<Device>>;
@@ -49,11 +47,8 @@ pub(crate) fn attach(
 /// when a file is written, and neither root's reserved blocks nor quotas are open.
 fn registrar(device: Device) -> io::Result<Registrar> {
     let lowered = Lowered::for_good(device, CapabilitySet::empty());
-    let prepare = || {
-        setfsgid(Gid::from_raw(NOBODY));
-        setfsuid(Uid::from_raw(NOBODY));
-        Ok::<(), Infallible>(())
-    };
+    // For the thread's life.
+    let prepare = || Identity::assume(NOBODY, NOBODY).map(std::mem::forget);
     Ok(RegistrarThread::spawn(lowered, prepare)?)
 }
 

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 
-use rustix::fs::{MemfdFlags, fstat, fstatfs, memfd_create};
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::Errno;
 
 use crate::access::Access;
@@ -11,8 +11,7 @@ use crate::error::{BackingCloseError, BackingError};
 use crate::id::BackingId;
 use crate::register::{Register, WithoutFsetid};
 
-/// Registers a file through the registrar for its grant: one that can register for reading alone, one for
-/// writing alone, and one for both.
+/// Uses one registrar for each grant: read-only, write-only and both.
 ///
 /// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. A file that a thread may not write is
 /// not written through the ids that it registers: a client that opens it for writing gets `EIO`, whatever the reply
@@ -20,9 +19,8 @@ use crate::register::{Register, WithoutFsetid};
 /// nothing of the files' mounts, and costs nothing at each registration.
 ///
 /// So it [enforces grants](Register::enforces_grant), which the table honours: the
-/// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict is
-/// [`NotEnforceable`](BackingError::NotEnforceable) for less than reading and writing: a memfd, and what else is on
-/// no filesystem that can be mounted.
+/// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict, such
+/// as a memfd, is [`NotEnforceable`](BackingError::NotEnforceable) for less than reading and writing.
 ///
 /// Ids are closed through the registrar for both.
 ///
@@ -107,14 +105,10 @@ impl<R: Register> Register for ByAccess<R> {
 impl<R: WithoutFsetid> WithoutFsetid for ByAccess<R> {}
 
 /// Landlock looks at no file of a filesystem that the kernel has for itself (`is_nouser_or_private` in
-/// `security/landlock/fs.c`). Of those with regular files: tmpfs's own mount, of memfds and System V shared memory,
-/// known by the device number of a memfd; and that of `memfd_secret(2)`, whose files can be mapped.
+/// `security/landlock/fs.c`). Of those with files that can be opened again: tmpfs's own mount, of memfds and System V
+/// shared memory, known by the device number of a memfd.
 fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    const SECRETMEM_MAGIC: u64 = 0x5345_434d;
-
-    #[allow(clippy::cast_sign_loss, reason = "the type differs between targets")]
-    let magic = fstatfs(file)?.f_type as u64;
-    Ok(magic == SECRETMEM_MAGIC || device_of(file)? == device_of_memfds()?)
+    Ok(device_of(file)? == device_of_memfds()?)
 }
 
 /// `st_dev`

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, SendError, Sender, SyncSender, channel, sync_channel,
+};
 use std::thread;
 use std::time::Duration;
 
@@ -20,24 +21,23 @@ use crate::error::{BackingCloseError, BackingError, RegistrarThreadError, Scope}
 use crate::id::BackingId;
 use crate::register::{Register, WithoutFsetid};
 
-/// How often whoever waits looks whether the thread is still there. A thread that a seccomp filter kills drops
-/// nothing, and tells nobody.
+/// Interval at which a waiting caller checks that the thread lives. A thread killed by seccomp drops nothing, so its
+/// channel stays open.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Registers in a thread of its own, which the server prepares: by entering a Landlock domain, which is for
-/// good, by setfsuid(2) and setfsgid(2), or by giving up capabilities. The thread needs `CAP_SYS_ADMIN` in the end.
+/// good, by setfsuid(2) and setfsgid(2), or by giving up capabilities. After that it must still have `CAP_SYS_ADMIN`.
 ///
-/// Others wait for it, so that a registration takes two switches of threads more; a close too. They hand it a
-/// duplicate of the fd to be registered.
+/// A registration or close costs two thread switches more. The file is passed as a duplicate fd. What an error says of
+/// the calling thread is said of this one: another caller meets the same.
 ///
-/// Dropping it waits for the end of the thread, which drops the inner registrar; so does a
-/// [`BackingTable`](crate::BackingTable) that has it, together with the last open.
+/// Dropping it ends the thread and waits until the inner registrar is dropped. A
+/// [`BackingTable`](crate::BackingTable) drops it together with the last open.
 ///
-/// If the thread has died, by a panic in the inner registrar or a seccomp filter, every call fails with
+/// If the thread dies (the inner registrar panics, or seccomp kills it), every call fails with
 /// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves what is opened without
-/// passthrough. What was registered stays so, and works, until the connection ends or a registrar of the same
-/// connection closes it. A thread that was killed also leaves the inner registrar, and the fd that it was about to
-/// register, open for as long as the process lives.
+/// passthrough. Registered ids go on working until the connection ends, or another registrar of the connection closes
+/// them. A killed thread leaks the inner registrar and the fd it was registering.
 ///
 /// # Examples
 ///
@@ -48,11 +48,13 @@ const LOOK: Duration = Duration::from_millis(500);
 /// use fuse_backing::{BackingTable, FuseDevice};
 /// use nix::unistd::{Uid, setfsuid};
 ///
-/// # fn f(device: FuseDevice) -> std::io::Result<()> {
+/// # fn f(device: FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
 /// let lowered = Lowered::for_good(device, CapabilitySet::empty());
-/// let registrar = RegistrarThread::spawn(lowered, || {
-///     setfsuid(Uid::from_raw(65_534)); // nobody
-///     Ok::<(), std::io::Error>(())
+/// let nobody = Uid::from_raw(u32::MAX - 1); // 65534 may have blocks reserved for it
+/// let registrar = RegistrarThread::spawn(lowered, move || {
+///     setfsuid(nobody); // reports no error: a second call returns what is set
+///     let is_set = setfsuid(nobody) == nobody;
+///     is_set.then_some(()).ok_or(std::io::ErrorKind::PermissionDenied)
 /// })?;
 /// let table: BackingTable<_> = BackingTable::new(registrar);
 /// # Ok(()) }
@@ -86,7 +88,7 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
     ///
     /// # Errors
     ///
-    /// [`RegistrarThreadError`]; `registrar` is dropped then, unless the thread was killed.
+    /// [`RegistrarThreadError`]; `registrar` is dropped then: after a panic, soon after; not if the thread was killed.
     pub fn spawn<E: Send + 'static>(
         registrar: R,
         prepare: impl FnOnce() -> Result<(), E> + Send + 'static,
@@ -96,7 +98,7 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
         let (takes_path_fd, enforces_grant) =
             (registrar.takes_path_fd(), registrar.enforces_grant());
         let run = move || {
-            // First, since what it does to the thread can be the end of it.
+            // Sent before anything can kill the thread.
             let _ = started.send(Started::In(gettid()));
             match prepare() {
                 Ok(()) => {
@@ -137,11 +139,14 @@ enum Started<E> {
 }
 
 fn serve(registrar: impl Register, inbox: &Receiver<Request>) {
-    // Whoever asked may be gone: nobody is left to tell then.
+    // A caller may have given up.
     for request in inbox {
         match request {
             Request::Register(file, grant, answer) => {
-                let _ = answer.send(registrar.register(file.as_fd(), grant));
+                let registered = registrar.register(file.as_fd(), grant);
+                if let Err(SendError(Ok(id))) = answer.send(registered) {
+                    let _ = registrar.unregister(id);
+                }
             }
             Request::Unregister(id, answer) => {
                 let closed = registrar.unregister(id);
@@ -183,11 +188,7 @@ impl<R> RegistrarThread<R> {
 
     fn is_alive(&self) -> bool {
         let (process, thread) = self.place;
-        let tasks = Path::new("/proc/self/task");
-        if tasks.is_dir() {
-            return tasks.join(thread.to_string()).is_dir();
-        }
-        // Where /proc is unavailable. Another process may have the number by now.
+        // Not by /proc, which may be another PID namespace's.
         process == getpid() && test_kill_process(thread) != Err(Errno::SRCH)
     }
 }
@@ -221,7 +222,7 @@ impl<R: WithoutFsetid> WithoutFsetid for RegistrarThread<R> {}
 
 impl<R> Drop for RegistrarThread<R> {
     fn drop(&mut self) {
-        // By what the inner registrar holds, this can be the thread itself: it ends without being asked.
+        // The inner registrar may own this: then the thread would wait for itself.
         if gettid() != self.place.1 {
             let _ended = self.ask(Request::End);
         }

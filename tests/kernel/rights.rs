@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex};
 
 use fuse_backing::error::{BackingCloseError, BackingError};
 use fuse_backing::rights::CapabilitySet;
-use fuse_backing::{Access, BackingId, Errno, FopenFlags, FuseDevice, OpenReply, Register, uapi};
+use fuse_backing::{
+    Access, BackingId, Errno, FopenFlags, FuseDevice, InCallingThread, OpenReply, Register, uapi,
+};
 use libtest_mimic::Failed;
 use rustix::fs::{Gid, Uid};
 use rustix::thread::{
@@ -30,6 +32,7 @@ use crate::sandbox::Sandbox;
 pub const ROLES: &[(&str, Role)] = &[
     ("stranger", stranger),
     ("register-lowered", lowered::register),
+    ("fill", fill),
 ];
 
 const CONTENT: &str = "content";
@@ -38,25 +41,38 @@ const WRITTEN: &str = "CON";
 
 type Device = FuseDevice<Arc<OwnedFd>>;
 
-/// Opens for an access, writes if it may, and reads if it may, as a user who is not root. Says what it read, or
-/// "written", or the errno.
-fn stranger(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let path = Path::new(&args[0]);
-    // Root can reach it, wherever the tests are.
+/// Who is not root, and where: root can reach the folder, wherever the tests are.
+fn become_stranger(path: &Path) -> Result<&OsStr, Box<dyn std::error::Error>> {
     env::set_current_dir(path.parent().ok_or("no folder")?)?;
     let (uid, gid) = (Uid::from_raw(1001), Gid::from_raw(1001));
     set_thread_groups(&[])?;
     set_thread_res_gid(gid, gid, gid)?;
     set_thread_res_uid(uid, uid, uid)?;
     assert!(sets().effective.is_empty());
+    Ok(path.file_name().unwrap_or_default())
+}
 
+/// Writes until there is no more space.
+fn fill(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let name = become_stranger(Path::new(&args[0]))?;
+    let mut file = File::options().append(true).open(name)?;
+    loop {
+        match file.write(&[0x5a; 4096]) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => return Ok("full".into()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Opens for an access, writes if it may, and reads if it may, as a user who is not root. Says what it read, or
+/// "written", or the errno.
+fn stranger(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+    let name = become_stranger(Path::new(&args[0]))?;
     let (reads, writes) = (args[1].contains('r'), args[1].contains('w'));
     let used = || {
         let mut options = File::options();
-        let mut file = options
-            .read(reads)
-            .write(writes)
-            .open(path.file_name().unwrap_or_default())?;
+        let mut file = options.read(reads).write(writes).open(name)?;
         if writes {
             file.write_all(WRITTEN.as_bytes())?;
             return Ok("written".to_owned());
@@ -173,6 +189,8 @@ impl<F: Fn()> Noting<F> {
         noted.last().and_then(|(_, id)| *id).expect("registered")
     }
 }
+
+impl<F: Fn()> InCallingThread for Noting<F> {}
 
 impl<F: Fn()> Register for Noting<F> {
     fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {

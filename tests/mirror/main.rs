@@ -43,6 +43,7 @@ mod fsx;
 mod held;
 mod hello;
 mod killed;
+mod namespaces;
 mod place;
 mod program;
 mod race;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         ("held", held::TESTS),
         ("hello", hello::TESTS),
         ("killed", killed::TESTS),
+        ("namespaces", namespaces::TESTS),
         ("reserve", reserve::TESTS),
         ("setid", setid::TESTS),
         ("stopped", stopped::TESTS),

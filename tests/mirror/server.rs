@@ -17,6 +17,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
 };
+use rustix::thread::{CapabilitiesSecureBits, set_capabilities_secure_bits};
 
 use crate::backing::Backing;
 use crate::client::{self, Role};
@@ -45,16 +46,8 @@ pub const ROLES: &[(&str, Role)] = &[("with-all-rights", with_all_rights)];
 
 /// Becomes the program that the arguments say.
 fn with_all_rights(args: &[String]) -> Result<String, Box<dyn Error>> {
-    seccomp::pretend(&[
-        libc::SYS_capset,
-        libc::SYS_setfsuid,
-        libc::SYS_setfsgid,
-        // There the other two are for ids of 16 bits.
-        #[cfg(any(target_arch = "x86", target_arch = "arm"))]
-        libc::SYS_setfsuid32,
-        #[cfg(any(target_arch = "x86", target_arch = "arm"))]
-        libc::SYS_setfsgid32,
-    ])?;
+    seccomp::pretend(libc::SYS_capset)?;
+    set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
     Err(Command::new(&args[0]).args(&args[1..]).exec().into())
 }
 
@@ -82,8 +75,8 @@ impl Mirror {
         Self::spawn_by(command, sandbox, source, Way::Passthrough)
     }
 
-    /// With all of root's rights at whatever it does, though it means to give some of them up: capset(2),
-    /// setfsuid(2) and setfsgid(2) succeed, and change nothing.
+    /// With all of root's capabilities at whatever it does, though it means to give some of them up: capset(2)
+    /// succeeds, and changes nothing; and another fsuid takes none away.
     pub fn start_with_all_rights(
         sandbox: &Sandbox,
         source: &Path,

@@ -115,16 +115,10 @@ fn install_supervised(
     Ok(())
 }
 
-/// Makes every later call of these numbers by this thread return 0 without being made, and by the program that it
+/// Makes every later call of this number by this thread return 0 without being made, and by the program that it
 /// executes. As [`forge`], for the rest of the thread's life.
-pub fn pretend(numbers: &[c_long]) -> io::Result<()> {
-    let mut program = vec![load(OFFSET_OF_NUMBER)];
-    for &number in numbers {
-        program.push(skip_unless(number as u32, 1));
-        program.push(answer(SECCOMP_RET_ERRNO));
-    }
-    program.push(answer(SECCOMP_RET_ALLOW));
-    install(&mut program, false).map(drop)
+pub fn pretend(number: c_long) -> io::Result<()> {
+    install(&mut answering(number, SECCOMP_RET_ERRNO), false).map(drop)
 }
 
 /// The fd, if one is asked for, is where the calls are told of that the filter leaves to others.

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use fuse_backing::error::{BackingCloseError, BackingError, RightsError};
 use fuse_backing::rights::{CapabilityGuard, CapabilitySet, Lowered, RegistrarThread};
-use fuse_backing::{Access, BackingId, Errno, Register, uapi};
+use fuse_backing::{Access, BackingId, Errno, InCallingThread, Register, uapi};
 use libtest_mimic::Failed;
 use nix::unistd::setfsuid;
 use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
@@ -76,9 +76,9 @@ pub const TESTS: &[Test] = &[
         raised_to_what_is_not_permitted,
     ),
     (
-        "hazard_of_setfsuid_in_a_thread_that_is_lowered_for_good",
+        "thread_that_changes_its_ids_is_lowered_again",
         Needs::Passthrough,
-        hazard_of_setfsuid_in_a_thread_that_is_lowered_for_good,
+        thread_that_changes_its_ids_is_lowered_again,
     ),
     (
         "lowering_that_is_refused",
@@ -440,29 +440,45 @@ fn raised_to_what_is_not_permitted(_: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The kernel makes permitted capabilities effective when the fsuid becomes 0, and tells nobody.
-fn hazard_of_setfsuid_in_a_thread_that_is_lowered_for_good(
-    sandbox: &Sandbox,
-) -> Result<(), Failed> {
+/// At setfsuid(2) to 0 the kernel makes permitted capabilities effective.
+fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", CONTENT)?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let noting = Noting::new(connection.device());
-    let (for_good, around_each) = (
-        Lowered::for_good(&noting, NONE),
-        Lowered::around_each(&noting, NONE),
-    );
     let registered = |lowered: &Lowered<&Noting>| {
         lowered.unregister(by(lowered, &file)).expect("closed");
         noting.effective()
     };
-    apart(|| {
-        setfsuid(1000.into());
-        assert_eq!(registered(&for_good), ADMIN);
-        setfsuid(0.into());
-        assert!(sets().effective.contains(FSETID));
-        assert!(registered(&for_good).contains(FSETID), "as documented");
-        assert_eq!(registered(&around_each), ADMIN);
-    });
+    for (keep, make) in [
+        (CapabilitySet::SETUID, Lowered::for_good as fn(_, _) -> _),
+        (CapabilitySet::SETUID, Lowered::around_each),
+        // Without the capability a thread can go back to what it was.
+        (NONE, Lowered::for_good),
+        (NONE, Lowered::around_each),
+    ] {
+        let lowered = make(&noting, keep);
+        apart(|| {
+            setfsuid(1000.into());
+            assert_eq!(registered(&lowered), ADMIN | keep);
+            setfsuid(0.into());
+            assert!(sets().effective.contains(FSETID));
+            assert_eq!(registered(&lowered), ADMIN | keep);
+            if keep.contains(CapabilitySet::SETUID) {
+                setfsuid(1000.into());
+                setfsuid(0.into());
+                assert!(sets().effective.contains(FSETID));
+                assert_eq!(registered(&lowered), ADMIN | keep);
+            }
+        });
+        // One that begins with root's ids.
+        apart(|| {
+            assert_eq!(registered(&lowered), ADMIN | keep);
+            setfsuid(1000.into());
+            setfsuid(0.into());
+            assert_eq!(registered(&lowered), ADMIN | keep);
+        });
+    }
     Ok(())
 }
 
@@ -575,6 +591,8 @@ fn dropped_guard_that_cannot_restore(_: &Sandbox) -> Result<(), Failed> {
 
 /// Notes with what it was called.
 struct Panicking<'a>(&'a Mutex<CapabilitySet>);
+
+impl InCallingThread for Panicking<'_> {}
 
 impl Register for Panicking<'_> {
     fn register(&self, _: BorrowedFd<'_>, _: Access) -> Result<BackingId, BackingError> {

@@ -1,7 +1,8 @@
 //! `RegistrarThread`: how it starts, how it ends, and what is left when it dies.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -11,14 +12,18 @@ use fuse_backing::error::{BackingError, RegistrarThreadError, Scope, ServerReaso
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuse_backing::{Access, BackingId, BackingTable, Errno, FuseDevice, Register, ServerFile};
 use libtest_mimic::Failed;
-use rustix::fs::OFlags;
+use nix::unistd::setfsuid;
+use rustix::fs::{OFlags, statvfs};
 use rustix::process::{Pid, getppid};
 use rustix::thread::gettid;
 
-use super::{CONTENT, Noting, Place, assert_closed, known, sets};
+use super::{CONTENT, Device, Noting, Place, assert_closed, known, sets};
+use crate::client;
+use crate::ext4::{self, Ext4};
 use crate::fuse::{Connection, Init};
-use crate::sandbox::{Sandbox, patience_times};
+use crate::sandbox::{Sandbox, patience_times, unmount_when_idle};
 use crate::seccomp::kill_at;
+use crate::thread::apart;
 use crate::{Needs, Test};
 
 pub const TESTS: &[Test] = &[
@@ -26,6 +31,11 @@ pub const TESTS: &[Test] = &[
         "registers_with_what_it_has",
         Needs::Passthrough,
         registers_with_what_it_has,
+    ),
+    (
+        "reserved_blocks_need_another_fsuid",
+        Needs::Passthrough,
+        reserved_blocks_need_another_fsuid,
     ),
     (
         "preparation_that_fails",
@@ -110,6 +120,60 @@ fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(unknown.cause(), BackingError::UnknownId);
     assert_eq!(unknown.into_inner().as_raw(), raw);
     assert_eq!(sets(), before, "of this thread");
+    Ok(())
+}
+
+/// Of ext4, as a stranger fills it. What is left, of what is reserved.
+fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
+    type Registering = fn(Device) -> Box<dyn Register + Send>;
+    if !ext4::is_supported()? {
+        return Ok(());
+    }
+    fn lowered(device: Device) -> Lowered<Device> {
+        Lowered::for_good(device, CapabilitySet::empty())
+    }
+    let with_all_rights: Registering = |device| Box::new(device);
+    let without_capabilities: Registering = |device| Box::new(lowered(device));
+    let as_nobody: Registering = |device| {
+        let prepare = || {
+            let nobody = (u32::MAX - 1).into();
+            setfsuid(nobody);
+            assert_eq!(setfsuid(nobody), nobody);
+            Ok::<(), ()>(())
+        };
+        Box::new(RegistrarThread::spawn(lowered(device), prepare).expect("prepared"))
+    };
+    for (registering, fills) in [
+        (None, false),
+        (Some(as_nobody), false),
+        // The controls. Root's fsuid is enough.
+        (Some(without_capabilities), true),
+        (Some(with_all_rights), true),
+    ] {
+        let ext4 = Ext4::new(sandbox, 6 << 20, &["-O", "^has_journal", "-m", "20"])?;
+        let path = ext4.path().join("file");
+        let file = File::create_new(&path)?;
+        file.set_permissions(Permissions::from_mode(0o666))?;
+        let free = || Ok::<_, Failed>(statvfs(ext4.path())?);
+        let before = free()?;
+        let reserved = before.f_bfree - before.f_bavail;
+        assert!(reserved > 100, "{reserved}");
+        let filled = if let Some(registering) = registering {
+            let place = Place::new(sandbox, Init::passthrough(1), &file)?;
+            let device = place.connection.device();
+            // The thread stays lowered.
+            let id = apart(|| registering(device).register(file.as_fd(), Access::ReadWrite))?;
+            place.answer_with(id);
+            client::run("fill", &[place.connection.path("file").as_os_str()])?
+        } else {
+            client::run("fill", &[path.as_os_str()])?
+        };
+        assert_eq!(filled, "full");
+        let left = free()?.f_bfree;
+        assert_eq!(left < reserved / 2, fills, "{left} of {reserved}");
+        drop(file);
+        unmount_when_idle(ext4.path())?;
+    }
     Ok(())
 }
 

@@ -11,9 +11,9 @@
 //! Mounting takes root. Where the kernel refuses passthrough, being older than Linux 6.9 or in a
 //! container with users of its own, the mirror says why and serves plainly.
 //!
-//! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other calls,
-//! `mirror/fs.rs` about everything else that a filesystem does, `mirror/session.rs` about mounting, `mirror/demo.rs`
-//! about the measurement.
+//! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other
+//! calls, `mirror/fs.rs` about everything else that a filesystem does, `mirror/session.rs` about mounting,
+//! `mirror/demo.rs` about the measurement.
 //!
 //! What differs from the source:
 //!

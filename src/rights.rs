@@ -28,10 +28,10 @@
 //!
 //! # Before there are other threads
 //!
-//! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and their kin change every thread of the process, also these: a
-//! registrar's fsuid becomes the new user's. And if a lowered thread may not make the change that another one makes,
-//! glibc ends the process. Call them before any thread is lowered or prepared. setfsuid(2), setfsgid(2), capset(2) and
-//! Landlock change one thread.
+//! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and their kin change every thread of the process, also
+//! these: a registrar's fsuid becomes the new user's. And if a lowered thread may not make the change that another one
+//! makes, glibc ends the process. Call them before any thread is lowered or prepared. setfsuid(2), setfsgid(2),
+//! capset(2) and Landlock change one thread.
 //!
 //! # `FUSE_HANDLE_KILLPRIV_V2`
 //!

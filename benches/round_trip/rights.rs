@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::thread;
 
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuse_backing::{Access, FuseDevice, Register};
@@ -30,13 +31,13 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let around = Lowered::around_each(device, keep);
     let shared = Arc::new(FuseDevice::new(device.as_fd().try_clone_to_owned()?)?);
     let lowered = || Lowered::for_good(Arc::clone(&shared), keep);
-    let thread = RegistrarThread::spawn(lowered(), || Ok::<(), Infallible>(()))?;
+    let registrar = RegistrarThread::spawn(lowered(), || Ok::<(), Infallible>(()))?;
     let restricted = RegistrarThread::spawn(lowered(), || restrict(Access::ReadOnly))?;
 
     let bursts = Contest::new(PHASES)
         .way(PLAIN, both(device, file))
         .way(AROUND, both(&around, file))
-        .way(THREAD, both(&thread, file))
+        .way(THREAD, both(&registrar, file))
         .way(LANDLOCK, both(&restricted, file))
         .run(rounds);
     let long = report.args().size(20_000);
@@ -44,42 +45,41 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         .way(PLAIN, many(device, file, long))
         .way(AROUND, many(&around, file, long))
         .run(report.args().rounds(100));
-    // Last, since this thread stays lowered.
-    let for_good = Lowered::for_good(device, !CapabilitySet::FSETID);
-    let once = Contest::new(PHASES)
-        .way(PLAIN, both(device, file))
-        .way(FOR_GOOD, both(&for_good, file))
-        .run(rounds);
+    // Each in a thread of its own, which stays lowered. One that keeps CAP_SETUID is looked at each time.
+    let once = |keep| {
+        thread::scope(|scope| {
+            let measured = scope.spawn(move || {
+                let for_good = Lowered::for_good(device, keep);
+                Contest::new(PHASES)
+                    .way(PLAIN, both(device, file))
+                    .way(FOR_GOOD, both(&for_good, file))
+                    .run(rounds)
+            });
+            measured.join().expect("no panic")
+        })
+    };
+    let [once, looked_at] = [keep, CapabilitySet::SETUID].map(once);
 
     let [.., pair] = &bursts;
-    let [open, _, once_pair] = &once;
-    report.comparison_of(
-        "rights-pair",
-        "BACKING_OPEN and BACKING_CLOSE, in turns",
-        pair,
-        "ns",
-        None,
-    );
-    report.comparison_of(
-        "rights-once",
-        "The same, in a thread that is lowered",
-        once_pair,
-        "ns",
-        None,
-    );
-    report.comparison_of(
-        "rights-once-open",
-        "BACKING_OPEN, in a thread that is lowered",
-        open,
-        "ns",
-        None,
-    );
+    let title = "BACKING_OPEN and BACKING_CLOSE, in turns";
+    report.comparison_of("rights-pair", title, pair, "ns", None);
+    for (id, what, [open, _, pair]) in [
+        ("once", "lowered for good", &once),
+        ("looked-at", "lowered for good with CAP_SETUID", &looked_at),
+    ] {
+        report.comparison(&format!("rights-{id}"), &format!("The same, {what}"), pair);
+        let title = format!("BACKING_OPEN, {what}");
+        report.comparison(&format!("rights-{id}-open"), &title, open);
+    }
     report.note(
         "Credentials are freed later (RCU), in the time of whoever comes next: in batches of 64 that is often \
          another way. Those of 20 000 pay for their own.",
     );
     report.comparison("rights-sustained", "The same, 20 000 in a row", &sustained);
-    let (around, once) = (sustained.ratio(AROUND, PLAIN), open.ratio(FOR_GOOD, PLAIN));
+    let (around, once) = (
+        sustained.ratio(AROUND, PLAIN),
+        once[0].ratio(FOR_GOOD, PLAIN),
+    );
     report.at_most(
         "a pair lowered around each, of one with all rights, 20 000 in a row",
         around,

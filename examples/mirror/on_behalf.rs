@@ -60,9 +60,9 @@ fn without_fsetid<T>(kill: bool, call: impl FnOnce() -> Result<T>) -> Result<T> 
     call()
 }
 
-/// Whether the bits go when this client changes a file's data. fuser 0.18 does not pass on what the kernel says of it at
-/// truncation, and of other calls the kernel says nothing. They stay for root, unless it is without `CAP_FSETID`
-/// or is in another PID or user namespace.
+/// Whether the bits go when this client changes a file's data. fuser 0.18 does not pass on what the kernel says of it
+/// at truncation, and of other calls the kernel says nothing. They stay for root, unless it is without `CAP_FSETID` or
+/// is in another PID or user namespace.
 pub(crate) fn kills_setid(req: &Request) -> bool {
     let has_fsetid = |pid| {
         let sets = capabilities(Some(pid));

@@ -240,6 +240,7 @@ enum Lowering {
     Unknown,
     /// These, and the thread can get back no others by itself.
     Final(CapabilitySet),
+    /// It can change its user ids, and get others back that way: it is looked at each time.
     Revocable,
 }
 

@@ -122,8 +122,6 @@ fn fill_mapped(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-type Start = fn(&Sandbox, &Path, Way) -> Result<Mirror, Failed>;
-
 /// What is left of a filesystem, in bytes.
 #[derive(Debug)]
 struct Filled {
@@ -132,13 +130,8 @@ struct Filled {
 }
 
 impl Filled {
-    /// A new one, by way of the server that is started there, if any.
-    fn by(
-        sandbox: &Sandbox,
-        writer: &str,
-        how: &str,
-        server: Option<(Start, Way)>,
-    ) -> Result<Self, Failed> {
+    /// A new one, by way of a mirror, if any.
+    fn by(sandbox: &Sandbox, writer: &str, how: &str, way: Option<Way>) -> Result<Self, Failed> {
         // For as many folders as there are blocks.
         let mkfs = ["-m", "20", "-O", "^has_journal", "-b", "1024", "-N", "4096"];
         let backing = Ext4::new(sandbox, SIZE, &mkfs)?;
@@ -157,7 +150,7 @@ impl Filled {
         let size = stat.f_bavail * stat.f_frsize - (1 << 20);
         fallocate(&ballast, FallocateFlags::empty(), 0, size)?;
 
-        let mirror = server.map(|(start, way)| start(sandbox, backing.path(), way));
+        let mirror = way.map(|way| Mirror::start(sandbox, backing.path(), way));
         let mirror = mirror.transpose()?;
         let place = mirror.as_ref().map_or(backing.path(), Mirror::path);
         let place = place.join("file");
@@ -203,7 +196,7 @@ fn stays(name: &str, how: &str, ways: &[Way]) -> Result<(), Failed> {
                 // The kernel writes the pages later, and does not say whose they are.
                 continue;
             }
-            let mirror = Filled::by(&sandbox, writer, how, Some((Mirror::start, way)))?;
+            let mirror = Filled::by(&sandbox, writer, how, Some(way))?;
             let what = format!("{writer}, {way:?}: {mirror:?}, native {native:?}");
             if how == "write" && writer == "root" && passthrough {
                 // It is nobody who writes.

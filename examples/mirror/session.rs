@@ -107,7 +107,15 @@ impl Mounted {
         let session = Session::from_fd(mirror, fd, SessionACL::All, config)?;
         thread::Builder::new()
             .name("session".to_owned())
-            .spawn(move || drop(events.sender.send(Event::Ended(session.run()))))?;
+            .spawn(move || {
+                // What the kernel says if the mount goes away while a request is being read.
+                let aborted = |error: &io::Error| error.raw_os_error() == Some(libc::ECONNABORTED);
+                let ended = match session.run() {
+                    Err(error) if aborted(&error) => Ok(()),
+                    ended => ended,
+                };
+                drop(events.sender.send(Event::Ended(ended)));
+            })?;
         Ok((mounted, device))
     }
 

@@ -62,6 +62,7 @@ fn nobody_writes(name: &str) -> Result<(), Failed> {
     assert_eq!(client.finish()?, CONTENT);
     assert_eq!(fs::read_to_string(&file)?, CONTENT);
 
+    server.wait_for_open_files(1)?;
     unmount(server.path(), UnmountFlags::empty())?;
     assert_eq!(server.wait_for_end()?, "");
     backing.unmount_when_idle()

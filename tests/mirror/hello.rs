@@ -67,6 +67,8 @@ fn serves_a_directory(name: &str) -> Result<(), Failed> {
     client.proceed()?;
     assert_eq!(client.finish()?, format!("Some({})", libc::EACCES));
 
+    // The directory, and the two files in it.
+    hello.wait_for_open_files(3)?;
     unmount(hello.path(), UnmountFlags::empty())?;
     let said = hello.wait_for_end()?;
     // It says so twice: at INIT, and at the first open.

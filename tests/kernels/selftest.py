@@ -45,6 +45,7 @@ def noticed(name: str, seen: list[str], problem: str | None) -> bool:
 
 def self_test() -> int:
     kernel = next(kernel for kernel in KERNELS if kernel.name == "um-debug")
+    guest.prepare(kernel)
     made = guest.image(kernel)
     leak = made.kernel.parent / "kmemleak-test.ko"
     results = []

@@ -134,6 +134,7 @@ struct Mirror {
 }
 
 impl Mirror {
+    /// In this process, which keeps the capabilities and groups that the mirror gives up: they cost nothing.
     fn start(
         sandbox: &Sandbox,
         source: &Path,

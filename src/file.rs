@@ -206,7 +206,7 @@ pub(crate) struct Looked {
 }
 
 /// `statx(fd)`; or fstat(2), where that is denied.
-fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
+pub(crate) fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
     match statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO) {
         Ok(statx) => Ok(Looked {
             id: FileId {

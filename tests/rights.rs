@@ -5,6 +5,14 @@
 
 #[path = "support/registrar.rs"]
 mod registrar;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::expect_used,
+    reason = "not all of it is of use here"
+)]
+#[path = "support/thread.rs"]
+mod threads;
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -31,6 +39,7 @@ use registrar::{Fake, Registration};
 use rustix::fs::{MemfdFlags, Mode, OFlags, fstat, memfd_create, open};
 use rustix::thread::{CapabilitySets, capabilities, set_capabilities};
 use static_assertions::{assert_impl_all, assert_not_impl_any};
+use threads::apart;
 
 type Thread = RegistrarThread<Lowered<Arc<Fake>>>;
 
@@ -55,12 +64,6 @@ fn file() -> File {
 
 fn sets() -> CapabilitySets {
     capabilities(None).unwrap()
-}
-
-/// In a thread of its own, whose capabilities it may change.
-fn apart<T: Send>(f: impl FnOnce() -> T + Send) -> T {
-    let joined = thread::scope(|scope| scope.spawn(f).join());
-    joined.unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 fn unprepared<R: Register + Send + 'static>(registrar: R) -> RegistrarThread<R> {

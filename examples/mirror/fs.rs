@@ -341,22 +341,22 @@ macro_rules! answer {
 
 impl Filesystem for Mirror {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        let attached = self.device.take().is_some_and(|device| {
+            let attached = opens::attach(&self.files, device, self.killpriv, config);
+            attached.map_err(|why| self.status.refuse(why)).is_ok()
+        });
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
+        // What is written without passthrough, the server sees.
+        if self.killpriv && !attached {
+            add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
+        }
         add(InitFlags::FUSE_PARALLEL_DIROPS);
         // For inodes in server mode: pages of a file that has changed are dropped.
         add(InitFlags::FUSE_AUTO_INVAL_DATA);
         // The kernel is to check the ACLs that the source's files have, not their modes alone.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
-        let attached = self.device.take().is_some_and(|device| {
-            let attached = opens::attach(&self.files, device, self.killpriv, config);
-            attached.map_err(|why| self.status.refuse(why)).is_ok()
-        });
-        // What is written without passthrough, the server sees.
-        if self.killpriv && !attached && offered.contains(InitFlags::FUSE_HANDLE_KILLPRIV_V2) {
-            let _ = config.add_capabilities(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
-        }
         Ok(())
     }
 

@@ -3,11 +3,12 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 
-use rustix::fs::{MemfdFlags, fstat, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
 use crate::access::Access;
 use crate::error::{BackingCloseError, BackingError};
+use crate::file::look_at;
 use crate::id::BackingId;
 use crate::register::{Register, WithoutFsetid};
 
@@ -16,7 +17,7 @@ use crate::register::{Register, WithoutFsetid};
 /// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. A file that a thread may not write is
 /// not written through the ids that it registers: a client that opens it for writing gets `EIO`, whatever the reply
 /// says. That goes for unlinked files, files on overlayfs and files of other mount namespaces too. It needs
-/// nothing of the files' mounts, and costs nothing at each registration.
+/// nothing of the files' mounts, and one statx(2) at each registration.
 ///
 /// So it [enforces grants](Register::enforces_grant), which the table honours: the
 /// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict, such
@@ -108,22 +109,15 @@ impl<R: WithoutFsetid> WithoutFsetid for ByAccess<R> {}
 /// `security/landlock/fs.c`). Of those with files that can be opened again: tmpfs's own mount, of memfds and System V
 /// shared memory, known by the device number of a memfd.
 fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    Ok(device_of(file)? == device_of_memfds()?)
-}
+    /// The same for as long as the machine runs.
+    static DEVICE_OF_MEMFDS: OnceLock<u64> = OnceLock::new();
 
-/// `st_dev`
-fn device_of(file: BorrowedFd<'_>) -> Result<u64, Errno> {
-    #[allow(clippy::unnecessary_cast, reason = "the type differs between targets")]
-    Ok(fstat(file)?.st_dev as u64)
-}
-
-/// The same for as long as the machine runs.
-fn device_of_memfds() -> Result<u64, Errno> {
-    static DEVICE: OnceLock<u64> = OnceLock::new();
-    if let Some(device) = DEVICE.get() {
-        return Ok(*device);
-    }
-    let memfd = memfd_create("fuse-backing", MemfdFlags::CLOEXEC)?;
-    let device = device_of(memfd.as_fd())?;
-    Ok(*DEVICE.get_or_init(|| device))
+    let memfds = if let Some(device) = DEVICE_OF_MEMFDS.get() {
+        *device
+    } else {
+        let memfd = memfd_create("fuse-backing", MemfdFlags::CLOEXEC)?;
+        let device = look_at(memfd.as_fd())?.id.device;
+        *DEVICE_OF_MEMFDS.get_or_init(|| device)
+    };
+    Ok(look_at(file)?.id.device == memfds)
 }

@@ -20,14 +20,12 @@ use fuse_backing::{
     Access, BackingId, Errno, FopenFlags, FuseDevice, InCallingThread, OpenReply, Register, uapi,
 };
 use libtest_mimic::Failed;
-use rustix::fs::{Gid, Uid};
-use rustix::thread::{
-    CapabilitySets, capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
-};
+use rustix::thread::{CapabilitySets, capabilities};
 
 use crate::client::{self, Role};
 use crate::fuse::{Connection, Init, Node};
 use crate::sandbox::Sandbox;
+use crate::thread::become_user;
 
 pub const ROLES: &[(&str, Role)] = &[
     ("stranger", stranger),
@@ -44,10 +42,7 @@ type Device = FuseDevice<Arc<OwnedFd>>;
 /// Who is not root, and where: root can reach the folder, wherever the tests are.
 fn become_stranger(path: &Path) -> Result<&OsStr, Box<dyn std::error::Error>> {
     env::set_current_dir(path.parent().ok_or("no folder")?)?;
-    let (uid, gid) = (Uid::from_raw(1001), Gid::from_raw(1001));
-    set_thread_groups(&[])?;
-    set_thread_res_gid(gid, gid, gid)?;
-    set_thread_res_uid(uid, uid, uid)?;
+    become_user(1001, &[])?;
     assert!(sets().effective.is_empty());
     Ok(path.file_name().unwrap_or_default())
 }

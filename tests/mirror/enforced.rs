@@ -3,21 +3,33 @@
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use libtest_mimic::Failed;
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::Test;
 use crate::backing::Backing;
-use crate::client::{self, Role};
+use crate::client::{self, Client, Role};
 use crate::program;
 use crate::sandbox::Sandbox;
+use crate::seccomp;
 use crate::server::{Mirror, Way};
 use crate::stopped::CONTENT;
 
 pub const TESTS: &[Test] = &[("nobody_writes", nobody_writes)];
 
-pub const ROLES: &[(&str, Role)] = &[("try-to-write", try_to_write)];
+pub const ROLES: &[(&str, Role)] = &[
+    ("try-to-write", try_to_write),
+    ("without-landlock", without_landlock),
+];
+
+/// Becomes the program that the arguments say, which enters no domain and believes that it has.
+fn without_landlock(args: &[String]) -> Result<String, Box<dyn Error>> {
+    seccomp::pretend(libc::SYS_landlock_restrict_self)?;
+    Err(Command::new(&args[0]).args(&args[1..]).exec().into())
+}
 
 /// Reads the file; tries to write in each way; reads it again.
 fn try_to_write(args: &[String]) -> Result<String, Box<dyn Error>> {
@@ -47,23 +59,28 @@ fn nobody_writes(name: &str) -> Result<(), Failed> {
     if !Way::Passthrough.is_passthrough()? {
         // There is nothing to enforce, and it says so.
         let mountpoint = sandbox.folder("mnt")?;
-        let refused = std::process::Command::new(enforced)
-            .args([&file, &mountpoint])
-            .output()?;
+        let refused = Command::new(enforced).args([&file, &mountpoint]).output()?;
         assert!(!refused.status.success());
         return backing.unmount_when_idle();
     }
-    let server = Mirror::spawn(&enforced, &sandbox, &file, Way::Passthrough)?;
-    let path = server.path().join("file");
-    let mut client = client::Client::start("try-to-write", &[path.as_os_str()])?;
-    assert_eq!(client.line()?, CONTENT);
-    let eio = Some(libc::EIO);
-    assert_eq!(client.line()?, format!("{:?}", [eio; 3]));
-    assert_eq!(client.finish()?, CONTENT);
-    assert_eq!(fs::read_to_string(&file)?, CONTENT);
-
-    server.wait_for_open_files(1)?;
-    unmount(server.path(), UnmountFlags::empty())?;
-    assert_eq!(server.wait_for_end()?, "");
+    let mut unenforced = client::command("without-landlock")?;
+    unenforced.arg(&enforced);
+    let (eio, written) = (Some(libc::EIO), CONTENT.replacen('w', "x", 1) + "x");
+    for (command, refused, left) in [
+        (Command::new(&enforced), eio, CONTENT),
+        // The control.
+        (unenforced, None, &written),
+    ] {
+        let server = Mirror::spawn_by(command, &sandbox, &file, Way::Passthrough)?;
+        let path = server.path().join("file");
+        let mut client = Client::start("try-to-write", &[path.as_os_str()])?;
+        assert_eq!(client.line()?, CONTENT);
+        assert_eq!(client.line()?, format!("{:?}", [refused; 3]));
+        assert_eq!(client.finish()?, left);
+        assert_eq!(fs::read_to_string(&file)?, left);
+        server.wait_for_open_files(1)?;
+        unmount(server.path(), UnmountFlags::empty())?;
+        assert_eq!(server.wait_for_end()?, "");
+    }
     backing.unmount_when_idle()
 }

@@ -32,6 +32,13 @@ mod sandbox;
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../support/seccomp.rs"]
 mod seccomp;
+#[allow(
+    dead_code,
+    clippy::expect_used,
+    reason = "not all of it is of use here"
+)]
+#[path = "../support/thread.rs"]
+mod thread;
 
 mod backing;
 mod calls;

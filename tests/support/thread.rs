@@ -1,6 +1,10 @@
-//! What belongs to a thread: capabilities.
+//! What belongs to a thread: capabilities, and ids.
 
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use rustix::fs::{Gid, Uid};
+use rustix::thread::{
+    CapabilitySet, capabilities, set_capabilities, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
 
 /// Runs `f` on a thread that has dropped `CAP_SYS_ADMIN` from its effective set.
 pub fn without_cap_sys_admin<T: Send>(f: impl FnOnce() -> T + Send) -> T {
@@ -20,4 +24,13 @@ pub fn apart<T: Send>(f: impl FnOnce() -> T + Send) -> T {
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Makes this thread that user's, whose group is of the same number, and who is in these groups too.
+pub fn become_user(id: u32, groups: &[u32]) -> rustix::io::Result<()> {
+    let groups: Vec<_> = groups.iter().copied().map(Gid::from_raw).collect();
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    set_thread_groups(&groups)?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)
 }

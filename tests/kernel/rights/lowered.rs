@@ -223,11 +223,14 @@ fn set(change: impl FnOnce(&mut CapabilitySets)) {
     set_capabilities(None, changed).expect("capset");
 }
 
-fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
+fn noting(sandbox: &Sandbox) -> Result<(Connection, Noting, File), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let noting = Noting::new(connection.device());
+    Ok((connection, noting, tempfile::tempfile()?))
+}
+
+fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Failed> {
+    let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
     let keep = CapabilitySet::DAC_OVERRIDE | CapabilitySet::SYS_TIME;
     let lowered = Lowered::around_each(&noting, keep);
@@ -255,10 +258,7 @@ fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Fail
 }
 
 fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let noting = Noting::new(connection.device());
+    let (_connection, noting, file) = noting(sandbox)?;
     for make in [Lowered::around_each, Lowered::for_good] {
         let lowered = make(&noting, CapabilitySet::all());
         let kept = apart(|| {
@@ -273,10 +273,7 @@ fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 fn for_good_lowers_the_thread(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let noting = Noting::new(connection.device());
+    let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
     let wide = Lowered::for_good(&noting, CHOWN | FSETID | CapabilitySet::SYS_TIME);
     let narrow = Lowered::for_good(&noting, NONE);
@@ -334,10 +331,7 @@ fn system_calls(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let noting = Noting::new(connection.device());
+    let (_connection, noting, file) = noting(sandbox)?;
     let lowered = Lowered::for_good(&noting, NONE);
     let registered = || {
         lowered.unregister(by(&lowered, &file)).expect("closed");
@@ -362,10 +356,7 @@ fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), 
 
 /// What a guard promises holds while it lives, whether or not there was something to change.
 fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let noting = Noting::new(connection.device());
+    let (_connection, noting, file) = noting(sandbox)?;
     let lowered = Lowered::for_good(&noting, NONE);
     apart(|| {
         let raised = CapabilityGuard::with(FSETID).expect("permitted");
@@ -439,13 +430,9 @@ fn raised_to_what_is_not_permitted(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The kernel makes permitted capabilities effective when the fsuid becomes 0, and tells nobody.
 /// At setfsuid(2) to 0 the kernel makes permitted capabilities effective.
 fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(), Failed> {
-    let tmpfs = sandbox.tmpfs()?;
-    let file = tmpfs.file("file", CONTENT)?;
-    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
-    let noting = Noting::new(connection.device());
+    let (_connection, noting, file) = noting(sandbox)?;
     let registered = |lowered: &Lowered<&Noting>| {
         lowered.unregister(by(lowered, &file)).expect("closed");
         noting.effective()

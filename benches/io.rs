@@ -53,6 +53,8 @@ mod status;
 #[allow(dead_code, unused_imports, reason = "not all of it is of use here")]
 #[path = "support/mod.rs"]
 mod support;
+#[path = "../examples/mirror/waits.rs"]
+mod waits;
 
 use std::error::Error;
 use std::fs::File;

@@ -41,11 +41,12 @@
 //!   lookups in a larger tree fail with `EMFILE`.
 
 use std::error::Error;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use fuse_backing::init::MaxStackDepth;
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
@@ -72,6 +73,8 @@ mod session;
 mod source;
 #[path = "mirror/status.rs"]
 mod status;
+#[path = "mirror/waits.rs"]
+mod waits;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -79,8 +82,12 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const GRACE: Duration = Duration::from_secs(5);
 
 const USAGE: &str = "\
-usage: mirror [--no-passthrough | --no-killpriv] SRC MNT   serve the directory SRC at MNT
-       mirror                                              demonstrate passthrough (as root)";
+usage: mirror [OPTIONS] SRC MNT   serve the directory SRC at MNT
+       mirror                     demonstrate passthrough (as root)
+options: --no-passthrough   serve through plain FUSE
+         --no-killpriv      have the kernel ask before each write, which is slow
+         --depth 1          permit a filesystem that is stacked on MNT, like overlayfs; SRC cannot be on one then
+         --ttl SECONDS      let the kernel keep names and attributes so long, also if they change in SRC";
 
 enum Command {
     Help,
@@ -133,6 +140,18 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
             Some("--help" | "-h") => return Ok(Command::Help),
             Some("--no-passthrough") => options.passthrough = false,
             Some("--no-killpriv") => options.killpriv = false,
+            Some("--depth") => {
+                options.depth = match args.next().as_deref().and_then(OsStr::to_str) {
+                    Some("1") => MaxStackDepth::One,
+                    Some("2") => MaxStackDepth::Two,
+                    _ => return Err("--depth takes 1 or 2".into()),
+                }
+            }
+            Some("--ttl") => {
+                let seconds = args.next().and_then(|arg| arg.to_str()?.parse().ok());
+                let ttl = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+                options.ttl = ttl.ok_or("--ttl takes a number of seconds")?;
+            }
             Some(client @ ("--read" | "--open" | "--hold")) => {
                 let path = args.next().ok_or(format!("{client} takes a path"))?;
                 return Ok(match client {

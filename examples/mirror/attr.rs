@@ -1,27 +1,28 @@
-//! Attributes: from stat(2) to the kernel's, and times both ways.
+//! Attributes: from statx(2) to the kernel's, and times both ways.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, INodeNo, TimeOrNow};
-use rustix::fs::{FileType, Stat, Timespec, UTIME_NOW, UTIME_OMIT};
+use rustix::fs::{FileType, Statx, StatxTimestamp, Timespec, UTIME_NOW, UTIME_OMIT, makedev};
 
-/// The attributes of the source file, under the nodeid that the kernel knows it by.
-pub(crate) fn attr(nodeid: INodeNo, stat: &Stat) -> FileAttr {
+/// The attributes of a source file, under the number that the kernel is told.
+pub(crate) fn attr(number: INodeNo, stat: &Statx) -> FileAttr {
+    let mode = stat.stx_mode.into();
     FileAttr {
-        ino: nodeid,
-        size: stat.st_size as u64,
-        blocks: stat.st_blocks as u64,
-        atime: system_time(stat.st_atime, stat.st_atime_nsec as u32),
-        mtime: system_time(stat.st_mtime, stat.st_mtime_nsec as u32),
-        ctime: system_time(stat.st_ctime, stat.st_ctime_nsec as u32),
+        ino: number,
+        size: stat.stx_size,
+        blocks: stat.stx_blocks,
+        atime: system_time(&stat.stx_atime),
+        mtime: system_time(&stat.stx_mtime),
+        ctime: system_time(&stat.stx_ctime),
         crtime: UNIX_EPOCH, // macOS only, as `flags` is
-        kind: kind(FileType::from_raw_mode(stat.st_mode)).unwrap_or(fuser::FileType::RegularFile),
-        perm: (stat.st_mode & 0o7777) as u16,
-        nlink: stat.st_nlink as u32,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        rdev: stat.st_rdev as u32,
-        blksize: stat.st_blksize as u32,
+        kind: kind(FileType::from_raw_mode(mode)).unwrap_or(fuser::FileType::RegularFile),
+        perm: stat.stx_mode & 0o7777,
+        nlink: stat.stx_nlink,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        rdev: makedev(stat.stx_rdev_major, stat.stx_rdev_minor) as u32,
+        blksize: stat.stx_blksize,
         flags: 0,
     }
 }
@@ -62,12 +63,12 @@ pub(crate) fn timespec(time: Option<TimeOrNow>) -> Timespec {
     }
 }
 
-fn system_time(seconds: i64, nanoseconds: u32) -> SystemTime {
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let second = if seconds < 0 {
+fn system_time(time: &StatxTimestamp) -> SystemTime {
+    let whole = Duration::from_secs(time.tv_sec.unsigned_abs());
+    let second = if time.tv_sec < 0 {
         UNIX_EPOCH - whole
     } else {
         UNIX_EPOCH + whole
     };
-    second + Duration::from_nanos(nanoseconds.into())
+    second + Duration::from_nanos(time.tv_nsec.into())
 }

@@ -27,33 +27,58 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
 use crate::dirs::Dirs;
-use crate::inodes::{Inode, Inodes};
-use crate::on_behalf;
+use crate::inodes::{Found, Inode, Inodes};
+use crate::on_behalf::{self, Client};
 use crate::opens::{self, Device, Files, OpenFile};
+use crate::session::Options;
 use crate::source::{self, proc_path};
 use crate::status::Status;
+use crate::waits::Waits;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// Nothing is cached: the source may change behind the mirror, and passthrough writes change it
-/// without a word to the server.
-const TTL: Duration = Duration::ZERO;
+/// Becomes a tick of the kernel's clock: attributes that have just come with a lookup need not be asked for again.
+const TICK: Duration = Duration::from_nanos(1);
 
-/// Nodeids are never reused, see [`Inodes`].
+/// A nodeid is that of one file for as long as the kernel knows it, see [`Inodes`].
 const GENERATION: Generation = Generation(0);
 
-/// The inode number of a directory entry that the kernel was not told of. libfuse's choice too.
-const UNKNOWN_INODE: INodeNo = INodeNo(0xffff_ffff);
-
 const ACCESS_ACL: &str = "system.posix_acl_access";
+
+/// The id in the type that fuser's reply wants it in: `lend!(reply, id)`. That type would close the id when it
+/// is dropped, so it is to be taken apart with `into_raw`.
+macro_rules! lend {
+    ($reply:ident, $id:ident) => {{
+        #[allow(
+            unsafe_code,
+            reason = "fuser cannot check an id that it did not register"
+        )]
+        // SAFETY: `Files` registered the id with the device of this session, and keeps it open until the
+        // RELEASE of the very open that is being answered.
+        unsafe {
+            $reply.wrap_backing($id as u32)
+        }
+    }};
+}
+
+/// Sends what the call returned: `answer!(reply, result, |value| reply.method(value))`.
+macro_rules! answer {
+    ($reply:ident, $result:expr, |$value:pat_param| $send:expr) => {
+        match $result {
+            Ok($value) => $send,
+            Err(errno) => $reply.error(fuse_errno(errno)),
+        }
+    };
+}
 
 pub(crate) struct Mirror {
     inodes: Inodes,
     files: Arc<Files>,
     dirs: Dirs,
+    waits: Waits,
     /// Until INIT, if passthrough is wanted.
     device: Option<Device>,
-    killpriv: bool,
+    options: Options,
     /// Files that were opened with `O_DIRECT` can be mapped all the same.
     can_map_direct: bool,
     /// The kernel checks POSIX ACLs, and leaves the umask to the server.
@@ -62,63 +87,57 @@ pub(crate) struct Mirror {
 }
 
 impl Mirror {
-    /// `source` is an fd of the directory that becomes the root, `device` that of the session to
-    /// come, if passthrough is wanted.
-    pub(crate) fn new(source: OwnedFd, device: Option<Device>, killpriv: bool) -> Result<Self> {
-        let files = Arc::new(Files::default());
-        let status = Arc::new(Status::of(Arc::downgrade(&files)));
+    /// `device` is that of the session to come, if passthrough is wanted.
+    pub(crate) fn new(
+        inodes: Inodes,
+        files: Arc<Files>,
+        device: Option<Device>,
+        options: Options,
+        status: Arc<Status>,
+    ) -> std::io::Result<Self> {
         Ok(Self {
-            inodes: Inodes::new(source)?,
+            inodes,
             files,
             dirs: Dirs::default(),
+            waits: Waits::new()?,
             device,
-            killpriv,
+            options,
             can_map_direct: false,
             acl: false,
             status,
         })
     }
 
-    pub(crate) fn status(&self) -> Arc<Status> {
-        Arc::clone(&self.status)
-    }
-
     /// One lookup of `name`, to be replied to.
-    fn find(&self, parent: &Inode, name: &OsStr) -> Result<FileAttr> {
-        self.remember(source::path_fd(parent, name)?)
+    fn find(&self, parent: &Inode, name: &OsStr) -> Result<Found> {
+        let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        match self.inodes.again(parent, &stat) {
+            Some(found) => Ok(found),
+            None => self.inodes.remember(parent, source::path_fd(parent, name)?),
+        }
     }
 
-    fn remember(&self, fd: OwnedFd) -> Result<FileAttr> {
-        let (nodeid, stat) = self.inodes.remember(fd)?;
-        Ok(attr(nodeid, &stat))
+    /// The attributes that come with an entry, and how long the kernel may keep them.
+    fn entry(&self, found: &Found) -> (FileAttr, Duration) {
+        let attr = attr(found.nodeid, &found.stat);
+        // It keeps no others: it asks at once, and gets the right number.
+        let ttl = found.is_current.then_some(self.options.ttl);
+        (attr, ttl.unwrap_or(Duration::ZERO))
     }
 
-    fn attributes(&self, nodeid: INodeNo) -> Result<FileAttr> {
-        let inode = self.inodes.get(nodeid)?;
-        Ok(attr(nodeid, &rustix::fs::fstat(&inode)?))
+    fn reply_entry(&self, reply: ReplyEntry, found: Result<Found>) {
+        answer!(reply, found, |found| {
+            let (attr, ttl) = self.entry(&found);
+            let ttl = if found.is_current { ttl.max(TICK) } else { ttl };
+            reply.entry_with_ttls(&ttl, &self.options.ttl, &attr, GENERATION);
+        });
     }
 
     /// The mode for a new file in `parent`. A default ACL takes the place of the umask.
     fn creation_mode(&self, parent: &Inode, mode: u32, umask: u32) -> Mode {
         // Without ACL support the kernel has applied the umask already.
-        if !self.acl || source::has_default_acl(parent) {
-            Mode::from_raw_mode(mode)
-        } else {
-            Mode::from_raw_mode(mode & !umask)
-        }
-    }
-
-    /// Opens a file that the kernel knows. The server opens it itself first, with the client's
-    /// flags: that is where ETXTBSY, EROFS or EINVAL come from, which the kernel's own open of the
-    /// backing file would turn into EIO.
-    fn open_file(&self, nodeid: INodeNo, flags: OFlags) -> Result<Opened> {
-        let inode = self.inodes.get(nodeid)?;
-        let file = rustix::fs::open(
-            proc_path(&inode),
-            source::server_flags(flags),
-            Mode::empty(),
-        )?;
-        self.opened(nodeid, &inode, file, flags)
+        let takes_umask = self.acl && mode & umask != 0 && !source::has_default_acl(parent);
+        Mode::from_raw_mode(if takes_umask { mode & !umask } else { mode })
     }
 
     fn create_file(
@@ -128,7 +147,7 @@ impl Mirror {
         name: &OsStr,
         mode: (u32, u32),
         flags: OFlags,
-    ) -> Result<(FileAttr, Opened)> {
+    ) -> Result<(Found, Opened)> {
         let parent = self.inodes.get(parent)?;
         let mode = self.creation_mode(&parent, mode.0, mode.1);
         // Always exclusively: nobody has checked the client's permissions on a file that exists.
@@ -137,81 +156,38 @@ impl Mirror {
         let exclusive = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let exclusively = source::server_flags(flags) | exclusive;
         let open = || rustix::fs::openat(&parent, name, exclusively, mode);
-        let file = on_behalf::make(req, open).map_err(|errno| match errno {
+        let file = on_behalf::make(req.into(), open).map_err(|errno| match errno {
             Errno::EXIST if !flags.contains(OFlags::EXCL) => Errno::STALE,
             errno => errno,
         })?;
-        self.created(file, flags).inspect_err(|_| {
+        self.created(&parent, file, flags).inspect_err(|_| {
             let _ = rustix::fs::unlinkat(&parent, name, AtFlags::empty());
         })
     }
 
-    fn created(&self, file: OwnedFd, flags: OFlags) -> Result<(FileAttr, Opened)> {
-        let attr = self.remember(source::path_fd_of(&file)?)?;
+    fn created(&self, parent: &Inode, file: OwnedFd, flags: OFlags) -> Result<(Found, Opened)> {
+        let found = self.inodes.remember(parent, source::path_fd_of(&file)?)?;
+        let nodeid = found.nodeid;
         let opened = self
             .inodes
-            .get(attr.ino)
-            .and_then(|inode| self.opened(attr.ino, &inode, file, flags))
-            .inspect_err(|_| self.inodes.forget(attr.ino, 1))?;
-        Ok((attr, opened))
+            .get(nodeid)
+            .and_then(|inode| {
+                let (files, can_map_direct) = (&self.files, self.can_map_direct);
+                opens::opened(files, nodeid, &inode, file, flags, can_map_direct)
+            })
+            .inspect_err(|_| self.forget_lookups(nodeid, 1))?;
+        Ok((found, opened))
     }
 
-    fn opened(
-        &self,
-        nodeid: INodeNo,
-        inode: &Inode,
-        file: OwnedFd,
-        flags: OFlags,
-    ) -> Result<Opened> {
-        // The server reads and writes what the page cache asks for, at any alignment and offset.
-        // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
-        if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {
-            if let Ok(set) = rustix::fs::fcntl_getfl(&file) {
-                let _ = rustix::fs::fcntl_setfl(&file, set - OFlags::DIRECT - OFlags::APPEND);
-            }
-        }
-        let asked = opens::reply_flags(flags, self.can_map_direct);
-        let file = opens::opened(inode, file, flags);
-        Ok(self.files.open(&nodeid, flags, file, asked)?)
+    fn forget_lookups(&self, nodeid: INodeNo, lookups: u64) {
+        // Another file may get the nodeid.
+        let forget = || self.files.table().forget(&nodeid);
+        self.inodes.forget(nodeid, lookups, forget);
     }
 
     /// An open file.
     fn handle(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
         self.files.get(handle.0).ok_or(Errno::BADF)
-    }
-
-    fn set_attributes(&self, req: &Request, nodeid: INodeNo, set: &SetAttr) -> Result<FileAttr> {
-        let inode = self.inodes.get(nodeid)?;
-        // The owner before the mode, since a change of owner takes setuid and setgid away; the size
-        // before the times, since it sets them.
-        if set.uid.is_some() || set.gid.is_some() {
-            let (uid, gid) = (set.uid.map(Uid::from_raw), set.gid.map(Gid::from_raw));
-            let group = rustix::fs::fstat(&inode)?.st_gid;
-            on_behalf::change_rights(req, group, || {
-                rustix::fs::chownat(&inode, "", uid, gid, AtFlags::EMPTY_PATH)
-            })?;
-        }
-        if let Some(mode) = set.mode {
-            rustix::fs::chmod(proc_path(&inode), Mode::from_raw_mode(mode))?;
-        }
-        if let Some(size) = set.size {
-            let truncate = |file: &OwnedFd| {
-                let kill = on_behalf::kills_setid(req);
-                on_behalf::write(req, kill, || rustix::fs::ftruncate(file, size))
-            };
-            match set.handle {
-                Some(handle) => truncate(&self.handle(handle)?.file)?,
-                None => truncate(&source::open_for_writing(&inode)?)?,
-            }
-        }
-        if set.atime.is_some() || set.mtime.is_some() {
-            let times = Timestamps {
-                last_access: timespec(set.atime),
-                last_modification: timespec(set.mtime),
-            };
-            rustix::fs::utimensat(&inode, "", &times, AtFlags::EMPTY_PATH)?;
-        }
-        self.attributes(nodeid)
     }
 
     fn open_dir(&self, nodeid: INodeNo) -> Result<FileHandle> {
@@ -227,6 +203,7 @@ impl Mirror {
         let dir = self.dirs.get(handle)?;
         let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
         let dev = rustix::fs::fstat(&*dir)?.st_dev;
+        let numbers = self.inodes.numbers();
         rustix::fs::seek(&*dir, SeekFrom::Start(offset))?;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut entries = RawDir::new(&*dir, &mut buffer);
@@ -240,12 +217,9 @@ impl Mirror {
             }) else {
                 continue; // Gone in the meantime.
             };
-            let nodeid = self
-                .inodes
-                .nodeid(dev, entry.ino())
-                .unwrap_or(UNKNOWN_INODE);
+            let number = numbers.of_entry(dev, entry.ino());
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
-            if reply.add(nodeid, entry.next_entry_cookie(), kind, name) {
+            if reply.add(number, entry.next_entry_cookie(), kind, name) {
                 break;
             }
         }
@@ -276,7 +250,7 @@ impl Mirror {
             return on_behalf::write_pages(|| rustix::io::pwrite(&open.file, data, offset));
         }
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
-        on_behalf::write(req, kill, || {
+        on_behalf::write(req.into(), kill, || {
             if open_flags.contains(OFlags::APPEND) {
                 // The kernel's idea of where the file ends may be old.
                 let data = [std::io::IoSlice::new(data)];
@@ -299,6 +273,47 @@ struct SetAttr {
     handle: Option<FileHandle>,
 }
 
+impl SetAttr {
+    /// EAGAIN while a lease is being broken; nothing was changed then.
+    fn apply(&self, client: Client, inode: &Inode, files: &Files) -> Result<()> {
+        let handle = self
+            .handle
+            .map(|handle| files.get(handle.0).ok_or(Errno::BADF));
+        let handle = handle.transpose()?;
+        let opened = match (self.size, &handle) {
+            (Some(_), None) => Some(source::open_for_writing(inode)?),
+            _ => None,
+        };
+        // The owner before the mode, since a change of owner takes setuid and setgid away; the size
+        // before the times, since it sets them.
+        if self.uid.is_some() || self.gid.is_some() {
+            let (uid, gid) = (self.uid.map(Uid::from_raw), self.gid.map(Gid::from_raw));
+            let group = rustix::fs::fstat(inode)?.st_gid;
+            on_behalf::change_rights(client, group, || {
+                rustix::fs::chownat(inode, "", uid, gid, AtFlags::EMPTY_PATH)
+            })?;
+        }
+        if let Some(mode) = self.mode {
+            rustix::fs::chmod(proc_path(inode), Mode::from_raw_mode(mode))?;
+        }
+        let file = opened
+            .as_ref()
+            .or(handle.as_ref().map(|handle| &handle.file));
+        if let (Some(size), Some(file)) = (self.size, file) {
+            let kill = on_behalf::kills_setid(client);
+            on_behalf::write(client, kill, || rustix::fs::ftruncate(file, size))?;
+        }
+        if self.atime.is_some() || self.mtime.is_some() {
+            let times = Timestamps {
+                last_access: timespec(self.atime),
+                last_modification: timespec(self.mtime),
+            };
+            rustix::fs::utimensat(inode, "", &times, AtFlags::EMPTY_PATH)?;
+        }
+        Ok(())
+    }
+}
+
 /// The bit pattern of a request's open flags.
 fn open_flags(client: i32) -> OFlags {
     OFlags::from_bits_retain(client as u32)
@@ -313,42 +328,16 @@ fn fuse_errno(errno: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno.raw_os_error())
 }
 
-/// The id in the type that fuser's reply wants it in: `lend!(reply, id)`. That type would close the id when it
-/// is dropped, so it is to be taken apart with `into_raw`.
-macro_rules! lend {
-    ($reply:ident, $id:ident) => {{
-        #[allow(
-            unsafe_code,
-            reason = "fuser cannot check an id that it did not register"
-        )]
-        // SAFETY: `Files` registered the id with the device of this session, and keeps it open until the
-        // RELEASE of the very open that is being answered.
-        unsafe {
-            $reply.wrap_backing($id as u32)
-        }
-    }};
-}
-
-/// Sends what the call returned: `answer!(reply, result, |value| reply.method(value))`.
-macro_rules! answer {
-    ($reply:ident, $result:expr, |$value:pat_param| $send:expr) => {
-        match $result {
-            Ok($value) => $send,
-            Err(errno) => $reply.error(fuse_errno(errno)),
-        }
-    };
-}
-
 impl Filesystem for Mirror {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let attached = self.device.take().is_some_and(|device| {
-            let attached = opens::attach(&self.files, device, self.killpriv, config);
+            let attached = opens::attach(&self.files, device, self.options, config);
             attached.map_err(|why| self.status.refuse(why)).is_ok()
         });
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
         // What is written without passthrough, the server sees.
-        if self.killpriv && !attached {
+        if self.options.killpriv && !attached {
             add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
         add(InitFlags::FUSE_PARALLEL_DIROPS);
@@ -365,16 +354,23 @@ impl Filesystem for Mirror {
             .inodes
             .get(parent)
             .and_then(|parent| self.find(&parent, name));
-        answer!(reply, found, |attr| reply.entry(&TTL, &attr, GENERATION));
+        self.reply_entry(reply, found);
     }
 
     // BATCH_FORGET comes here too, one by one.
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        self.inodes.forget(ino, nlookup);
+        self.forget_lookups(ino, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        answer!(reply, self.attributes(ino), |attr| reply.attr(&TTL, &attr));
+        let stat = self
+            .inodes
+            .get(ino)
+            .and_then(|inode| source::attributes(&inode));
+        answer!(reply, stat, |stat| {
+            let number = self.inodes.numbers().of(&stat);
+            reply.attr(&self.options.ttl, &attr(number, &stat));
+        });
     }
 
     fn setattr(
@@ -404,8 +400,18 @@ impl Filesystem for Mirror {
             mtime,
             handle: fh,
         };
-        let attr = self.set_attributes(req, ino, &set);
-        answer!(reply, attr, |attr| reply.attr(&TTL, &attr));
+        let (client, files) = (Client::from(req), Arc::clone(&self.files));
+        let (numbers, ttl) = (self.inodes.numbers(), self.options.ttl);
+        let inode = self.inodes.get(ino);
+        let set = move || {
+            let inode = inode.as_ref().map_err(|&errno| errno)?;
+            set.apply(client, inode, &files)?;
+            source::attributes(inode)
+        };
+        self.waits.answer(true, set, move |stat| {
+            answer!(reply, stat, |stat| reply
+                .attr(&ttl, &attr(numbers.of(&stat), &stat)));
+        });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
@@ -426,14 +432,14 @@ impl Filesystem for Mirror {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let attr = self.inodes.get(parent).and_then(|parent| {
+        let made = self.inodes.get(parent).and_then(|parent| {
             let file_type = FileType::from_raw_mode(mode);
             let mode = self.creation_mode(&parent, mode, umask);
             let mknod = || rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into());
-            on_behalf::make(req, mknod)?;
+            on_behalf::make(req.into(), mknod)?;
             self.find(&parent, name)
         });
-        answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
+        self.reply_entry(reply, made);
     }
 
     fn mkdir(
@@ -445,12 +451,12 @@ impl Filesystem for Mirror {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        let attr = self.inodes.get(parent).and_then(|parent| {
+        let made = self.inodes.get(parent).and_then(|parent| {
             let mode = self.creation_mode(&parent, mode, umask);
-            on_behalf::make(req, || rustix::fs::mkdirat(&parent, name, mode))?;
+            on_behalf::make(req.into(), || rustix::fs::mkdirat(&parent, name, mode))?;
             self.find(&parent, name)
         });
-        answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
+        self.reply_entry(reply, made);
     }
 
     fn symlink(
@@ -461,11 +467,13 @@ impl Filesystem for Mirror {
         target: &Path,
         reply: ReplyEntry,
     ) {
-        let attr = self.inodes.get(parent).and_then(|parent| {
-            on_behalf::make(req, || rustix::fs::symlinkat(target, &parent, link_name))?;
+        let made = self.inodes.get(parent).and_then(|parent| {
+            on_behalf::make(req.into(), || {
+                rustix::fs::symlinkat(target, &parent, link_name)
+            })?;
             self.find(&parent, link_name)
         });
-        answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
+        self.reply_entry(reply, made);
     }
 
     fn link(
@@ -476,16 +484,16 @@ impl Filesystem for Mirror {
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        let attr = self.inodes.get(ino).and_then(|inode| {
+        let made = self.inodes.get(ino).and_then(|inode| {
             let parent = self.inodes.get(newparent)?;
             let follow = AtFlags::SYMLINK_FOLLOW;
             let path = proc_path(&inode);
-            on_behalf::make(req, || {
+            on_behalf::make(req.into(), || {
                 rustix::fs::linkat(CWD, path, &parent, newname, follow)
             })?;
             self.find(&parent, newname)
         });
-        answer!(reply, attr, |attr| reply.entry(&TTL, &attr, GENERATION));
+        self.reply_entry(reply, made);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -517,7 +525,7 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(parent).and_then(|parent| {
             let newparent = self.inodes.get(newparent)?;
             let flags = RenameFlags::from_bits_retain(flags.bits());
-            on_behalf::make(req, || {
+            on_behalf::make(req.into(), || {
                 rustix::fs::renameat_with(&parent, name, &newparent, newname, flags)
             })
         });
@@ -525,15 +533,23 @@ impl Filesystem for Mirror {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
-        let opened = self.open_file(ino, open_flags(flags.0));
-        answer!(reply, opened, |opened| {
-            let (handle, flags) = fuser_fields(&opened);
-            let Some(id) = opened.backing_id else {
-                return reply.opened(handle, flags);
-            };
-            let lent = lend!(reply, id);
-            reply.opened_passthrough(handle, flags, &lent);
-            let _ = lent.into_raw();
+        let (files, flags) = (Arc::clone(&self.files), open_flags(flags.0));
+        let (inode, can_map_direct) = (self.inodes.get(ino), self.can_map_direct);
+        let open = move || {
+            let inode = inode.as_ref().map_err(|&errno| errno)?;
+            opens::open(&files, ino, inode, flags, can_map_direct)
+        };
+        let waits = !flags.contains(OFlags::NONBLOCK);
+        self.waits.answer(waits, open, |opened| {
+            answer!(reply, opened, |opened| {
+                let (handle, flags) = fuser_fields(&opened);
+                let Some(id) = opened.backing_id else {
+                    return reply.opened(handle, flags);
+                };
+                let lent = lend!(reply, id);
+                reply.opened_passthrough(handle, flags, &lent);
+                let _ = lent.into_raw();
+            });
         });
     }
 
@@ -548,13 +564,14 @@ impl Filesystem for Mirror {
         reply: ReplyCreate,
     ) {
         let created = self.create_file(req, parent, name, (mode, umask), open_flags(flags));
-        answer!(reply, created, |(attr, opened)| {
+        answer!(reply, created, |(found, opened)| {
+            let (attr, ttl) = self.entry(&found);
             let (handle, flags) = fuser_fields(&opened);
             let Some(id) = opened.backing_id else {
-                return reply.created(&TTL, &attr, GENERATION, handle, flags);
+                return reply.created(&ttl, &attr, GENERATION, handle, flags);
             };
             let lent = lend!(reply, id);
-            reply.created_passthrough(&TTL, &attr, GENERATION, handle, flags, &lent);
+            reply.created_passthrough(&ttl, &attr, GENERATION, handle, flags, &lent);
             let _ = lent.into_raw();
         });
     }
@@ -591,18 +608,6 @@ impl Filesystem for Mirror {
         let flags = (open_flags(flags.0), write_flags);
         let written = self.write_at(req, fh, offset, data, flags);
         answer!(reply, written, |written| reply.written(written as u32));
-    }
-
-    fn flush(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        _fh: FileHandle,
-        _lock_owner: LockOwner,
-        reply: ReplyEmpty,
-    ) {
-        // The server holds back no writes, and locks are the kernel's.
-        reply.ok();
     }
 
     fn release(
@@ -707,9 +712,9 @@ impl Filesystem for Mirror {
         let done = self.inodes.get(ino).and_then(|inode| {
             let flags = XattrFlags::from_bits_retain(flags as u32);
             let set = || rustix::fs::setxattr(proc_path(&inode), name, value, flags);
-            on_behalf::make(req, || {
+            on_behalf::make(req.into(), || {
                 if name == ACCESS_ACL {
-                    on_behalf::change_rights(req, rustix::fs::fstat(&inode)?.st_gid, set)
+                    on_behalf::change_rights(req.into(), rustix::fs::fstat(&inode)?.st_gid, set)
                 } else {
                     set()
                 }
@@ -761,7 +766,7 @@ impl Filesystem for Mirror {
     ) {
         let done = self.handle(fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
-            on_behalf::write(req, on_behalf::kills_setid(req), || {
+            on_behalf::write(req.into(), on_behalf::kills_setid(req.into()), || {
                 rustix::fs::fallocate(&open.file, mode, offset, length)
             })
         });
@@ -807,7 +812,7 @@ impl Filesystem for Mirror {
         let copied = self.handle(fh_in).and_then(|from| {
             let to = self.handle(fh_out)?;
             let (at, into) = (Some(&mut offset_in), Some(&mut offset_out));
-            on_behalf::write(req, on_behalf::kills_setid(req), || {
+            on_behalf::write(req.into(), on_behalf::kills_setid(req.into()), || {
                 rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)
             })
         });

@@ -1,27 +1,70 @@
 //! The inodes that the kernel knows, each held by an `O_PATH` fd.
+//!
+//! Three numbers are kept apart. The [`Key`] tells files from each other on this machine. The nodeid is what the kernel
+//! calls a file, from its first lookup to FORGET. The inode number is what stat(2) reports: it has to stay the same
+//! when the kernel forgets a file and looks it up again, or cp, rm, tar and git take it for another one.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use fuser::INodeNo;
-use rustix::fs::{Stat, fstat};
+use rustix::fs::{AtFlags, Statx, StatxAttributes, inotify, makedev};
 use rustix::io::Errno;
 
-/// What a file is on this machine. It cannot be reused while an fd of the file is open.
+use crate::source;
+
+/// What a file is, and by which mount it is reached: mounts of one filesystem differ in what they permit.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
-    dev: u64,
-    ino: u64,
+    mount: u64,
+    file: File,
 }
 
-impl Key {
-    fn of(stat: &Stat) -> Self {
-        Self {
-            dev: stat.st_dev,
-            ino: stat.st_ino,
-        }
+/// Not to be reused while an fd of the file is open.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum File {
+    /// The root of its mount. A filesystem that hangs need not be asked for more.
+    Root,
+    /// `st_dev` and `st_ino`, where they tell files apart.
+    Number(u64, u64),
+    /// A watch descriptor of inotify(7), where they do not: on overlayfs two names of a lower file have one number, and
+    /// are two files as soon as one is written; and a file's number changes when it is copied up. The kernel has one
+    /// watch for each inode, whatever its number.
+    Watch(i32),
+}
+
+/// The inode numbers that are reported.
+#[derive(Clone, Copy)]
+pub(crate) struct Numbers {
+    /// The filesystem of the root. Its files keep their numbers.
+    dev: u64,
+}
+
+impl Numbers {
+    pub(crate) fn of(self, stat: &Statx) -> INodeNo {
+        let (dev, ino) = identity(stat);
+        self.of_entry(dev, ino)
     }
+
+    /// Files of other filesystems within the source get numbers that are far from those of the source.
+    pub(crate) fn of_entry(self, dev: u64, ino: u64) -> INodeNo {
+        if dev == self.dev {
+            return INodeNo(ino);
+        }
+        let mut hasher = DefaultHasher::new();
+        dev.hash(&mut hasher);
+        INodeNo(ino ^ hasher.finish() << 32)
+    }
+}
+
+/// What a lookup has found.
+pub(crate) struct Found {
+    pub(crate) nodeid: INodeNo,
+    pub(crate) stat: Statx,
+    /// The nodeid is the inode number as well, and what `stat` says is not older than the lookup.
+    pub(crate) is_current: bool,
 }
 
 /// An inode of the source tree. Everything done to it goes through its fd, never through a path
@@ -29,12 +72,48 @@ impl Key {
 pub(crate) struct Inode {
     fd: OwnedFd,
     key: Key,
+    identity: (u64, u64),
+    /// Whether numbers tell files apart on this filesystem, as far as anybody asked.
+    numbered: OnceLock<bool>,
 }
 
 impl Inode {
-    /// `st_dev` and `st_ino`.
+    fn new(fd: OwnedFd, key: Key, stat: &Statx) -> Self {
+        Self {
+            fd,
+            key,
+            identity: identity(stat),
+            numbered: match key.file {
+                File::Root => OnceLock::new(),
+                File::Number(..) => OnceLock::from(true),
+                File::Watch(_) => OnceLock::from(false),
+            },
+        }
+    }
+
+    /// `st_dev` and `st_ino`, as they were at the first lookup.
     pub(crate) fn identity(&self) -> (u64, u64) {
-        (self.key.dev, self.key.ino)
+        self.identity
+    }
+
+    fn has_filesystem_of(&self, stat: &Statx) -> bool {
+        self.identity.0 == identity(stat).0
+    }
+
+    /// The key of a file in this directory, if it takes no system call.
+    fn key_below(&self, stat: &Statx) -> Option<Key> {
+        let file = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            File::Root
+        } else if self.has_filesystem_of(stat) && self.numbered.get() == Some(&true) {
+            let (dev, ino) = identity(stat);
+            File::Number(dev, ino)
+        } else {
+            return None;
+        };
+        Some(Key {
+            mount: stat.stx_mnt_id,
+            file,
+        })
     }
 }
 
@@ -53,27 +132,42 @@ struct Known {
 struct Table {
     by_nodeid: HashMap<INodeNo, Known>,
     by_key: HashMap<Key, INodeNo>,
+    /// How many keys have a watch: as many as there are mounts by which its file is known.
+    watches: HashMap<i32, usize>,
+    /// For files whose inode number is taken.
     next: u64,
 }
 
-/// The table of inodes. A nodeid is never used twice, so that its generation can stay 0.
 pub(crate) struct Inodes {
     table: Mutex<Table>,
+    inotify: OwnedFd,
+    numbers: Numbers,
+    /// The filesystem that the mirror itself is.
+    own: u64,
 }
 
 impl Inodes {
-    pub(crate) fn new(root: OwnedFd) -> Result<Self, Errno> {
-        let key = Key::of(&fstat(&root)?);
-        let known = Known {
-            inode: Arc::new(Inode { fd: root, key }),
-            lookups: 1,
+    /// `own` is the `st_dev` of the mirror.
+    pub(crate) fn new(root: OwnedFd, own: u64) -> Result<Self, Errno> {
+        let stat = source::look(&root, "", AtFlags::EMPTY_PATH)?;
+        let key = Key {
+            mount: stat.stx_mnt_id,
+            file: File::Root,
         };
+        let inode = Arc::new(Inode::new(root, key, &stat));
+        let known = Known { inode, lookups: 1 };
         Ok(Self {
             table: Mutex::new(Table {
                 by_nodeid: HashMap::from([(INodeNo::ROOT, known)]),
                 by_key: HashMap::from([(key, INodeNo::ROOT)]),
-                next: INodeNo::ROOT.0 + 1,
+                watches: HashMap::new(),
+                next: 1 << 63,
             }),
+            inotify: inotify::init(inotify::CreateFlags::CLOEXEC)?,
+            numbers: Numbers {
+                dev: identity(&stat).0,
+            },
+            own,
         })
     }
 
@@ -84,33 +178,78 @@ impl Inodes {
         Ok(Arc::clone(&known.inode))
     }
 
-    /// Counts one lookup of the inode that `fd` is an `O_PATH` fd of. To be followed by a reply
-    /// that has the nodeid: the kernel will take the lookup back with FORGET.
-    pub(crate) fn remember(&self, fd: OwnedFd) -> Result<(INodeNo, Stat), Errno> {
-        let stat = fstat(&fd)?;
-        let key = Key::of(&stat);
-        let mut guard = self.lock();
-        let table = &mut *guard;
-        if let Some(&nodeid) = table.by_key.get(&key) {
-            if let Some(known) = table.by_nodeid.get_mut(&nodeid) {
-                known.lookups += 1;
-                return Ok((nodeid, stat));
-            }
-        }
-        let nodeid = INodeNo(table.next);
-        table.next += 1;
-        let inode = Arc::new(Inode { fd, key });
-        table.by_nodeid.insert(nodeid, Known { inode, lookups: 1 });
-        table.by_key.insert(key, nodeid);
-        Ok((nodeid, stat))
+    pub(crate) fn numbers(&self) -> Numbers {
+        self.numbers
     }
 
-    /// Takes lookups back. An inode without any is let go of, as soon as no request uses it.
-    pub(crate) fn forget(&self, nodeid: INodeNo, lookups: u64) {
+    /// Counts one lookup of a file in `parent` that the kernel knows, if it can be told by `stat`: like
+    /// [`remember`](Self::remember).
+    pub(crate) fn again(&self, parent: &Inode, stat: &Statx) -> Option<Found> {
+        let key = parent.key_below(stat)?;
+        let nodeid = self.lock().count(key)?;
+        Some(self.found(nodeid, key, *stat))
+    }
+
+    /// Counts one lookup of the file in `parent` that `fd` is an `O_PATH` fd of. To be followed by a reply
+    /// that has the nodeid: the kernel will take the lookup back with FORGET.
+    pub(crate) fn remember(&self, parent: &Inode, fd: OwnedFd) -> Result<Found, Errno> {
+        let stat = source::look(&fd, "", AtFlags::EMPTY_PATH)?;
+        // The mirror would ask itself, and wait for a thread of its own.
+        if identity(&stat).0 == self.own {
+            return Err(Errno::LOOP);
+        }
+        let key = match parent.key_below(&stat) {
+            Some(key) => key,
+            None => self.key(parent, &fd, &stat)?,
+        };
+        let mut table = self.lock();
+        let nodeid = match table.count(key) {
+            Some(nodeid) => nodeid,
+            None => table.insert(Inode::new(fd, key, &stat), self.numbers.of(&stat)),
+        };
+        Ok(self.found(nodeid, key, stat))
+    }
+
+    fn found(&self, nodeid: INodeNo, key: Key, stat: Statx) -> Found {
+        let is_current = matches!(key.file, File::Number(..)) && nodeid == self.numbers.of(&stat);
+        Found {
+            nodeid,
+            stat,
+            is_current,
+        }
+    }
+
+    /// Without the lock: a filesystem that hangs can be asked here.
+    fn key(&self, parent: &Inode, fd: &OwnedFd, stat: &Statx) -> Result<Key, Errno> {
+        let ask = || source::numbers_tell_files_apart(fd);
+        let numbered = if parent.has_filesystem_of(stat) {
+            *parent.numbered.get_or_init(ask)
+        } else {
+            ask()
+        };
+        let (dev, ino) = identity(stat);
+        let file = if numbered {
+            File::Number(dev, ino)
+        } else {
+            // Of an event that never comes.
+            let event = inotify::WatchFlags::EXCL_UNLINK;
+            let path = source::proc_path(fd);
+            File::Watch(inotify::add_watch(&self.inotify, path, event)?)
+        };
+        Ok(Key {
+            mount: stat.stx_mnt_id,
+            file,
+        })
+    }
+
+    /// Takes lookups back. An inode without any is let go of, as soon as no request uses it. Then `gone` is called,
+    /// before its nodeid can become that of another file.
+    pub(crate) fn forget(&self, nodeid: INodeNo, lookups: u64, gone: impl FnOnce()) {
         if nodeid == INodeNo::ROOT {
             return;
         }
-        let mut table = self.lock();
+        let mut guard = self.lock();
+        let table = &mut *guard;
         let Some(known) = table.by_nodeid.get_mut(&nodeid) else {
             return;
         };
@@ -120,19 +259,56 @@ impl Inodes {
         }
         let key = known.inode.key;
         table.by_key.remove(&key);
-        let gone = table.by_nodeid.remove(&nodeid);
+        let forgotten = table.by_nodeid.remove(&nodeid);
+        if let File::Watch(watch) = key.file {
+            let keys = table.watches.entry(watch).or_default();
+            *keys = keys.saturating_sub(1);
+            if *keys == 0 {
+                table.watches.remove(&watch);
+                // Another thread may have just been given it for this file. Then the kernel gets two nodeids for one
+                // file, which is what overlayfs does with two names of it.
+                let _ = inotify::remove_watch(&self.inotify, watch);
+            }
+        }
+        gone();
         // The fd may be all that is left of a large file, which takes its time to go.
-        drop(table);
-        drop(gone);
-    }
-
-    /// The nodeid of a file, if the kernel knows it.
-    pub(crate) fn nodeid(&self, dev: u64, ino: u64) -> Option<INodeNo> {
-        self.lock().by_key.get(&Key { dev, ino }).copied()
+        drop(guard);
+        drop(forgotten);
     }
 
     /// A panic in one request is not to take the others down: no update can be half done.
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Table {
+    fn count(&mut self, key: Key) -> Option<INodeNo> {
+        let nodeid = *self.by_key.get(&key)?;
+        self.by_nodeid.get_mut(&nodeid)?.lookups += 1;
+        Some(nodeid)
+    }
+
+    fn insert(&mut self, inode: Inode, number: INodeNo) -> INodeNo {
+        // fuser 0.18 replies to a lookup with one number for both. Then the kernel may keep the attributes that came with
+        // it, or else asks for those with the right number.
+        let mut nodeid = number;
+        while nodeid <= INodeNo::ROOT || self.by_nodeid.contains_key(&nodeid) {
+            nodeid = INodeNo(self.next);
+            self.next += 1;
+        }
+        let key = inode.key;
+        if let File::Watch(watch) = key.file {
+            *self.watches.entry(watch).or_default() += 1;
+        }
+        let inode = Arc::new(inode);
+        self.by_nodeid.insert(nodeid, Known { inode, lookups: 1 });
+        self.by_key.insert(key, nodeid);
+        nodeid
+    }
+}
+
+fn identity(stat: &Statx) -> (u64, u64) {
+    let dev = makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    (dev, stat.stx_ino)
 }

@@ -1,34 +1,44 @@
 //! Passthrough: whether it is on, and what the mirror knows of a file that a client opens.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
-use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
-use fuse_backing::{ClientFlags, FopenFlags, FuseDevice, Handle, Handles, ServerFile};
+use fuse_backing::error::{BackingCloseError, BackingError, Scope};
+use fuse_backing::init::{InitFlags, negotiate};
+use fuse_backing::rights::{CapabilitySet, Lowered};
+use fuse_backing::{
+    Access, BackingId, ClientFlags, FopenFlags, FuseDevice, Handle, Handles, Opened, Register,
+    ServerFile, WithoutFsetid,
+};
 use fuser::{INodeNo, KernelConfig};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::inodes::Inode;
 use crate::on_behalf::{Identity, NOBODY};
+use crate::session::Options;
+use crate::source::{self, proc_path};
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// What the kernel adds to the flags of execve(2)'s open.
+const EXEC: OFlags = OFlags::from_bits_retain(0o40);
 
 pub(crate) type Device = Arc<FuseDevice>;
-pub(crate) type Registrar = RegistrarThread<Lowered<Device>>;
-pub(crate) type Files = Handles<Registrar, OwnedFd, INodeNo>;
-pub(crate) type OpenFile = Handle<Registrar, OwnedFd, INodeNo>;
+pub(crate) type Files = Handles<AsNobody, OwnedFd, INodeNo>;
+pub(crate) type OpenFile = Handle<AsNobody, OwnedFd, INodeNo>;
 
 /// In INIT: turns passthrough on, or finds out why it is unavailable.
 pub(crate) fn attach(
     files: &Files,
     device: Device,
-    killpriv: bool,
+    options: Options,
     config: &mut KernelConfig,
 ) -> io::Result<()> {
     let offered = InitFlags::from_bits_retain(config.capabilities().bits());
-    // Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
-    let mut reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::Two)?;
-    if killpriv {
+    let mut reply = negotiate(offered, InitFlags::empty(), options.depth)?;
+    if options.killpriv {
         reply = reply.handle_killpriv_v2(files);
     }
     let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
@@ -39,34 +49,84 @@ pub(crate) fn attach(
     set.map_err(|_| refused("max_stack_depth".to_owned()))?;
     let table = files.table();
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));
-    let attached = table.attach(registrar(device)?);
+    let lowered = Lowered::around_each(device, CapabilitySet::empty());
+    let attached = table.attach(AsNobody(lowered));
     attached.map_err(|_| io::Error::other("a device is attached already"))
 }
 
-/// What clients do through passthrough is done with the rights of this thread: set-user-ID and set-group-ID bits go
-/// when a file is written, and neither root's reserved blocks nor quotas are open.
-fn registrar(device: Device) -> io::Result<Registrar> {
-    let lowered = Lowered::for_good(device, CapabilitySet::empty());
-    // For the thread's life.
-    let prepare = || Identity::assume(NOBODY, NOBODY).map(std::mem::forget);
-    Ok(RegistrarThread::spawn(lowered, prepare)?)
+/// What clients do through passthrough is done with the rights that are recorded here: set-user-ID and set-group-ID bits
+/// go when a file is written, and neither root's reserved blocks nor quotas are open.
+pub(crate) struct AsNobody(Lowered<Device>);
+
+impl Register for AsNobody {
+    fn register(
+        &self,
+        file: BorrowedFd<'_>,
+        grant: Access,
+    ) -> std::result::Result<BackingId, BackingError> {
+        let refused = |errno| BackingError::Registrar {
+            errno,
+            scope: Scope::Thread,
+        };
+        let _nobody = Identity::assume(NOBODY, NOBODY).map_err(refused)?;
+        self.0.register(file, grant)
+    }
+
+    fn unregister(&self, id: BackingId) -> std::result::Result<(), BackingCloseError<BackingId>> {
+        self.0.unregister(id)
+    }
 }
 
-/// A file that the mirror has opened with the client's flags by way of `inode`. The inode's own fd is
-/// registered, so that the table has none to open.
-pub(crate) fn opened(inode: &Inode, file: OwnedFd, flags: OFlags) -> ServerFile<'_, OwnedFd> {
+impl WithoutFsetid for AsNobody {}
+
+/// Opens a file that the kernel knows. The server opens it itself first, with the client's
+/// flags: that is where ETXTBSY, EROFS or EINVAL come from, which the kernel's own open of the
+/// backing file would turn into EIO. EAGAIN while a lease is being broken.
+pub(crate) fn open(
+    files: &Files,
+    nodeid: INodeNo,
+    inode: &Inode,
+    flags: OFlags,
+    can_map_direct: bool,
+) -> Result<Opened> {
+    if flags.contains(EXEC) && source::is_noexec(inode)? {
+        return Err(Errno::ACCESS);
+    }
+    let (path, flags_here) = (proc_path(inode), source::server_flags(flags));
+    let file = rustix::fs::open(path, flags_here, Mode::empty())?;
+    opened(files, nodeid, inode, file, flags, can_map_direct)
+}
+
+/// `file` was opened with the client's flags by way of `inode`. The inode's own fd is registered, so that the table has
+/// none to open.
+pub(crate) fn opened(
+    files: &Files,
+    nodeid: INodeNo,
+    inode: &Inode,
+    file: OwnedFd,
+    flags: OFlags,
+    can_map_direct: bool,
+) -> Result<Opened> {
+    // The server reads and writes what the page cache asks for, at any alignment and offset.
+    // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
+    if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {
+        if let Ok(set) = rustix::fs::fcntl_getfl(&file) {
+            let _ = rustix::fs::fcntl_setfl(&file, set - OFlags::DIRECT - OFlags::APPEND);
+        }
+    }
     let (device, number) = inode.identity();
     // Access mode 3 was checked for both by open(2), and then permits ioctls alone: the kernel
     // lets the client neither read nor write.
-    ServerFile::new(file)
+    let file = ServerFile::new(file)
         .access(ClientFlags::from(flags).access())
         .identity(device, number)
-        .path_fd(inode)
+        .path_fd(inode);
+    Ok(files.open(&nodeid, flags, file, reply_flags(flags, can_map_direct))?)
 }
 
 /// What to ask for beside the mode. In server mode a client that opens with `O_DIRECT` bypasses the page
 /// cache, if such files can be mapped, as they can elsewhere.
-pub(crate) fn reply_flags(flags: OFlags, can_map_direct: bool) -> FopenFlags {
+fn reply_flags(flags: OFlags, can_map_direct: bool) -> FopenFlags {
     if can_map_direct && flags.contains(OFlags::DIRECT) {
         FopenFlags::DIRECT_IO
     } else {

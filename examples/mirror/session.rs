@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -10,14 +10,17 @@ use std::thread;
 use std::time::Duration;
 
 use fuse_backing::FuseDevice;
+use fuse_backing::init::MaxStackDepth;
 use fuser::{Config, Session, SessionACL};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, makedev};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Result;
 use crate::fs::Mirror;
-use crate::opens::Device;
+use crate::inodes::Inodes;
+use crate::opens::{Device, Files};
+use crate::source;
 use crate::status::Status;
 
 /// What whoever serves a mirror waits for.
@@ -41,12 +44,19 @@ impl Events {
     }
 }
 
+/// A few clients can wait for something that hangs.
+const THREADS: usize = 16; // XX
+
 /// How to serve.
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) passthrough: bool,
     /// `HANDLE_KILLPRIV_V2`. Without it the kernel asks for a file's capabilities before each write.
     pub(crate) killpriv: bool,
+    /// Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
+    pub(crate) depth: MaxStackDepth,
+    /// How long the kernel may keep entries and attributes.
+    pub(crate) ttl: Duration,
 }
 
 impl Default for Options {
@@ -54,6 +64,8 @@ impl Default for Options {
         Self {
             passthrough: true,
             killpriv: true,
+            depth: MaxStackDepth::Two,
+            ttl: Duration::ZERO,
         }
     }
 }
@@ -87,21 +99,32 @@ impl Mounted {
         // whatever is mounted there by then.
         let device = Arc::new(FuseDevice::open()?);
         let passthrough = options.passthrough.then(|| Arc::clone(&device));
-        let mirror = Mirror::new(root, passthrough, options.killpriv)?;
-        let status = mirror.status();
-        mount(&device, source, &mountpoint)
+        let files = Arc::new(Files::default());
+        let status = Arc::new(Status::of(Arc::downgrade(&files)));
+        mount(&device, &root, source, &mountpoint)
             .map_err(|errno| format!("mounting at {} failed: {errno}", mountpoint.display()))?;
         let mounted = Self {
             mountpoint,
             attached: true,
-            status,
+            status: Arc::clone(&status),
             inbox: events.inbox,
         };
+        // It does not ask the server, which does not serve yet.
+        let own = source::look(CWD, &mounted.mountpoint, AtFlags::empty())?;
+        let own = makedev(own.stx_dev_major, own.stx_dev_minor);
+        let inodes = Inodes::new(root, own)?;
+        let mirror = Mirror::new(inodes, files, passthrough, options, status)?;
 
         let mut config = Config::default();
-        // A request may wait long for its disk: never leave the others without a thread.
+        // A request may wait long, for a disk or for the server of a filesystem within the source: never leave the
+        // others without a thread.
         let parallelism = thread::available_parallelism().map_or(1, usize::from);
-        config.n_threads = Some(parallelism.max(2));
+        config.n_threads = Some(
+            std::env::var("NT")
+                .ok()
+                .and_then(|n| n.parse().ok())
+                .unwrap_or(parallelism.max(THREADS)),
+        );
         config.clone_fd = true;
         let fd = device.as_fd().try_clone_to_owned()?;
         let session = Session::from_fd(mirror, fd, SessionACL::All, config)?;
@@ -163,7 +186,12 @@ impl Drop for Mounted {
     }
 }
 
-fn mount(device: &Device, source: &Path, mountpoint: &Path) -> rustix::io::Result<()> {
+fn mount(
+    device: &Device,
+    root: &OwnedFd,
+    source: &Path,
+    mountpoint: &Path,
+) -> rustix::io::Result<()> {
     // The kernel checks permissions, by the attributes that the mirror reports, and lets everybody
     // in who has them.
     let data = format!(
@@ -173,6 +201,9 @@ fn mount(device: &Device, source: &Path, mountpoint: &Path) -> rustix::io::Resul
         rustix::process::getgid().as_raw(),
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    if source::is_noexec(root)? {
+        flags |= MountFlags::NOEXEC;
+    }
     rustix::mount::mount(source, mountpoint, "fuse.mirror", flags, &*data)
 }

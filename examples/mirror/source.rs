@@ -3,8 +3,9 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatVfsMountFlags, Statx, StatxFlags, fstatvfs, statx};
 use rustix::io::Errno;
+use rustix::path::Arg;
 
 use crate::inodes::Inode;
 
@@ -14,6 +15,39 @@ type Result<T> = std::result::Result<T, Errno>;
 pub(crate) fn path_fd(parent: &Inode, name: &OsStr) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+/// What is known of a file without asking for more: the server of its filesystem may hang, or be this mirror. Of a
+/// filesystem on this machine it is all there is to know.
+pub(crate) fn look(dir: impl AsFd, name: impl Arg, flags: AtFlags) -> Result<Statx> {
+    let flags = flags | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    statx(
+        dir,
+        name,
+        flags,
+        StatxFlags::BASIC_STATS | StatxFlags::MNT_ID,
+    )
+}
+
+/// What is true of a file now.
+pub(crate) fn attributes(inode: &Inode) -> Result<Statx> {
+    statx(inode, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+}
+
+/// Whether two files of this filesystem that are there at the same time never have the same number.
+pub(crate) fn numbers_tell_files_apart(fd: &OwnedFd) -> bool {
+    const BTRFS: u32 = 0x9123_683e;
+    const EXT4: u32 = 0xef53;
+    const F2FS: u32 = 0xf2f5_2010;
+    const TMPFS: u32 = 0x0102_1994;
+    const XFS: u32 = 0x5846_5342;
+    let magic = rustix::fs::fstatfs(fd).map(|stat| stat.f_type as u32);
+    magic.is_ok_and(|magic| [BTRFS, EXT4, F2FS, TMPFS, XFS].contains(&magic))
+}
+
+/// Whether programs of a mount within the source must not be run.
+pub(crate) fn is_noexec(fd: impl AsFd) -> Result<bool> {
+    Ok(fstatvfs(fd)?.f_flag.contains(StatVfsMountFlags::NOEXEC))
 }
 
 /// An `O_PATH` fd of an open file.
@@ -32,10 +66,10 @@ pub(crate) fn proc_path(fd: impl AsFd) -> String {
 }
 
 /// The flags for the server's own open: the kernel has dealt with creation, and the path under
-/// /proc is a link to follow.
+/// /proc is a link to follow. A file whose lease has to be broken first is not waited for.
 pub(crate) fn server_flags(client: OFlags) -> OFlags {
     let creation = OFlags::CREATE | OFlags::EXCL | OFlags::NOCTTY | OFlags::NOFOLLOW;
-    (client - creation) | OFlags::CLOEXEC
+    (client - creation) | OFlags::CLOEXEC | OFlags::NONBLOCK
 }
 
 pub(crate) fn has_default_acl(dir: &Inode) -> bool {

@@ -1,31 +1,43 @@
 //! Where a mirror is known to answer otherwise than a plain directory does, and why. The list cannot
 //! rot: a difference that is gone fails the test as one that is new does.
 
-use std::fs::File;
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::error::Error;
+use std::fs::{DirEntry, File};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
-use rustix::fs::{FlockOperation, fcntl_lock, flock};
+use rustix::fs::{FlockOperation, fcntl_lock, flock, fsync, inotify, syncfs};
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use crate::Test;
 use crate::backing::Backing;
-use crate::client::{Client, Role, wait_for_parent};
+use crate::client::{self, Client, Role, wait_for_parent};
 use crate::differential::{compare, run};
 use crate::place::describe;
+use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
 /// Those that show in more than one call.
 pub const TESTS: &[Test] = &[
     ("locks_hold_on_one_side", locks_hold_on_one_side),
-    ("inode_numbers_in_listings", inode_numbers_in_listings),
     ("bind_mount_in_the_source", bind_mount_in_the_source),
+    ("syncfs", syncfs_stays_in_the_kernel),
+    ("inotify", inotify_sees_one_side),
+    ("sockets", sockets_are_of_one_side),
+    ("limited_fds", limited_fds),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("lock", lock), ("list", list)];
+pub const ROLES: &[(&str, Role)] = &[
+    ("lock", lock),
+    ("sync", sync),
+    ("watch", watch),
+    ("connect", connect),
+    ("count", count),
+];
 
 pub struct Difference {
     pub section: &'static str,
@@ -205,15 +217,6 @@ pub const DIFFERENCES: &[Difference] = &[
         why: "the kernel does not ask; reading and writing fails then, with passthrough",
     },
     Difference {
-        section: "a bind mount",
-        call: r#"rename("a/file", "b/moved")"#,
-        way: None,
-        mirror: "ok",
-        plain: "EXDEV",
-        on: On::Tmpfs,
-        why: "the server knows a folder by its inode, which is the same",
-    },
-    Difference {
         section: "a read-only filesystem",
         call: r#"access("file", Access::WRITE_OK)"#,
         way: None,
@@ -244,7 +247,7 @@ pub const DIFFERENCES: &[Difference] = &[
 ];
 
 /// Locks a file in both ways, says what came of it, and waits.
-fn lock(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
+fn lock(args: &[String]) -> Result<String, Box<dyn Error>> {
     let file = File::options().read(true).write(true).open(&args[0])?;
     let tried = [
         flock(&file, FlockOperation::NonBlockingLockExclusive),
@@ -283,47 +286,6 @@ fn locks_hold_on_one_side(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Prints, of each file in a folder, the number in the listing and its own.
-fn list(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    let mut lines = Vec::new();
-    for entry in std::fs::read_dir(&args[0])? {
-        let entry = entry?;
-        lines.push((entry.file_name(), entry.ino(), entry.path()));
-    }
-    // Only now, since the server knows what was looked up.
-    for (name, listed, path) in lines {
-        println!(
-            "{} {listed} {}",
-            name.to_string_lossy(),
-            path.metadata()?.ino()
-        );
-    }
-    Ok("done".into())
-}
-
-fn inode_numbers_in_listings(name: &str) -> Result<(), Failed> {
-    let sandbox = Sandbox::new(name)?;
-    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
-    let source = backing.folder("source")?;
-    std::fs::write(source.join("file"), "")?;
-    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
-    let numbers = |root: &Path| -> Result<(u64, u64), Failed> {
-        let mut lister = Client::start("list", &[root.as_os_str()])?;
-        let line = lister.line()?;
-        let mut words = line.split(' ').skip(1);
-        let mut number = || words.next().ok_or_else(|| line.clone());
-        Ok((number()?.parse()?, number()?.parse()?))
-    };
-    let (listed, own) = numbers(&source)?;
-    assert_eq!(listed, own);
-    let (listed, own) = numbers(mirror.path())?;
-    assert_eq!(listed, 0xffff_ffff, "it was not looked up before");
-    assert_ne!(listed, own);
-    let (listed, own) = numbers(mirror.path())?;
-    assert_eq!(listed, own, "it was");
-    mirror.stop(&backing)
-}
-
 fn bind_mount_in_the_source(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
@@ -350,4 +312,138 @@ fn bind_mount_in_the_source(name: &str) -> Result<(), Failed> {
         })?;
     }
     Ok(())
+}
+
+/// Syncs the filesystem of a file, then the file.
+fn sync(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let file = File::open(&args[0])?;
+    println!("open");
+    wait_for_parent()?;
+    syncfs(&file)?;
+    println!("syncfs");
+    wait_for_parent()?;
+    fsync(&file)?;
+    println!("fsync");
+    wait_for_parent()?;
+    Ok("done".into())
+}
+
+/// The kernel asks no FUSE server to sync a filesystem, but virtiofs.
+fn syncfs_stays_in_the_kernel(name: &str) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    std::fs::write(source.join("file"), "")?;
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    let mut client = Client::start("sync", &[mirror.path().join("file").as_os_str()])?;
+    assert_eq!(client.line()?, "open");
+    let mut requests = |call| -> Result<u64, Failed> {
+        let before = mirror.reads()?;
+        client.proceed()?;
+        assert_eq!(client.line()?, call);
+        Ok(mirror.reads()? - before)
+    };
+    assert_eq!(requests("syncfs")?, 0);
+    assert_eq!(requests("fsync")?, 1);
+    client.finish()?;
+    mirror.wait_for_releases()?;
+    mirror.stop(&backing)
+}
+
+/// Prints whether a watch of a file tells of a change that is made meanwhile, for each file.
+fn watch(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let watches: Vec<_> = args
+        .iter()
+        .map(|path| {
+            let watch = inotify::init(inotify::CreateFlags::NONBLOCK)?;
+            inotify::add_watch(&watch, path, inotify::WatchFlags::MODIFY)?;
+            Ok(watch)
+        })
+        .collect::<rustix::io::Result<_>>()?;
+    println!("watching");
+    wait_for_parent()?;
+    let told = watches.iter().map(|watch| {
+        let told = rustix::io::read(watch, &mut [0; 4096]);
+        describe(&told.map(|_| String::new()))
+    });
+    println!("{}", told.collect::<Vec<_>>().join(" "));
+    Ok("done".into())
+}
+
+fn inotify_sees_one_side(name: &str) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    std::fs::write(source.join("file"), "")?;
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    let files = [source.join("file"), mirror.path().join("file")];
+    let mut watcher = Client::start("watch", &files.each_ref().map(|file| file.as_os_str()))?;
+    assert_eq!(watcher.line()?, "watching");
+    std::fs::write(&files[0], "changed")?;
+    watcher.proceed()?;
+    assert_eq!(
+        watcher.line()?,
+        "ok EAGAIN",
+        "in the source, through the mirror"
+    );
+    watcher.finish()?;
+    mirror.wait_for_releases()?;
+    mirror.stop(&backing)
+}
+
+/// Prints what comes of connecting to each socket.
+fn connect(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let connected = args.iter().map(|path| match UnixStream::connect(path) {
+        Ok(_) => "ok".to_owned(),
+        Err(error) => format!("{:?}", error.kind()),
+    });
+    Ok(connected.collect::<Vec<_>>().join(" "))
+}
+
+fn sockets_are_of_one_side(name: &str) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    let listener = UnixListener::bind(source.join("socket"))?;
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    let sockets = [source.join("socket"), mirror.path().join("socket")];
+    let connected = client::run("connect", &sockets.each_ref().map(|path| path.as_os_str()))?;
+    assert_eq!(connected, "ok ConnectionRefused");
+    drop(listener);
+    mirror.stop(&backing)
+}
+
+/// Prints how many files of a folder have attributes.
+fn count(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let files = std::fs::read_dir(&args[0])?.collect::<Result<Vec<_>, _>>()?;
+    let known = files.iter().map(DirEntry::metadata);
+    let (known, unknown): (Vec<_>, Vec<_>) = known.partition(Result::is_ok);
+    let why = unknown.first().and_then(|first| first.as_ref().err());
+    let why = why.and_then(std::io::Error::raw_os_error);
+    Ok(format!("{} {why:?}", files.len() == known.len()))
+}
+
+/// The server holds an fd of each file that the kernel knows.
+fn limited_fds(name: &str) -> Result<(), Failed> {
+    let sandbox = Sandbox::new(name)?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let source = backing.folder("source")?;
+    for file in 0..500 {
+        std::fs::write(source.join(file.to_string()), "")?;
+    }
+    let counted = |root: &Path| client::run("count", &[root.as_os_str()]);
+    assert_eq!(counted(&source)?, "true None");
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    assert_eq!(counted(mirror.path())?, "true None", "as many as root may");
+    drop(mirror);
+
+    let limited = Sandbox::new(name)?;
+    let mut server = Command::new("setpriv");
+    server
+        .args(["--bounding-set=-sys_resource", "prlimit", "--nofile=400"])
+        .arg(program::example("mirror")?);
+    let mirror = Mirror::spawn_by(server, &limited, &source, Way::Passthrough)?;
+    let expected = format!("false {:?}", Some(libc::EMFILE));
+    assert_eq!(counted(mirror.path())?, expected);
+    mirror.stop(&backing)
 }

@@ -187,6 +187,7 @@ fn measure(
         let options = Options {
             passthrough,
             killpriv,
+            ..Options::default()
         };
         Mirror::start(sandbox, source, options)
     };

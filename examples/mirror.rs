@@ -5,6 +5,10 @@
 //! mirror SRC MNT                    serve SRC at MNT until it is unmounted, or Ctrl-C
 //! mirror --no-passthrough SRC MNT   the same through plain FUSE
 //! mirror --no-killpriv SRC MNT      the same, with the kernel asking before each write, which is slow
+//! mirror --depth 1 SRC MNT          the same, and overlayfs can be stacked on MNT; SRC is not passed through if it is
+//!                                   on overlayfs itself
+//! mirror --ttl SECONDS SRC MNT      the same, and the kernel keeps names and attributes so long: faster, but a change
+//!                                   in SRC shows that much later
 //! mirror                            measure both against the source, and check that nothing leaks
 //! ```
 //!
@@ -12,33 +16,32 @@
 //! container with users of its own, the mirror says why and serves plainly.
 //!
 //! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other
-//! calls, `mirror/fs.rs` about everything else that a filesystem does, `mirror/session.rs` about mounting,
-//! `mirror/demo.rs` about the measurement.
+//! calls, `mirror/inodes.rs` about which file is which, `mirror/fs.rs` about everything else that a filesystem does,
+//! `mirror/waits.rs` about calls that block, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
 //!
 //! What differs from the source:
 //!
-//! - Set-user-ID programs and device nodes do not work: the mount is `nosuid` and `nodev`.
-//! - Inode numbers are the mirror's own, and listings have them only of what was looked up.
-//! - Locks taken on one side do not hold on the other. There are no ioctls, reflinks, `O_TMPFILE`,
-//!   birth times, and no inserting or collapsing of a file's ranges.
-//! - The kernel knows files by their attributes alone: access(2) does not tell that the source is
-//!   read-only, lseek(2) not how large its files may be, `F_SETFL` not whether it has `O_DIRECT`, and
-//!   no limit of the client's on a file's size keeps it from reserving space beyond the end.
-//! - The names of `trusted` attributes, not their values, are listed for everybody.
-//! - Without passthrough `O_DIRECT` asks for no alignment.
-//! - A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag: passthrough
-//!   keeps the flags of the open.
-//! - Passthrough reads and writes as nobody. So root's writes, too, clear set-user-ID and set-group-ID bits, and find
-//!   no room in reserved blocks. The set-group-ID bit of a file that its group may not execute goes when a member of
-//!   the group writes. On NFS, clients read and write through passthrough only what everybody may
-//!   (`--no-passthrough` serves the rest).
-//! - Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for
-//!   root in another PID or user namespace. Nor does the server have a client's supplementary groups.
-//! - Without passthrough, what is written through a mapping takes no reserved blocks, be it root's, and takes a file's
-//!   capabilities away.
-//! - A bind mount inside SRC of something else inside SRC is not told apart from it.
-//! - The server holds an fd of each file that the kernel remembers. Where their number is limited,
-//!   lookups in a larger tree fail with `EMFILE`.
+//! | what | why |
+//! |---|---|
+//! | Set-user-ID programs and device nodes do not work. | The mount is `nosuid` and `nodev`. |
+//! | With `O_TMPFILE`, `FS_IOC_*` and other ioctls, reflinks, inserting or collapsing ranges, birth times: errors. | fuser, or FUSE itself, has no such request, or the mirror does not answer it. |
+//! | A lock (flock(2), fcntl(2)) on one side does not hold on the other. | The kernel keeps those of the mount itself. |
+//! | inotify(7) on the mount sees what happens on the mount, not what happens in SRC. | FUSE passes no such events on. |
+//! | A socket in SRC cannot be connected to through the mount. | The kernel finds sockets by its own inode, and FIFOs too. |
+//! | syncfs(2) and sync(2) of the mount write nothing in SRC; fsync(2) does. | The kernel sends SYNCFS to virtiofs alone. Sync SRC itself. |
+//! | access(2) does not tell that SRC is read-only or `noexec`, lseek(2) how large files may be, `F_SETFL` whether there is `O_DIRECT`. A limit on a client's file size does not keep it from reserving space beyond the end. | The kernel answers these by attributes alone. |
+//! | What changes in SRC within a tick of the kernel's clock (1 to 10 ms) after a lookup shows a tick later in attributes. | The kernel does not ask for what it was just told. |
+//! | The names of `trusted` attributes, not their values, are listed for everybody. | The server lists them, and it is root. |
+//! | Without passthrough `O_DIRECT` asks for no alignment. | The server reads and writes at any. |
+//! | A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag. | Passthrough keeps the flags of the open. |
+//! | Root's writes, too, clear set-user-ID and set-group-ID bits, and find no room in reserved blocks. The set-group-ID bit of a file that its group may not execute goes when a member of the group writes. On NFS, only what everybody may read and write is passed through: use `--no-passthrough`. | Passthrough reads and writes as nobody. |
+//! | Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for root in another PID or user namespace. A client's supplementary groups do not count. | The request has the client's user, group and process, and no more. |
+//! | Without passthrough, what is written through a mapping takes no reserved blocks, be it root's, and takes a file's capabilities away. | The kernel does not say who wrote. |
+//! | A program in a `noexec` mount within SRC can be mapped to be run, by ld.so(8) say; execve(2) refuses. `nosymfollow` there does not hold. | The kernel asks for neither. Where SRC itself is `noexec` or `nosymfollow`, so is the mount. |
+//! | Where the mirror is mounted in its own source, by a bind mount or by propagation, there is `ELOOP`. | It would wait for itself. |
+//! | A client that waits for a lease, or for a filesystem that hangs, cannot be killed meanwhile. | Nor does the server know that the client has been. |
+//! | On filesystems other than btrfs, ext4, F2FS, tmpfs and XFS, `ENOSPC` for more files than `fs.inotify.max_user_watches`. | Their inode numbers do not tell files apart: the mirror has a watch of each. |
+//! | In a tree of more files than the server may have fds, lookups fail with `EMFILE`. It gets as many as root may. | It holds an fd of each file that the kernel remembers, since a path may lead elsewhere by then. |
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
@@ -86,7 +89,7 @@ usage: mirror [OPTIONS] SRC MNT   serve the directory SRC at MNT
        mirror                     demonstrate passthrough (as root)
 options: --no-passthrough   serve through plain FUSE
          --no-killpriv      have the kernel ask before each write, which is slow
-         --depth 1          permit a filesystem that is stacked on MNT, like overlayfs; SRC cannot be on one then
+         --depth 1          let overlayfs be stacked on MNT; files of SRC that are on overlayfs are not passed through then
          --ttl SECONDS      let the kernel keep names and attributes so long, also if they change in SRC";
 
 enum Command {

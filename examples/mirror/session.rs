@@ -12,7 +12,7 @@ use std::time::Duration;
 use fuse_backing::FuseDevice;
 use fuse_backing::init::MaxStackDepth;
 use fuser::{Config, Session, SessionACL};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, makedev};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, makedev};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -45,7 +45,7 @@ impl Events {
 }
 
 /// A few clients can wait for something that hangs.
-const THREADS: usize = 16; // XX
+const THREADS: usize = 16;
 
 /// How to serve.
 #[derive(Clone, Copy)]
@@ -201,9 +201,17 @@ fn mount(
         rustix::process::getgid().as_raw(),
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
+    // No wider than the source.
+    const ST_NOSYMFOLLOW: u64 = 0x2000;
+    let source_flags = rustix::fs::fstatvfs(root)?.f_flag;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-    if source::is_noexec(root)? {
-        flags |= MountFlags::NOEXEC;
-    }
+    flags.set(
+        MountFlags::NOEXEC,
+        source_flags.contains(StatVfsMountFlags::NOEXEC),
+    );
+    flags.set(
+        MountFlags::NOSYMFOLLOW,
+        source_flags.bits() & ST_NOSYMFOLLOW != 0,
+    );
     rustix::mount::mount(source, mountpoint, "fuse.mirror", flags, &*data)
 }

@@ -53,8 +53,8 @@ mod status;
 #[allow(dead_code, unused_imports, reason = "not all of it is of use here")]
 #[path = "support/mod.rs"]
 mod support;
-#[path = "../examples/mirror/waits.rs"]
-mod waits;
+#[path = "../examples/mirror/threads.rs"]
+mod threads;
 
 use std::error::Error;
 use std::fs::File;

@@ -17,7 +17,7 @@
 //!
 //! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other
 //! calls, `mirror/inodes.rs` about which file is which, `mirror/fs.rs` about everything else that a filesystem does,
-//! `mirror/waits.rs` about calls that block, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
+//! `mirror/threads.rs` about calls that block, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
 //!
 //! What differs from the source:
 //!
@@ -76,8 +76,8 @@ mod session;
 mod source;
 #[path = "mirror/status.rs"]
 mod status;
-#[path = "mirror/waits.rs"]
-mod waits;
+#[path = "mirror/threads.rs"]
+mod threads;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -182,7 +182,6 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
 }
 
 fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
-    refuse_a_mirror_in_itself(source, mountpoint)?;
     prepare_process()?;
     let events = Events::new();
     // Before there is anything to clean up.
@@ -209,24 +208,6 @@ fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
         Some(Event::Ended(result)) => Ok(result?),
         Some(Event::Interrupted) | None => Ok(()),
     }
-}
-
-/// A server that asks itself waits for itself.
-fn refuse_a_mirror_in_itself(source: &Path, mountpoint: &Path) -> Result<()> {
-    let canonical = |path: &Path| {
-        path.canonicalize()
-            .map_err(|e| format!("{}: {e}", path.display()))
-    };
-    let (source, mountpoint) = (canonical(source)?, canonical(mountpoint)?);
-    if mountpoint != source && mountpoint.starts_with(&source) {
-        return Err(format!(
-            "{} is inside of {}: the mirror would contain itself",
-            mountpoint.display(),
-            source.display(),
-        )
-        .into());
-    }
-    Ok(())
 }
 
 /// What a server that creates files for others, and holds an fd of each, needs. Before there are other threads, which

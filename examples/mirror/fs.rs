@@ -33,11 +33,12 @@ use crate::opens::{self, Device, Files, OpenFile};
 use crate::session::Options;
 use crate::source::{self, proc_path};
 use crate::status::Status;
-use crate::waits::Waits;
+use crate::threads::Threads;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// Becomes a tick of the kernel's clock: attributes that have just come with a lookup need not be asked for again.
+/// Becomes a tick of the kernel's clock: attributes that have just come with a lookup need not be asked for again. Not
+/// without passthrough, where they say how far a file can be read.
 const TICK: Duration = Duration::from_nanos(1);
 
 /// A nodeid is that of one file for as long as the kernel knows it, see [`Inodes`].
@@ -75,10 +76,11 @@ pub(crate) struct Mirror {
     inodes: Inodes,
     files: Arc<Files>,
     dirs: Dirs,
-    waits: Waits,
+    threads: Threads,
     /// Until INIT, if passthrough is wanted.
     device: Option<Device>,
     options: Options,
+    passes_through: bool,
     /// Files that were opened with `O_DIRECT` can be mapped all the same.
     can_map_direct: bool,
     /// The kernel checks POSIX ACLs, and leaves the umask to the server.
@@ -99,22 +101,36 @@ impl Mirror {
             inodes,
             files,
             dirs: Dirs::default(),
-            waits: Waits::new()?,
+            threads: Threads::new()?,
             device,
             options,
+            passes_through: false,
             can_map_direct: false,
             acl: false,
             status,
         })
     }
 
+    /// The inode behind a nodeid in a request. If all other threads are at work, maybe for a filesystem that hangs, this
+    /// one waits for none, and goes on serving this machine's own.
+    fn inode(&self, nodeid: INodeNo) -> Result<Arc<Inode>> {
+        let inode = self.inodes.get(nodeid)?;
+        if !inode.is_numbered() && self.threads.is_last() {
+            return Err(Errno::BUSY);
+        }
+        Ok(inode)
+    }
+
     /// One lookup of `name`, to be replied to.
     fn find(&self, parent: &Inode, name: &OsStr) -> Result<Found> {
-        let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        match self.inodes.again(parent, &stat) {
-            Some(found) => Ok(found),
-            None => self.inodes.remember(parent, source::path_fd(parent, name)?),
+        // Often this is all. Elsewhere it would only be one more question to the filesystem's server.
+        if parent.is_numbered() {
+            let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if let Some(found) = self.inodes.again(parent, &stat) {
+                return Ok(found);
+            }
         }
+        self.inodes.remember(parent, source::path_fd(parent, name)?)
     }
 
     /// The attributes that come with an entry, and how long the kernel may keep them.
@@ -128,7 +144,8 @@ impl Mirror {
     fn reply_entry(&self, reply: ReplyEntry, found: Result<Found>) {
         answer!(reply, found, |found| {
             let (attr, ttl) = self.entry(&found);
-            let ttl = if found.is_current { ttl.max(TICK) } else { ttl };
+            let keeps = found.is_current && self.passes_through;
+            let ttl = if keeps { ttl.max(TICK) } else { ttl };
             reply.entry_with_ttls(&ttl, &self.options.ttl, &attr, GENERATION);
         });
     }
@@ -148,7 +165,7 @@ impl Mirror {
         mode: (u32, u32),
         flags: OFlags,
     ) -> Result<(Found, Opened)> {
-        let parent = self.inodes.get(parent)?;
+        let parent = self.inode(parent)?;
         let mode = self.creation_mode(&parent, mode.0, mode.1);
         // Always exclusively: nobody has checked the client's permissions on a file that exists.
         // If one has appeared since the kernel looked, ESTALE makes it look again, and then check
@@ -169,8 +186,7 @@ impl Mirror {
         let found = self.inodes.remember(parent, source::path_fd_of(&file)?)?;
         let nodeid = found.nodeid;
         let opened = self
-            .inodes
-            .get(nodeid)
+            .inode(nodeid)
             .and_then(|inode| {
                 let (files, can_map_direct) = (&self.files, self.can_map_direct);
                 opens::opened(files, nodeid, &inode, file, flags, can_map_direct)
@@ -191,7 +207,7 @@ impl Mirror {
     }
 
     fn open_dir(&self, nodeid: INodeNo) -> Result<FileHandle> {
-        let inode = self.inodes.get(nodeid)?;
+        let inode = self.inode(nodeid)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = rustix::fs::openat(&inode, ".", flags, Mode::empty())?;
         Ok(self.dirs.insert(dir))
@@ -330,14 +346,14 @@ fn fuse_errno(errno: Errno) -> fuser::Errno {
 
 impl Filesystem for Mirror {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        let attached = self.device.take().is_some_and(|device| {
+        self.passes_through = self.device.take().is_some_and(|device| {
             let attached = opens::attach(&self.files, device, self.options, config);
             attached.map_err(|why| self.status.refuse(why)).is_ok()
         });
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
         // What is written without passthrough, the server sees.
-        if self.options.killpriv && !attached {
+        if self.options.killpriv && !self.passes_through {
             add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
         add(InitFlags::FUSE_PARALLEL_DIROPS);
@@ -350,23 +366,22 @@ impl Filesystem for Mirror {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.threads.begin();
         let found = self
-            .inodes
-            .get(parent)
+            .inode(parent)
             .and_then(|parent| self.find(&parent, name));
         self.reply_entry(reply, found);
     }
 
     // BATCH_FORGET comes here too, one by one.
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        let _turn = self.threads.begin();
         self.forget_lookups(ino, nlookup);
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let stat = self
-            .inodes
-            .get(ino)
-            .and_then(|inode| source::attributes(&inode));
+        let _turn = self.threads.begin();
+        let stat = self.inode(ino).and_then(|inode| source::attributes(&inode));
         answer!(reply, stat, |stat| {
             let number = self.inodes.numbers().of(&stat);
             reply.attr(&self.options.ttl, &attr(number, &stat));
@@ -391,6 +406,7 @@ impl Filesystem for Mirror {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _turn = self.threads.begin();
         let set = SetAttr {
             mode,
             uid,
@@ -402,22 +418,22 @@ impl Filesystem for Mirror {
         };
         let (client, files) = (Client::from(req), Arc::clone(&self.files));
         let (numbers, ttl) = (self.inodes.numbers(), self.options.ttl);
-        let inode = self.inodes.get(ino);
+        let inode = self.inode(ino);
         let set = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             set.apply(client, inode, &files)?;
             source::attributes(inode)
         };
-        self.waits.answer(true, set, move |stat| {
+        self.threads.answer(true, set, move |stat| {
             answer!(reply, stat, |stat| reply
                 .attr(&ttl, &attr(numbers.of(&stat), &stat)));
         });
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.threads.begin();
         let target = self
-            .inodes
-            .get(ino)
+            .inode(ino)
             .and_then(|inode| rustix::fs::readlinkat(&inode, "", Vec::new()));
         answer!(reply, target, |target| reply.data(target.as_bytes()));
     }
@@ -432,7 +448,8 @@ impl Filesystem for Mirror {
         rdev: u32,
         reply: ReplyEntry,
     ) {
-        let made = self.inodes.get(parent).and_then(|parent| {
+        let _turn = self.threads.begin();
+        let made = self.inode(parent).and_then(|parent| {
             let file_type = FileType::from_raw_mode(mode);
             let mode = self.creation_mode(&parent, mode, umask);
             let mknod = || rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into());
@@ -451,7 +468,8 @@ impl Filesystem for Mirror {
         umask: u32,
         reply: ReplyEntry,
     ) {
-        let made = self.inodes.get(parent).and_then(|parent| {
+        let _turn = self.threads.begin();
+        let made = self.inode(parent).and_then(|parent| {
             let mode = self.creation_mode(&parent, mode, umask);
             on_behalf::make(req.into(), || rustix::fs::mkdirat(&parent, name, mode))?;
             self.find(&parent, name)
@@ -467,7 +485,8 @@ impl Filesystem for Mirror {
         target: &Path,
         reply: ReplyEntry,
     ) {
-        let made = self.inodes.get(parent).and_then(|parent| {
+        let _turn = self.threads.begin();
+        let made = self.inode(parent).and_then(|parent| {
             on_behalf::make(req.into(), || {
                 rustix::fs::symlinkat(target, &parent, link_name)
             })?;
@@ -484,8 +503,9 @@ impl Filesystem for Mirror {
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        let made = self.inodes.get(ino).and_then(|inode| {
-            let parent = self.inodes.get(newparent)?;
+        let _turn = self.threads.begin();
+        let made = self.inode(ino).and_then(|inode| {
+            let parent = self.inode(newparent)?;
             let follow = AtFlags::SYMLINK_FOLLOW;
             let path = proc_path(&inode);
             on_behalf::make(req.into(), || {
@@ -497,17 +517,17 @@ impl Filesystem for Mirror {
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.threads.begin();
         let done = self
-            .inodes
-            .get(parent)
+            .inode(parent)
             .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::empty()));
         answer!(reply, done, |()| reply.ok());
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.threads.begin();
         let done = self
-            .inodes
-            .get(parent)
+            .inode(parent)
             .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR));
         answer!(reply, done, |()| reply.ok());
     }
@@ -522,8 +542,9 @@ impl Filesystem for Mirror {
         flags: fuser::RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let done = self.inodes.get(parent).and_then(|parent| {
-            let newparent = self.inodes.get(newparent)?;
+        let _turn = self.threads.begin();
+        let done = self.inode(parent).and_then(|parent| {
+            let newparent = self.inode(newparent)?;
             let flags = RenameFlags::from_bits_retain(flags.bits());
             on_behalf::make(req.into(), || {
                 rustix::fs::renameat_with(&parent, name, &newparent, newname, flags)
@@ -533,14 +554,15 @@ impl Filesystem for Mirror {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let _turn = self.threads.begin();
         let (files, flags) = (Arc::clone(&self.files), open_flags(flags.0));
-        let (inode, can_map_direct) = (self.inodes.get(ino), self.can_map_direct);
+        let (inode, can_map_direct) = (self.inode(ino), self.can_map_direct);
         let open = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             opens::open(&files, ino, inode, flags, can_map_direct)
         };
         let waits = !flags.contains(OFlags::NONBLOCK);
-        self.waits.answer(waits, open, |opened| {
+        self.threads.answer(waits, open, |opened| {
             answer!(reply, opened, |opened| {
                 let (handle, flags) = fuser_fields(&opened);
                 let Some(id) = opened.backing_id else {
@@ -563,6 +585,7 @@ impl Filesystem for Mirror {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _turn = self.threads.begin();
         let created = self.create_file(req, parent, name, (mode, umask), open_flags(flags));
         answer!(reply, created, |(found, opened)| {
             let (attr, ttl) = self.entry(&found);
@@ -587,6 +610,7 @@ impl Filesystem for Mirror {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _turn = self.threads.begin();
         self.status.reads.fetch_add(1, Ordering::Relaxed);
         let data = self.read_at(fh, offset, size);
         answer!(reply, data, |data| reply.data(&data));
@@ -604,6 +628,7 @@ impl Filesystem for Mirror {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _turn = self.threads.begin();
         self.status.writes.fetch_add(1, Ordering::Relaxed);
         let flags = (open_flags(flags.0), write_flags);
         let written = self.write_at(req, fh, offset, data, flags);
@@ -620,6 +645,7 @@ impl Filesystem for Mirror {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.threads.begin();
         drop(self.files.release(fh.0));
         reply.ok();
     }
@@ -632,6 +658,7 @@ impl Filesystem for Mirror {
         datasync: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.threads.begin();
         let done = self
             .handle(fh)
             .and_then(|open| source::sync(&open.file, datasync));
@@ -639,6 +666,7 @@ impl Filesystem for Mirror {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
+        let _turn = self.threads.begin();
         answer!(reply, self.open_dir(ino), |handle| reply
             .opened(handle, FopenFlags::empty()));
     }
@@ -651,6 +679,7 @@ impl Filesystem for Mirror {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
+        let _turn = self.threads.begin();
         let done = self.read_dir(fh, offset, &mut reply);
         answer!(reply, done, |()| reply.ok());
     }
@@ -663,6 +692,7 @@ impl Filesystem for Mirror {
         _flags: fuser::OpenFlags,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.threads.begin();
         self.dirs.remove(fh);
         reply.ok();
     }
@@ -675,6 +705,7 @@ impl Filesystem for Mirror {
         datasync: bool,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.threads.begin();
         let done = self.dirs.get(fh).and_then(|dir| {
             let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
             source::sync(&*dir, datasync)
@@ -683,9 +714,9 @@ impl Filesystem for Mirror {
     }
 
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.threads.begin();
         let stat = self
-            .inodes
-            .get(ino)
+            .inode(ino)
             .and_then(|inode| rustix::fs::fstatvfs(&inode));
         answer!(reply, stat, |stat| reply.statfs(
             stat.f_blocks,
@@ -709,7 +740,8 @@ impl Filesystem for Mirror {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let done = self.inodes.get(ino).and_then(|inode| {
+        let _turn = self.threads.begin();
+        let done = self.inode(ino).and_then(|inode| {
             let flags = XattrFlags::from_bits_retain(flags as u32);
             let set = || rustix::fs::setxattr(proc_path(&inode), name, value, flags);
             on_behalf::make(req.into(), || {
@@ -724,8 +756,9 @@ impl Filesystem for Mirror {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _turn = self.threads.begin();
         self.status.getxattrs.fetch_add(1, Ordering::Relaxed);
-        let value = self.inodes.get(ino).and_then(|inode| {
+        let value = self.inode(ino).and_then(|inode| {
             let path = &proc_path(&inode);
             match size {
                 0 => rustix::fs::getxattr_query(path, name).map(XattrAnswer::Size),
@@ -736,7 +769,8 @@ impl Filesystem for Mirror {
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        let names = self.inodes.get(ino).and_then(|inode| {
+        let _turn = self.threads.begin();
+        let names = self.inode(ino).and_then(|inode| {
             let path = &proc_path(&inode);
             match size {
                 0 => rustix::fs::listxattr_query(path).map(XattrAnswer::Size),
@@ -747,9 +781,9 @@ impl Filesystem for Mirror {
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.threads.begin();
         let done = self
-            .inodes
-            .get(ino)
+            .inode(ino)
             .and_then(|inode| rustix::fs::removexattr(proc_path(&inode), name));
         answer!(reply, done, |()| reply.ok());
     }
@@ -764,6 +798,7 @@ impl Filesystem for Mirror {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let _turn = self.threads.begin();
         let done = self.handle(fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
             on_behalf::write(req.into(), on_behalf::kills_setid(req.into()), || {
@@ -782,6 +817,7 @@ impl Filesystem for Mirror {
         whence: i32,
         reply: ReplyLseek,
     ) {
+        let _turn = self.threads.begin();
         // The kernel asks for holes and data alone: it keeps the positions itself.
         let position = self.handle(fh).and_then(|open| {
             let from = match whence {
@@ -807,6 +843,7 @@ impl Filesystem for Mirror {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let _turn = self.threads.begin();
         // The reply counts in 32 bits.
         let len = len.min(1 << 30) as usize;
         let copied = self.handle(fh_in).and_then(|from| {

@@ -96,6 +96,11 @@ impl Inode {
         self.identity
     }
 
+    /// Of a filesystem on this machine, which answers.
+    pub(crate) fn is_numbered(&self) -> bool {
+        self.numbered.get() == Some(&true)
+    }
+
     fn has_filesystem_of(&self, stat: &Statx) -> bool {
         self.identity.0 == identity(stat).0
     }
@@ -104,7 +109,7 @@ impl Inode {
     fn key_below(&self, stat: &Statx) -> Option<Key> {
         let file = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             File::Root
-        } else if self.has_filesystem_of(stat) && self.numbered.get() == Some(&true) {
+        } else if self.has_filesystem_of(stat) && self.is_numbered() {
             let (dev, ino) = identity(stat);
             File::Number(dev, ino)
         } else {

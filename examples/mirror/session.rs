@@ -22,6 +22,7 @@ use crate::inodes::Inodes;
 use crate::opens::{Device, Files};
 use crate::source;
 use crate::status::Status;
+use crate::threads;
 
 /// What whoever serves a mirror waits for.
 pub(crate) enum Event {
@@ -43,9 +44,6 @@ impl Events {
         Self { sender, inbox }
     }
 }
-
-/// A few clients can wait for something that hangs.
-const THREADS: usize = 16;
 
 /// How to serve.
 #[derive(Clone, Copy)]
@@ -116,15 +114,7 @@ impl Mounted {
         let mirror = Mirror::new(inodes, files, passthrough, options, status)?;
 
         let mut config = Config::default();
-        // A request may wait long, for a disk or for the server of a filesystem within the source: never leave the
-        // others without a thread.
-        let parallelism = thread::available_parallelism().map_or(1, usize::from);
-        config.n_threads = Some(
-            std::env::var("NT")
-                .ok()
-                .and_then(|n| n.parse().ok())
-                .unwrap_or(parallelism.max(THREADS)),
-        );
+        config.n_threads = Some(threads::MAX);
         config.clone_fd = true;
         let fd = device.as_fd().try_clone_to_owned()?;
         let session = Session::from_fd(mirror, fd, SessionACL::All, config)?;

@@ -1619,6 +1619,127 @@ pub const READ_ONLY: &[Section] = calls! {
     }
 };
 
+/// `d` is mounted on `ro` too, read-only.
+#[rustfmt::skip]
+pub const WRITABLE_ELSEWHERE: &[Section] = calls! {
+    "a folder that is read-only elsewhere" {
+        open(A, "ro/file", O::RDONLY);
+        open(B, "d/file", O::RDWR | O::APPEND);
+        write(B, b", and more");
+        open(C, "ro/file", O::WRONLY);
+        open(C, "d/file", O::WRONLY | O::TRUNC);
+        content("ro/file");
+        write(C, b"new content");
+        content("ro/file");
+        truncate("ro/file", 3);
+        truncate("d/file", 3);
+        content("ro/file");
+        chmod("ro/file", 0o600);
+        chmod("d/file", 0o600);
+        stat("ro/file");
+        read(A, 100);
+        setxattr("ro/file", "user.b", b"x", SET);
+        setxattr("d/file", "user.b", b"x", SET);
+        getxattr("ro/file", "user.b", 100);
+        mkdir("d/new", 0o755);
+        mkdir("ro/newer", 0o755);
+        rename("d/new", "d/renamed");
+        rename("ro/renamed", "ro/new");
+        link("d/file", "d/second");
+        symlink("x", "d/symlink");
+        mknod("d/fifo", FileType::Fifo, 0o644, (0, 0));
+        list("ro");
+        unlink("ro/second");
+        unlink("d/second");
+        unlink("d/symlink");
+        unlink("d/fifo");
+        rmdir("ro/renamed");
+        rmdir("d/renamed");
+        list("ro");
+    }
+};
+
+/// `file` is mounted on `ro` too, read-only.
+#[rustfmt::skip]
+pub const SINGLE_FILE: &[Section] = calls! {
+    "a file that is read-only elsewhere" {
+        content("file");
+        content("ro");
+        open(A, "ro", O::RDONLY);
+        open(B, "ro", O::RDWR);
+        open(B, "ro", O::RDONLY | O::TRUNC);
+        truncate("ro", 0);
+        chmod("ro", 0o600);
+        setxattr("ro", "user.a", b"x", SET);
+        link("ro", "link");
+        rename("ro", "renamed");
+        unlink("ro");
+        open(B, "file", O::RDWR | O::TRUNC);
+        write(B, b"written");
+        read(A, 100);
+        content("ro");
+    }
+};
+
+/// `d`, in which is a program, is mounted on `noexec` too.
+#[rustfmt::skip]
+pub const NOEXEC: &[Section] = calls! {
+    "a mount without programs" {
+        run("d/true", "");
+        run("noexec/true", "");
+        open(A, "noexec/true", O::RDONLY);
+        pread(A, 4, 0);
+        run("d/true", "");
+    }
+    "a mount without programs that is seen first" {
+        open(A, "noexec/second", O::RDWR);
+        pread(A, 4, 0);
+        close(A);
+        run("noexec/second", "");
+        run("d/second", "");
+    }
+};
+
+/// `d`, in which is a program that sets the user, is mounted on `nosuid` too, which is `nodev` as well.
+#[rustfmt::skip]
+pub const NOSUID: &[Section] = calls! {
+    "a mount without rights" {
+        run("nosuid/id", "-u");
+        mknod("nosuid/null", FileType::CharacterDevice, 0o666, (1, 3));
+        stat("nosuid/null");
+        open(A, "nosuid/null", O::RDWR);
+    }
+};
+
+/// `d` is mounted on `again` too.
+#[rustfmt::skip]
+pub const TWO_MOUNTS: &[Section] = calls! {
+    "two mounts" {
+        content("d/file");
+        content("again/file");
+        rename("d/file", "again/renamed");
+        rename("again/file", "d/renamed");
+        link("d/file", "again/link");
+        link("again/file", "d/link");
+        rename("d/file", "d/renamed");
+        link("again/renamed", "again/link");
+        rename("again/renamed", "again/file");
+        unlink("d/link");
+        list("again");
+    }
+};
+
+#[rustfmt::skip]
+pub const LOOK: &[Section] = calls! {
+    "what is mounted" {
+        list("d");
+        stat("d");
+        content("d/file");
+        content("d/mounted");
+        statfs("d");
+    }
+};
+
 /// Where `a/file` is, and `a` is mounted on `b` too.
 #[rustfmt::skip]
 pub const BIND_MOUNT: &[Section] = calls! {

@@ -37,6 +37,12 @@ const TABLES: &[(&str, &[Section])] = &[
     ("without direct", calls::WITHOUT_DIRECT),
     ("read-only", calls::READ_ONLY),
     ("bind mount", calls::BIND_MOUNT),
+    ("writable elsewhere", calls::WRITABLE_ELSEWHERE),
+    ("single file", calls::SINGLE_FILE),
+    ("noexec", calls::NOEXEC),
+    ("nosuid", calls::NOSUID),
+    ("two mounts", calls::TWO_MOUNTS),
+    ("look", calls::LOOK),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]

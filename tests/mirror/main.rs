@@ -40,7 +40,9 @@ mod seccomp;
 #[path = "../support/thread.rs"]
 mod thread;
 
+mod ask;
 mod backing;
+mod blocked;
 mod calls;
 mod differences;
 mod differential;
@@ -50,6 +52,7 @@ mod fsx;
 mod held;
 mod hello;
 mod killed;
+mod mounts;
 mod namespaces;
 mod place;
 mod program;
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
     let mut trials = vec![fsx_trial(mode, ready.clone())];
     for (file, tests) in [
         ("race", race::TESTS),
+        ("blocked", blocked::TESTS),
         ("differential", differential::TESTS),
         ("differences", differences::TESTS),
         ("enforced", enforced::TESTS),
@@ -89,6 +93,7 @@ fn main() -> ExitCode {
         ("held", held::TESTS),
         ("hello", hello::TESTS),
         ("killed", killed::TESTS),
+        ("mounts", mounts::TESTS),
         ("namespaces", namespaces::TESTS),
         ("reserve", reserve::TESTS),
         ("setid", setid::TESTS),
@@ -110,6 +115,8 @@ fn main() -> ExitCode {
 
 fn roles() -> Vec<(&'static str, client::Role)> {
     [
+        ask::ROLES,
+        blocked::ROLES,
         differences::ROLES,
         differential::ROLES,
         enforced::ROLES,

@@ -99,27 +99,37 @@ impl Mirror {
 
     /// By a command that lacks the mirror's arguments only, and becomes the mirror.
     pub fn spawn_by(
+        command: Command,
+        sandbox: &Sandbox,
+        source: &Path,
+        way: Way,
+    ) -> Result<Self, Failed> {
+        Self::spawn_at(&sandbox.folder("mnt")?, command, sandbox, source, way)
+    }
+
+    /// The same, at a mountpoint of the caller's.
+    pub fn spawn_at(
+        mountpoint: &Path,
         mut command: Command,
         sandbox: &Sandbox,
         source: &Path,
         way: Way,
     ) -> Result<Self, Failed> {
-        let mountpoint = sandbox.folder("mnt")?;
         let log = sandbox.folder("log")?.join("stderr");
         if way == Way::Plain {
             command.arg("--no-passthrough");
         }
         let mut child = command
-            .args([source, &mountpoint])
+            .args([source, mountpoint])
             .stdin(Stdio::null())
             .stderr(File::create(&log)?)
             .spawn()?;
-        match wait_until_mounted(sandbox, &mut child, &mountpoint) {
+        match wait_until_mounted(sandbox, &mut child, mountpoint) {
             Ok(abort) => {
                 sandbox.watch(Arc::clone(&abort));
                 Ok(Self {
                     child,
-                    mountpoint,
+                    mountpoint: mountpoint.to_owned(),
                     source: source.to_owned(),
                     way,
                     log,
@@ -129,7 +139,7 @@ impl Mirror {
             Err(why) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                let _ = unmount(&mountpoint, UnmountFlags::DETACH);
+                let _ = unmount(mountpoint, UnmountFlags::DETACH);
                 let said = fs::read_to_string(&log).unwrap_or_default();
                 let why = why.message().unwrap_or_default();
                 Err(format!("{why}; the mirror says: {said}").into())
@@ -243,8 +253,15 @@ impl Mirror {
     }
 
     /// `unmounted` is to succeed only if nothing pins the source.
-    pub fn stop_with(
+    pub fn stop_with(self, unmounted: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
+        let serves_without = self.way == Way::Passthrough && !kernel_has_passthrough()?;
+        self.stop_saying(serves_without, unmounted)
+    }
+
+    /// The same for a mirror that says that it serves without passthrough, or does not.
+    pub fn stop_saying(
         mut self,
+        serves_without: bool,
         unmounted: impl FnOnce() -> Result<(), Failed>,
     ) -> Result<(), Failed> {
         let device = self.device()?;
@@ -252,7 +269,7 @@ impl Mirror {
         let status = self.wait()?;
         let said = fs::read_to_string(&self.log)?;
         assert!(status.success(), "the mirror ended with {status}: {said}");
-        if self.way == Way::Passthrough && !kernel_has_passthrough()? {
+        if serves_without {
             assert!(said.contains("serving without passthrough"), "{said}");
         } else {
             assert_eq!(said, "", "the mirror had something to say");

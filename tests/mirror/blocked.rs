@@ -1,0 +1,211 @@
+//! Calls that wait for something in the source: a lease that somebody has to give up, a filesystem that does not
+//! answer. Clients of other files do not wait with them.
+
+use std::error::Error;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Failed;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::ask::{Asked, ask_all};
+use crate::backing::Backing;
+use crate::client::{Client, Role, wait_for_parent};
+use crate::sandbox::{Sandbox, patience_times};
+use crate::server::{Mirror, Way};
+use crate::{Test, program};
+
+pub const TESTS: &[Test] = &[
+    ("two_leases", |name| {
+        leases(name, Way::Passthrough, 2)?;
+        leases(name, Way::Plain, 2)
+    }),
+    ("forty_leases", |name| leases(name, Way::Passthrough, 40)),
+    ("filesystem_that_is_stopped", |name| {
+        filesystem_that_hangs(name, End::Resumed)
+    }),
+    ("filesystem_that_is_aborted", |name| {
+        filesystem_that_hangs(name, End::Aborted)
+    }),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("lease", lease)];
+
+/// What a call takes at most if it does not wait.
+const AT_ONCE: Duration = Duration::from_millis(200);
+
+/// Has a lease of each of these files, until it is told to give them up.
+#[allow(unsafe_code)]
+fn lease(args: &[String]) -> Result<String, Box<dyn Error>> {
+    // The kernel asks for a lease by SIGIO. By default the holder has `/proc/sys/fs/lease-break-time` to answer: 45 s.
+    // SAFETY: SIG_IGN is no function.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    let mut files = Vec::new();
+    for path in args {
+        files.push(File::options().read(true).write(true).open(path)?);
+    }
+    let set = |kind: libc::c_int| {
+        files.iter().try_for_each(|file| {
+            // SAFETY: F_SETLEASE takes an int.
+            match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) } {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        })
+    };
+    set(libc::F_WRLCK)?;
+    println!("leased");
+    wait_for_parent()?;
+    set(libc::F_UNLCK)?;
+    Ok("given up".into())
+}
+
+/// Calls that wait for a lease.
+const WAITING: [&str; 4] = ["read", "write", "replace", "truncate"];
+
+/// A client for each of `count` files in `root/leased`.
+fn clients(root: &Path, count: usize) -> Result<Vec<Asked>, Failed> {
+    let clients: Vec<_> = (0..count)
+        .map(|n| Asked::start(root, &[(WAITING[n % 4], &format!("leased/{n}"))]))
+        .collect::<Result<_, _>>()?;
+    for client in &clients {
+        client.wait_until_blocked()?;
+    }
+    Ok(clients)
+}
+
+fn leases(name: &str, way: Way, count: usize) -> Result<(), Failed> {
+    // If the server waits with its clients, it is aborted then.
+    let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let folders = [backing.folder("source")?, backing.folder("plain")?];
+    let mut holders = Vec::new();
+    for folder in &folders {
+        fs::create_dir(folder.join("leased"))?;
+        fs::create_dir(folder.join("other"))?;
+        fs::write(folder.join("other/file"), "content")?;
+        let paths: Vec<_> = (0..count)
+            .map(|n| folder.join(format!("leased/{n}")))
+            .collect();
+        for path in &paths {
+            fs::write(path, "leased content")?;
+        }
+        let paths: Vec<&OsStr> = paths.iter().map(|path| path.as_os_str()).collect();
+        let mut holder = Client::start("lease", &paths)?;
+        assert_eq!(holder.line()?, "leased");
+        holders.push(holder);
+    }
+    let [source, plain] = &folders;
+    let mirror = Mirror::start(&sandbox, source, way)?;
+    let mut blocked = clients(mirror.path(), count)?;
+    let mut controls = clients(plain, count)?;
+
+    let others = [
+        ("list", "other"),
+        ("list", "leased"),
+        ("stat", "leased/0"),
+        ("read", "other/file"),
+        ("write", "other/file"),
+        ("open nonblocking", "leased/0"),
+    ];
+    let outcomes = ask_all(plain, &others, AT_ONCE)?;
+    assert_eq!(outcomes[5], "EAGAIN");
+    assert_eq!(ask_all(mirror.path(), &others, AT_ONCE)?, outcomes);
+    for client in blocked.iter().chain(&controls) {
+        client.wait_until_blocked()?;
+    }
+
+    // It ends when it gets its answer at the latest.
+    let killed = blocked.remove(0);
+    let pid = Pid::from_raw(killed.id().try_into()?).ok_or("0 is no process")?;
+    kill_process(pid, Signal::KILL)?;
+    let expected = controls.remove(0);
+    let since = Instant::now();
+    for mut holder in holders {
+        holder.proceed()?;
+        assert_eq!(holder.finish()?, "given up");
+    }
+    for (n, (mut client, mut control)) in blocked.into_iter().zip(controls).enumerate() {
+        let (outcome, _) = client.answer()?;
+        assert_eq!(outcome, control.answer()?.0, "client {n}");
+        assert!(!outcome.starts_with('E'), "{outcome}");
+    }
+    drop((killed, expected));
+    assert!(since.elapsed() < Duration::from_secs(2) * patience_times());
+    for n in 0..count {
+        let [source, plain] = [source, plain].map(|folder| folder.join(format!("leased/{n}")));
+        assert_eq!(fs::read(source)?, fs::read(plain)?, "leased/{n}");
+    }
+    mirror.wait_for_releases()?;
+    mirror.stop(&backing)
+}
+
+/// What becomes of a filesystem that hangs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Resumed,
+    Aborted,
+}
+
+/// The filesystem is another mirror.
+fn filesystem_that_hangs(name: &str, end: End) -> Result<(), Failed> {
+    let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
+    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+    let (source, behind) = (backing.folder("source")?, backing.folder("behind")?);
+    fs::write(behind.join("file"), "content")?;
+    fs::create_dir(source.join("hung"))?;
+    fs::create_dir(source.join("other"))?;
+    fs::write(source.join("other/file"), "content")?;
+    let command = Command::new(program::example("mirror")?);
+    let at = source.join("hung");
+    let hung = Mirror::spawn_at(&at, command, &sandbox, &behind, Way::Plain)?;
+    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    // The kernel knows the name, so that each client asks the server for it.
+    let before = ask_all(mirror.path(), &[("list", "hung")], Duration::from_secs(1))?;
+
+    hung.freeze()?;
+    let mut clients = Vec::new();
+    for count in [2, 12] {
+        while clients.len() < count {
+            clients.push(Asked::start(mirror.path(), &[("list", "hung")])?);
+        }
+        for client in &clients {
+            client.wait_until_blocked()?;
+        }
+        for root in [&source, mirror.path()] {
+            let others = [
+                ("list", "other"),
+                ("read", "other/file"),
+                ("write", "other/file"),
+            ];
+            ask_all(root, &others, AT_ONCE)?;
+        }
+    }
+    if end == End::Aborted {
+        hung.abort()?;
+    }
+    hung.signal(Signal::CONT)?;
+    for mut client in clients {
+        let (outcome, _) = client.answer()?;
+        match end {
+            End::Resumed => assert_eq!(outcome, before[0]),
+            End::Aborted => assert!(
+                ["ENOTCONN", "ECONNABORTED"].contains(&&*outcome),
+                "{outcome}"
+            ),
+        }
+    }
+    mirror.wait_for_releases()?;
+    mirror.stop_with(|| Ok(()))?;
+    match end {
+        End::Resumed => hung.stop(&backing),
+        End::Aborted => {
+            hung.wait_for_end()?;
+            backing.unmount_when_idle()
+        }
+    }
+}

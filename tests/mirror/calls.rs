@@ -1739,15 +1739,3 @@ pub const LOOK: &[Section] = calls! {
         statfs("d");
     }
 };
-
-/// Where `a/file` is, and `a` is mounted on `b` too.
-#[rustfmt::skip]
-pub const BIND_MOUNT: &[Section] = calls! {
-    "a bind mount" {
-        content("a/file");
-        content("b/file");
-        list("a");
-        list("b");
-        rename("a/file", "b/moved");
-    }
-};

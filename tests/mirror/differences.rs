@@ -6,25 +6,21 @@ use std::fs::{DirEntry, File};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use libtest_mimic::Failed;
 use rustix::fs::{FlockOperation, fcntl_lock, flock, fsync, inotify, syncfs};
-use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use crate::Test;
 use crate::backing::Backing;
 use crate::client::{self, Client, Role, wait_for_parent};
-use crate::differential::{compare, run};
 use crate::place::describe;
 use crate::program;
 use crate::sandbox::Sandbox;
-use crate::server::{Mirror, Way, within};
+use crate::server::{Mirror, Way};
 
 /// Those that show in more than one call.
 pub const TESTS: &[Test] = &[
     ("locks_hold_on_one_side", locks_hold_on_one_side),
-    ("bind_mount_in_the_source", bind_mount_in_the_source),
     ("syncfs", syncfs_stays_in_the_kernel),
     ("inotify", inotify_sees_one_side),
     ("sockets", sockets_are_of_one_side),
@@ -282,34 +278,6 @@ fn locks_hold_on_one_side(name: &str) -> Result<(), Failed> {
         }
         mirror.wait_for_releases()?;
         mirror.stop(&backing)?;
-    }
-    Ok(())
-}
-
-fn bind_mount_in_the_source(name: &str) -> Result<(), Failed> {
-    for way in [Way::Passthrough, Way::Plain] {
-        let sandbox = Sandbox::new(name)?;
-        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
-        let folders = [backing.folder("source")?, backing.folder("plain")?];
-        for folder in &folders {
-            std::fs::create_dir(folder.join("a"))?;
-            std::fs::create_dir(folder.join("b"))?;
-            std::fs::write(folder.join("a/file"), "content")?;
-            mount_bind(folder.join("a"), folder.join("b"))?;
-        }
-        let [source, plain] = &folders;
-        let mirror = Mirror::start(&sandbox, source, way)?;
-        let made = run("bind mount", mirror.path(), plain)?;
-        compare(&made, way.is_passthrough()?, true)?;
-        mirror.wait_for_releases()?;
-        mirror.stop_with(|| {
-            for folder in &folders {
-                within(Duration::from_secs(10), "the bind mount is idle", || {
-                    Ok(unmount(folder.join("b"), UnmountFlags::NOFOLLOW).is_ok())
-                })?;
-            }
-            backing.unmount_when_idle()
-        })?;
     }
     Ok(())
 }

@@ -36,7 +36,6 @@ const TABLES: &[(&str, &[Section])] = &[
     ("running", calls::RUNNING),
     ("without direct", calls::WITHOUT_DIRECT),
     ("read-only", calls::READ_ONLY),
-    ("bind mount", calls::BIND_MOUNT),
     ("writable elsewhere", calls::WRITABLE_ELSEWHERE),
     ("single file", calls::SINGLE_FILE),
     ("noexec", calls::NOEXEC),

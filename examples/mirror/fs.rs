@@ -26,7 +26,7 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
-use crate::dirs::Dirs;
+use crate::dirs::{Dir, Dirs};
 use crate::inodes::{Found, Inode, Inodes};
 use crate::on_behalf::{self, Client};
 use crate::opens::{self, Device, Files, OpenFile};
@@ -201,9 +201,15 @@ impl Mirror {
         self.inodes.forget(nodeid, lookups, forget);
     }
 
-    /// An open file.
-    fn handle(&self, handle: FileHandle) -> Result<Arc<OpenFile>> {
+    /// An open file of this inode.
+    fn handle(&self, nodeid: INodeNo, handle: FileHandle) -> Result<Arc<OpenFile>> {
+        self.inode(nodeid)?;
         self.files.get(handle.0).ok_or(Errno::BADF)
+    }
+
+    fn dir(&self, nodeid: INodeNo, handle: FileHandle) -> Result<Dir> {
+        self.inode(nodeid)?;
+        self.dirs.get(handle)
     }
 
     fn open_dir(&self, nodeid: INodeNo) -> Result<FileHandle> {
@@ -215,8 +221,7 @@ impl Mirror {
 
     /// Adds the entries from `offset` on. Offsets are the source's own, good for as long as the
     /// directory is open: what did not fit into the reply is read again by the next request.
-    fn read_dir(&self, handle: FileHandle, offset: u64, reply: &mut ReplyDirectory) -> Result<()> {
-        let dir = self.dirs.get(handle)?;
+    fn read_dir(&self, dir: &Dir, offset: u64, reply: &mut ReplyDirectory) -> Result<()> {
         let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
         let dev = rustix::fs::fstat(&*dir)?.st_dev;
         let numbers = self.inodes.numbers();
@@ -242,8 +247,7 @@ impl Mirror {
         Ok(())
     }
 
-    fn read_at(&self, handle: FileHandle, offset: u64, size: u32) -> Result<Vec<u8>> {
-        let open = self.handle(handle)?;
+    fn read_at(open: &OpenFile, offset: u64, size: u32) -> Result<Vec<u8>> {
         let mut data = Vec::with_capacity(size as usize);
         let unused = rustix::buffer::spare_capacity(&mut data);
         rustix::io::pread(&open.file, unused, offset)?;
@@ -251,15 +255,13 @@ impl Mirror {
     }
 
     fn write_at(
-        &self,
         req: &Request,
-        handle: FileHandle,
+        open: &OpenFile,
         offset: u64,
         data: &[u8],
         flags: (OFlags, WriteFlags),
     ) -> Result<usize> {
         let (open_flags, write_flags) = flags;
-        let open = self.handle(handle)?;
         // Pages that were written through a mapping go where they belong, also if the file that the kernel chose for
         // them is open for appending.
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
@@ -602,7 +604,7 @@ impl Filesystem for Mirror {
     fn read(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         size: u32,
@@ -612,14 +614,15 @@ impl Filesystem for Mirror {
     ) {
         let _turn = self.threads.begin();
         self.status.reads.fetch_add(1, Ordering::Relaxed);
-        let data = self.read_at(fh, offset, size);
+        let open = self.handle(ino, fh);
+        let data = open.and_then(|open| Self::read_at(&open, offset, size));
         answer!(reply, data, |data| reply.data(&data));
     }
 
     fn write(
         &self,
         req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         data: &[u8],
@@ -631,7 +634,8 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         self.status.writes.fetch_add(1, Ordering::Relaxed);
         let flags = (open_flags(flags.0), write_flags);
-        let written = self.write_at(req, fh, offset, data, flags);
+        let open = self.handle(ino, fh);
+        let written = open.and_then(|open| Self::write_at(req, &open, offset, data, flags));
         answer!(reply, written, |written| reply.written(written as u32));
     }
 
@@ -653,14 +657,14 @@ impl Filesystem for Mirror {
     fn fsync(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         datasync: bool,
         reply: ReplyEmpty,
     ) {
         let _turn = self.threads.begin();
         let done = self
-            .handle(fh)
+            .handle(ino, fh)
             .and_then(|open| source::sync(&open.file, datasync));
         answer!(reply, done, |()| reply.ok());
     }
@@ -674,13 +678,14 @@ impl Filesystem for Mirror {
     fn readdir(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
         let _turn = self.threads.begin();
-        let done = self.read_dir(fh, offset, &mut reply);
+        let dir = self.dir(ino, fh);
+        let done = dir.and_then(|dir| self.read_dir(&dir, offset, &mut reply));
         answer!(reply, done, |()| reply.ok());
     }
 
@@ -700,13 +705,13 @@ impl Filesystem for Mirror {
     fn fsyncdir(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         datasync: bool,
         reply: ReplyEmpty,
     ) {
         let _turn = self.threads.begin();
-        let done = self.dirs.get(fh).and_then(|dir| {
+        let done = self.dir(ino, fh).and_then(|dir| {
             let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
             source::sync(&*dir, datasync)
         });
@@ -791,7 +796,7 @@ impl Filesystem for Mirror {
     fn fallocate(
         &self,
         req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: u64,
         length: u64,
@@ -799,7 +804,7 @@ impl Filesystem for Mirror {
         reply: ReplyEmpty,
     ) {
         let _turn = self.threads.begin();
-        let done = self.handle(fh).and_then(|open| {
+        let done = self.handle(ino, fh).and_then(|open| {
             let mode = FallocateFlags::from_bits_retain(mode as u32);
             on_behalf::write(req.into(), on_behalf::kills_setid(req.into()), || {
                 rustix::fs::fallocate(&open.file, mode, offset, length)
@@ -811,7 +816,7 @@ impl Filesystem for Mirror {
     fn lseek(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         offset: i64,
         whence: i32,
@@ -819,7 +824,7 @@ impl Filesystem for Mirror {
     ) {
         let _turn = self.threads.begin();
         // The kernel asks for holes and data alone: it keeps the positions itself.
-        let position = self.handle(fh).and_then(|open| {
+        let position = self.handle(ino, fh).and_then(|open| {
             let from = match whence {
                 libc::SEEK_DATA => SeekFrom::Data(offset as u64),
                 libc::SEEK_HOLE => SeekFrom::Hole(offset as u64),
@@ -833,10 +838,10 @@ impl Filesystem for Mirror {
     fn copy_file_range(
         &self,
         req: &Request,
-        _ino_in: INodeNo,
+        ino_in: INodeNo,
         fh_in: FileHandle,
         mut offset_in: u64,
-        _ino_out: INodeNo,
+        ino_out: INodeNo,
         fh_out: FileHandle,
         mut offset_out: u64,
         len: u64,
@@ -846,8 +851,8 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         // The reply counts in 32 bits.
         let len = len.min(1 << 30) as usize;
-        let copied = self.handle(fh_in).and_then(|from| {
-            let to = self.handle(fh_out)?;
+        let copied = self.handle(ino_in, fh_in).and_then(|from| {
+            let to = self.handle(ino_out, fh_out)?;
             let (at, into) = (Some(&mut offset_in), Some(&mut offset_out));
             on_behalf::write(req.into(), on_behalf::kills_setid(req.into()), || {
                 rustix::fs::copy_file_range(&from.file, at, &to.file, into, len)

@@ -191,9 +191,10 @@ fn mount(
         rustix::process::getgid().as_raw(),
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
-    // No wider than the source.
+    // No wider than the source. A FUSE filesystem need not tell.
     const ST_NOSYMFOLLOW: u64 = 0x2000;
-    let source_flags = rustix::fs::fstatvfs(root)?.f_flag;
+    let source_flags =
+        rustix::fs::fstatvfs(root).map_or(StatVfsMountFlags::empty(), |stat| stat.f_flag);
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(
         MountFlags::NOEXEC,

@@ -24,11 +24,14 @@ struct Shared {
     state: Mutex<State>,
     turn: Condvar,
     watcher: Condvar,
-    turns: usize,
+    /// How many threads take turns if none of them has to wait.
+    few: usize,
 }
 
 #[derive(Default)]
 struct State {
+    /// How many threads take turns now.
+    turns: usize,
     /// Threads that have served a request, and wait for their next one.
     ready: usize,
     /// Threads that serve one.
@@ -53,11 +56,16 @@ thread_local! {
 
 impl Threads {
     pub(crate) fn new() -> std::io::Result<Self> {
+        let few = thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2));
+        let state = State {
+            turns: few,
+            ..State::default()
+        };
         let shared = Arc::new(Shared {
-            state: Mutex::default(),
+            state: Mutex::new(state),
+            few,
             turn: Condvar::new(),
             watcher: Condvar::new(),
-            turns: thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2)),
         });
         let watched = Arc::clone(&shared);
         thread::Builder::new()
@@ -110,18 +118,20 @@ impl Threads {
 
 impl Shared {
     fn watch(&self) {
+        let mut seen = 0;
         let mut state = self.lock();
         while !state.over {
-            if state.busy == 0 && state.attempts.is_empty() {
+            let is_still = state.progress == seen;
+            seen = state.progress;
+            if is_still && state.busy == 0 && state.attempts.is_empty() {
+                state.turns = self.few;
                 state.watched = false;
                 let woken = self.watcher.wait(state);
                 state = woken.unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            let before = state.progress;
-            let woken = self.watcher.wait_timeout(state, PAUSE);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
-            if state.ready == 0 && state.progress == before {
+            if is_still && state.ready == 0 && state.busy > 0 && state.turns < MAX {
+                state.turns += 1;
                 self.turn.notify_one();
             }
             let mut attempts = std::mem::take(&mut state.attempts);
@@ -129,6 +139,8 @@ impl Shared {
             attempts.retain_mut(|attempt| !attempt());
             state = self.lock();
             state.attempts.append(&mut attempts);
+            let woken = self.watcher.wait_timeout(state, PAUSE);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
         // Dropped unanswered, they give their clients EIO.
         let attempts = std::mem::take(&mut state.attempts);
@@ -159,7 +171,7 @@ impl Drop for Turn<'_> {
         let mut state = self.0.lock();
         state.busy -= 1;
         state.progress += 1;
-        while state.ready >= self.0.turns && !state.over {
+        while state.ready >= state.turns && !state.over {
             let woken = self.0.turn.wait(state);
             state = woken.unwrap_or_else(PoisonError::into_inner);
         }

@@ -51,9 +51,12 @@ mod errnos;
 mod fsx;
 mod held;
 mod hello;
+mod identity;
 mod killed;
 mod mounts;
 mod namespaces;
+mod numbers;
+mod overlay;
 mod place;
 mod program;
 mod race;
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
     // The long ones first.
     let mut trials = vec![fsx_trial(mode, ready.clone())];
     for (file, tests) in [
+        ("numbers", numbers::TESTS),
         ("race", race::TESTS),
         ("blocked", blocked::TESTS),
         ("differential", differential::TESTS),
@@ -92,6 +96,7 @@ fn main() -> ExitCode {
         ("errnos", errnos::TESTS),
         ("held", held::TESTS),
         ("hello", hello::TESTS),
+        ("identity", identity::TESTS),
         ("killed", killed::TESTS),
         ("mounts", mounts::TESTS),
         ("namespaces", namespaces::TESTS),
@@ -122,7 +127,9 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         enforced::ROLES,
         held::ROLES,
         hello::ROLES,
+        identity::ROLES,
         killed::ROLES,
+        numbers::ROLES,
         race::ROLES,
         reserve::ROLES,
         server::ROLES,

@@ -63,6 +63,8 @@ pub struct Seen {
     pub getxattrs: AtomicU64,
     /// Whether the server has extended attributes; without them it does not know GETXATTR.
     pub has_xattrs: AtomicBool,
+    /// Whether all files are reported to have the same inode number.
+    pub has_one_number: AtomicBool,
 }
 
 /// What the kernel said in its INIT request.
@@ -319,6 +321,7 @@ const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+const STATFS: u32 = 17;
 const RELEASE: u32 = 18;
 const GETXATTR: u32 = 22;
 const FLUSH: u32 = 25;
@@ -413,6 +416,8 @@ impl Server {
                 }
             }
             FLUSH => Ok(Vec::new()),
+            // A `struct fuse_statfs_out`: nothing is known.
+            STATFS => Ok(vec![0; 80]),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -424,7 +429,11 @@ impl Server {
             let metadata = self.node(nodeid)?.backing.metadata().map_err(errno)?;
             (metadata.mode(), metadata.len())
         };
-        let mut attr = [nodeid, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
+        let number = match self.seen.has_one_number.load(Ordering::SeqCst) {
+            true if nodeid != 1 => Connection::NODE,
+            _ => nodeid,
+        };
+        let mut attr = [number, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
         // The nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize, flags.
         let rest = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0];
         attr.extend(rest.map(u32::to_ne_bytes).concat());

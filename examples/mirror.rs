@@ -1,16 +1,8 @@
 //! A passthrough mirror: serves a directory tree at another place, where reads and writes do not
 //! come to the server.
 //!
-//! ```text
-//! mirror SRC MNT                    serve SRC at MNT until it is unmounted, or Ctrl-C
-//! mirror --no-passthrough SRC MNT   the same through plain FUSE
-//! mirror --no-killpriv SRC MNT      the same, with the kernel asking before each write, which is slow
-//! mirror --depth 1 SRC MNT          the same, and overlayfs can be stacked on MNT; SRC is not passed through if it is
-//!                                   on overlayfs itself
-//! mirror --ttl SECONDS SRC MNT      the same, and the kernel keeps names and attributes so long: faster, but a change
-//!                                   in SRC shows that much later
-//! mirror                            measure both against the source, and check that nothing leaks
-//! ```
+//! `mirror SRC MNT` serves SRC at MNT until it is unmounted, or Ctrl-C; `mirror --help` lists the options. `mirror` alone
+//! measures plain FUSE and passthrough against the source, and checks that nothing leaks.
 //!
 //! Mounting takes root. Where the kernel refuses passthrough, being older than Linux 6.9 or in a
 //! container with users of its own, the mirror says why and serves plainly.
@@ -95,10 +87,8 @@ options: --no-passthrough   serve through plain FUSE
 enum Command {
     Help,
     Demonstrate,
-    /// What the client processes of the demonstration do.
+    /// What a client process of the demonstration does.
     Read(PathBuf),
-    Open(PathBuf),
-    Hold(PathBuf),
     Serve {
         source: PathBuf,
         mountpoint: PathBuf,
@@ -114,8 +104,6 @@ fn main() -> ExitCode {
         }
         Command::Demonstrate => demo::run(),
         Command::Read(path) => demo::read(&path),
-        Command::Open(path) => demo::open(&path),
-        Command::Hold(path) => demo::hold(&path),
         Command::Serve {
             source,
             mountpoint,
@@ -155,13 +143,9 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
                 let ttl = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
                 options.ttl = ttl.ok_or("--ttl takes a number of seconds")?;
             }
-            Some(client @ ("--read" | "--open" | "--hold")) => {
-                let path = args.next().ok_or(format!("{client} takes a path"))?;
-                return Ok(match client {
-                    "--read" => Command::Read(path.into()),
-                    "--open" => Command::Open(path.into()),
-                    _ => Command::Hold(path.into()),
-                });
+            Some("--read") => {
+                let path = args.next().ok_or("--read takes a path")?;
+                return Ok(Command::Read(path.into()));
             }
             Some(option) if option.starts_with('-') => {
                 return Err(format!("there is no option {option}\n{USAGE}").into());

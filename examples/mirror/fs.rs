@@ -150,6 +150,49 @@ impl Mirror {
         });
     }
 
+    /// Makes a file of that name, or gives a file the name.
+    fn make(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        reply: ReplyEntry,
+        call: impl FnOnce(&Inode) -> Result<()>,
+    ) {
+        let made = self.inode(parent).and_then(|parent| {
+            on_behalf::make(req.into(), || call(&parent))?;
+            self.find(&parent, name)
+        });
+        self.reply_entry(reply, made);
+    }
+
+    fn remove(&self, parent: INodeNo, name: &OsStr, flags: AtFlags, reply: ReplyEmpty) {
+        let parent = self.inode(parent);
+        let done = parent.and_then(|parent| rustix::fs::unlinkat(&parent, name, flags));
+        answer!(reply, done, |()| reply.ok());
+    }
+
+    fn reply_xattr(
+        &self,
+        nodeid: INodeNo,
+        size: u32,
+        reply: ReplyXattr,
+        query: impl FnOnce(&str) -> Result<usize>,
+        get: impl FnOnce(&str, &mut [u8]) -> Result<usize>,
+    ) {
+        // Of the client's size, so that ERANGE is the call's own.
+        let mut buffer = vec![0; size as usize];
+        let path = self.inode(nodeid).map(|inode| (proc_path(&inode), inode));
+        let length = path.and_then(|(path, _inode)| match size {
+            0 => query(&path),
+            _ => get(&path, &mut buffer),
+        });
+        answer!(reply, length, |length| match size {
+            0 => reply.size(length as u32),
+            _ => reply.data(&buffer[..length]),
+        });
+    }
+
     /// The mode for a new file in `parent`. A default ACL takes the place of the umask.
     fn creation_mode(&self, parent: &Inode, mode: u32, umask: u32) -> Mode {
         // Without ACL support the kernel has applied the umask already.
@@ -280,58 +323,6 @@ impl Mirror {
     }
 }
 
-/// What a SETATTR request changes.
-struct SetAttr {
-    mode: Option<u32>,
-    uid: Option<u32>,
-    gid: Option<u32>,
-    size: Option<u64>,
-    atime: Option<TimeOrNow>,
-    mtime: Option<TimeOrNow>,
-    handle: Option<FileHandle>,
-}
-
-impl SetAttr {
-    /// EAGAIN while a lease is being broken; nothing was changed then.
-    fn apply(&self, client: Client, inode: &Inode, files: &Files) -> Result<()> {
-        let handle = self
-            .handle
-            .map(|handle| files.get(handle.0).ok_or(Errno::BADF));
-        let handle = handle.transpose()?;
-        let opened = match (self.size, &handle) {
-            (Some(_), None) => Some(source::open_for_writing(inode)?),
-            _ => None,
-        };
-        // The owner before the mode, since a change of owner takes setuid and setgid away; the size
-        // before the times, since it sets them.
-        if self.uid.is_some() || self.gid.is_some() {
-            let (uid, gid) = (self.uid.map(Uid::from_raw), self.gid.map(Gid::from_raw));
-            let group = rustix::fs::fstat(inode)?.st_gid;
-            on_behalf::change_rights(client, group, || {
-                rustix::fs::chownat(inode, "", uid, gid, AtFlags::EMPTY_PATH)
-            })?;
-        }
-        if let Some(mode) = self.mode {
-            rustix::fs::chmod(proc_path(inode), Mode::from_raw_mode(mode))?;
-        }
-        let file = opened
-            .as_ref()
-            .or(handle.as_ref().map(|handle| &handle.file));
-        if let (Some(size), Some(file)) = (self.size, file) {
-            let kill = on_behalf::kills_setid(client);
-            on_behalf::write(client, kill, || rustix::fs::ftruncate(file, size))?;
-        }
-        if self.atime.is_some() || self.mtime.is_some() {
-            let times = Timestamps {
-                last_access: timespec(self.atime),
-                last_modification: timespec(self.mtime),
-            };
-            rustix::fs::utimensat(inode, "", &times, AtFlags::EMPTY_PATH)?;
-        }
-        Ok(())
-    }
-}
-
 /// The bit pattern of a request's open flags.
 fn open_flags(client: i32) -> OFlags {
     OFlags::from_bits_retain(client as u32)
@@ -409,21 +400,45 @@ impl Filesystem for Mirror {
         reply: ReplyAttr,
     ) {
         let _turn = self.threads.begin();
-        let set = SetAttr {
-            mode,
-            uid,
-            gid,
-            size,
-            atime,
-            mtime,
-            handle: fh,
-        };
         let (client, files) = (Client::from(req), Arc::clone(&self.files));
         let (numbers, ttl) = (self.inodes.numbers(), self.options.ttl);
         let inode = self.inode(ino);
         let set = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
-            set.apply(client, inode, &files)?;
+            let handle = fh
+                .map(|fh| files.get(fh.0).ok_or(Errno::BADF))
+                .transpose()?;
+            // EAGAIN while a lease is being broken, before anything is changed.
+            let opened = match (size, &handle) {
+                (Some(_), None) => Some(source::open_for_writing(inode)?),
+                _ => None,
+            };
+            // The owner before the mode, since a change of owner takes setuid and setgid away; the size
+            // before the times, since it sets them.
+            if uid.is_some() || gid.is_some() {
+                let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
+                let group = rustix::fs::fstat(inode)?.st_gid;
+                on_behalf::change_rights(client, group, || {
+                    rustix::fs::chownat(inode, "", uid, gid, AtFlags::EMPTY_PATH)
+                })?;
+            }
+            if let Some(mode) = mode {
+                rustix::fs::chmod(proc_path(inode), Mode::from_raw_mode(mode))?;
+            }
+            let file = opened
+                .as_ref()
+                .or(handle.as_ref().map(|handle| &handle.file));
+            if let (Some(size), Some(file)) = (size, file) {
+                let kill = on_behalf::kills_setid(client);
+                on_behalf::write(client, kill, || rustix::fs::ftruncate(file, size))?;
+            }
+            if atime.is_some() || mtime.is_some() {
+                let times = Timestamps {
+                    last_access: timespec(atime),
+                    last_modification: timespec(mtime),
+                };
+                rustix::fs::utimensat(inode, "", &times, AtFlags::EMPTY_PATH)?;
+            }
             source::attributes(inode)
         };
         self.threads.answer(true, set, move |stat| {
@@ -451,14 +466,11 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let _turn = self.threads.begin();
-        let made = self.inode(parent).and_then(|parent| {
+        self.make(req, parent, name, reply, |parent| {
             let file_type = FileType::from_raw_mode(mode);
-            let mode = self.creation_mode(&parent, mode, umask);
-            let mknod = || rustix::fs::mknodat(&parent, name, file_type, mode, rdev.into());
-            on_behalf::make(req.into(), mknod)?;
-            self.find(&parent, name)
+            let mode = self.creation_mode(parent, mode, umask);
+            rustix::fs::mknodat(parent, name, file_type, mode, rdev.into())
         });
-        self.reply_entry(reply, made);
     }
 
     fn mkdir(
@@ -471,12 +483,10 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let _turn = self.threads.begin();
-        let made = self.inode(parent).and_then(|parent| {
-            let mode = self.creation_mode(&parent, mode, umask);
-            on_behalf::make(req.into(), || rustix::fs::mkdirat(&parent, name, mode))?;
-            self.find(&parent, name)
+        self.make(req, parent, name, reply, |parent| {
+            let mode = self.creation_mode(parent, mode, umask);
+            rustix::fs::mkdirat(parent, name, mode)
         });
-        self.reply_entry(reply, made);
     }
 
     fn symlink(
@@ -488,13 +498,9 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let _turn = self.threads.begin();
-        let made = self.inode(parent).and_then(|parent| {
-            on_behalf::make(req.into(), || {
-                rustix::fs::symlinkat(target, &parent, link_name)
-            })?;
-            self.find(&parent, link_name)
+        self.make(req, parent, link_name, reply, |parent| {
+            rustix::fs::symlinkat(target, parent, link_name)
         });
-        self.reply_entry(reply, made);
     }
 
     fn link(
@@ -506,32 +512,21 @@ impl Filesystem for Mirror {
         reply: ReplyEntry,
     ) {
         let _turn = self.threads.begin();
-        let made = self.inode(ino).and_then(|inode| {
-            let parent = self.inode(newparent)?;
-            let follow = AtFlags::SYMLINK_FOLLOW;
+        self.make(req, newparent, newname, reply, |parent| {
+            let inode = self.inode(ino)?;
             let path = proc_path(&inode);
-            on_behalf::make(req.into(), || {
-                rustix::fs::linkat(CWD, path, &parent, newname, follow)
-            })?;
-            self.find(&parent, newname)
+            rustix::fs::linkat(CWD, path, parent, newname, AtFlags::SYMLINK_FOLLOW)
         });
-        self.reply_entry(reply, made);
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.threads.begin();
-        let done = self
-            .inode(parent)
-            .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::empty()));
-        answer!(reply, done, |()| reply.ok());
+        self.remove(parent, name, AtFlags::empty(), reply);
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.threads.begin();
-        let done = self
-            .inode(parent)
-            .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR));
-        answer!(reply, done, |()| reply.ok());
+        self.remove(parent, name, AtFlags::REMOVEDIR, reply);
     }
 
     fn rename(
@@ -763,26 +758,16 @@ impl Filesystem for Mirror {
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         let _turn = self.threads.begin();
         self.status.getxattrs.fetch_add(1, Ordering::Relaxed);
-        let value = self.inode(ino).and_then(|inode| {
-            let path = &proc_path(&inode);
-            match size {
-                0 => rustix::fs::getxattr_query(path, name).map(XattrAnswer::Size),
-                _ => fill(size, |buffer| rustix::fs::getxattr(path, name, buffer)),
-            }
-        });
-        answer!(reply, value, |value| value.send(reply));
+        let query = |path: &str| rustix::fs::getxattr_query(path, name);
+        let get = |path: &str, value: &mut _| rustix::fs::getxattr(path, name, value);
+        self.reply_xattr(ino, size, reply, query, get);
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let _turn = self.threads.begin();
-        let names = self.inode(ino).and_then(|inode| {
-            let path = &proc_path(&inode);
-            match size {
-                0 => rustix::fs::listxattr_query(path).map(XattrAnswer::Size),
-                _ => fill(size, |buffer| rustix::fs::listxattr(path, buffer)),
-            }
-        });
-        answer!(reply, names, |names| names.send(reply));
+        let query = |path: &str| rustix::fs::listxattr_query(path);
+        let list = |path: &str, names: &mut _| rustix::fs::listxattr(path, names);
+        self.reply_xattr(ino, size, reply, query, list);
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -860,28 +845,4 @@ impl Filesystem for Mirror {
         });
         answer!(reply, copied, |copied| reply.written(copied as u32));
     }
-}
-
-/// The answer to a request for extended attributes.
-enum XattrAnswer {
-    /// To a request of size 0: the size to come back with.
-    Size(usize),
-    Data(Vec<u8>),
-}
-
-impl XattrAnswer {
-    fn send(self, reply: ReplyXattr) {
-        match self {
-            Self::Size(size) => reply.size(size as u32),
-            Self::Data(data) => reply.data(&data),
-        }
-    }
-}
-
-/// Calls with a buffer of the client's size, so that `ERANGE` is the call's own.
-fn fill(size: u32, call: impl FnOnce(&mut [u8]) -> Result<usize>) -> Result<XattrAnswer> {
-    let mut buffer = vec![0; size as usize];
-    let length = call(&mut buffer)?;
-    buffer.truncate(length);
-    Ok(XattrAnswer::Data(buffer))
 }

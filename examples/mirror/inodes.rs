@@ -22,6 +22,13 @@ struct Key {
     file: File,
 }
 
+impl Key {
+    fn new(stat: &Statx, file: File) -> Self {
+        let mount = stat.stx_mnt_id;
+        Self { mount, file }
+    }
+}
+
 /// Not to be reused while an fd of the file is open.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum File {
@@ -115,10 +122,7 @@ impl Inode {
         } else {
             return None;
         };
-        Some(Key {
-            mount: stat.stx_mnt_id,
-            file,
-        })
+        Some(Key::new(stat, file))
     }
 }
 
@@ -155,10 +159,7 @@ impl Inodes {
     /// `own` is the `st_dev` of the mirror.
     pub(crate) fn new(root: OwnedFd, own: u64) -> Result<Self, Errno> {
         let stat = source::look(&root, "", AtFlags::EMPTY_PATH)?;
-        let key = Key {
-            mount: stat.stx_mnt_id,
-            file: File::Root,
-        };
+        let key = Key::new(&stat, File::Root);
         let inode = Arc::new(Inode::new(root, key, &stat));
         let known = Known { inode, lookups: 1 };
         Ok(Self {
@@ -241,10 +242,7 @@ impl Inodes {
             let path = source::proc_path(fd);
             File::Watch(inotify::add_watch(&self.inotify, path, event)?)
         };
-        Ok(Key {
-            mount: stat.stx_mnt_id,
-            file,
-        })
+        Ok(Key::new(stat, file))
     }
 
     /// Takes lookups back. An inode without any is let go of, as soon as no request uses it. Then `gone` is called,

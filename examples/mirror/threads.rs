@@ -24,8 +24,6 @@ struct Shared {
     state: Mutex<State>,
     turn: Condvar,
     watcher: Condvar,
-    /// How many threads take turns if none of them has to wait.
-    few: usize,
 }
 
 #[derive(Default)]
@@ -56,14 +54,12 @@ thread_local! {
 
 impl Threads {
     pub(crate) fn new() -> std::io::Result<Self> {
-        let few = thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2));
         let state = State {
-            turns: few,
+            turns: few(),
             ..State::default()
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
-            few,
             turn: Condvar::new(),
             watcher: Condvar::new(),
         });
@@ -124,7 +120,7 @@ impl Shared {
             let is_still = state.progress == seen;
             seen = state.progress;
             if is_still && state.busy == 0 && state.attempts.is_empty() {
-                state.turns = self.few;
+                state.turns = few();
                 state.watched = false;
                 let woken = self.watcher.wait(state);
                 state = woken.unwrap_or_else(PoisonError::into_inner);
@@ -164,6 +160,11 @@ impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// How many threads take turns if none of them has to wait.
+fn few() -> usize {
+    thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2))
 }
 
 impl Drop for Turn<'_> {

@@ -32,7 +32,8 @@
 //! | A program in a `noexec` mount within SRC can be mapped to be run, by ld.so(8) say; execve(2) refuses. `nosymfollow` there does not hold. | The kernel asks for neither. Where SRC itself is `noexec` or `nosymfollow`, so is the mount. |
 //! | Where the mirror is mounted in its own source, by a bind mount or by propagation, there is `ELOOP`. | It would wait for itself. |
 //! | A client that waits for a lease, or for a filesystem that hangs, cannot be killed meanwhile. | Nor does the server know that the client has been. |
-//! | On filesystems other than btrfs, ext4, F2FS, tmpfs and XFS, `ENOSPC` for more files than `fs.inotify.max_user_watches`. | Their inode numbers do not tell files apart: the mirror has a watch of each. |
+//! | While 31 clients wait for filesystems that hang, `EBUSY` for files that are not on btrfs, ext4, F2FS, tmpfs or XFS. | The last thread does not wait. |
+//! | On filesystems other than those, `ENOSPC` for more files than `fs.inotify.max_user_watches`. | Their inode numbers do not tell files apart: the mirror has a watch of each. |
 //! | In a tree of more files than the server may have fds, lookups fail with `EMFILE`. It gets as many as root may. | It holds an fd of each file that the kernel remembers, since a path may lead elsewhere by then. |
 
 use std::error::Error;

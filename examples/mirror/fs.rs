@@ -228,13 +228,12 @@ impl Mirror {
     fn created(&self, parent: &Inode, file: OwnedFd, flags: OFlags) -> Result<(Found, Opened)> {
         let found = self.inodes.remember(parent, source::path_fd_of(&file)?)?;
         let nodeid = found.nodeid;
-        let opened = self
-            .inode(nodeid)
-            .and_then(|inode| {
-                let (files, can_map_direct) = (&self.files, self.can_map_direct);
-                opens::opened(files, nodeid, &inode, file, flags, can_map_direct)
-            })
-            .inspect_err(|_| self.forget_lookups(nodeid, 1))?;
+        let open = |inode: Arc<_>| {
+            let (files, can_map_direct) = (&self.files, self.can_map_direct);
+            opens::opened(files, nodeid, &inode, file, flags, can_map_direct)
+        };
+        let opened = self.inodes.get(nodeid).and_then(open);
+        let opened = opened.inspect_err(|_| self.forget_lookups(nodeid, 1))?;
         Ok((found, opened))
     }
 

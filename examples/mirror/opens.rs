@@ -20,7 +20,7 @@ use crate::on_behalf::{Identity, NOBODY};
 use crate::session::Options;
 use crate::source::{self, proc_path};
 
-type Result<T> = std::result::Result<T, Errno>;
+type Result<T, E = Errno> = std::result::Result<T, E>;
 
 /// What the kernel adds to the flags of execve(2)'s open.
 const EXEC: OFlags = OFlags::from_bits_retain(0o40);
@@ -59,11 +59,7 @@ pub(crate) fn attach(
 pub(crate) struct AsNobody(Lowered<Device>);
 
 impl Register for AsNobody {
-    fn register(
-        &self,
-        file: BorrowedFd<'_>,
-        grant: Access,
-    ) -> std::result::Result<BackingId, BackingError> {
+    fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
         let refused = |errno| BackingError::Registrar {
             errno,
             scope: Scope::Thread,
@@ -72,7 +68,7 @@ impl Register for AsNobody {
         self.0.register(file, grant)
     }
 
-    fn unregister(&self, id: BackingId) -> std::result::Result<(), BackingCloseError<BackingId>> {
+    fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
         self.0.unregister(id)
     }
 }

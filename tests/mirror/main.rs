@@ -60,6 +60,7 @@ mod overlay;
 mod place;
 mod program;
 mod race;
+mod requests;
 mod reserve;
 mod server;
 mod setid;
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
         ("killed", killed::TESTS),
         ("mounts", mounts::TESTS),
         ("namespaces", namespaces::TESTS),
+        ("requests", requests::TESTS),
         ("reserve", reserve::TESTS),
         ("setid", setid::TESTS),
         ("stopped", stopped::TESTS),
@@ -131,6 +133,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         killed::ROLES,
         numbers::ROLES,
         race::ROLES,
+        requests::ROLES,
         reserve::ROLES,
         server::ROLES,
         setid::ROLES,

@@ -1,0 +1,127 @@
+//! Which requests the kernel is spared, and what it is not to keep meanwhile.
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+use libtest_mimic::Failed;
+
+use crate::Test;
+use crate::backing::Backing;
+use crate::client::{self, Role};
+use crate::program;
+use crate::sandbox::Sandbox;
+use crate::server::{Mirror, Way};
+
+pub const TESTS: &[Test] = &[
+    ("spared", spared),
+    ("appended_in_the_source_is_read", appended_in_the_source),
+    ("kept_for_a_second", kept_for_a_second),
+];
+
+pub const ROLES: &[(&str, Role)] = &[("reopen", reopen), ("append", append), ("sizes", sizes)];
+
+const OPENS: u64 = 200;
+
+/// Opens a file, reads it and closes it, over and over.
+fn reopen(args: &[String]) -> Result<String, Box<dyn Error>> {
+    for _ in 0..OPENS {
+        let read = File::open(&args[0])?.read(&mut [0; 16])?;
+        assert_eq!(read, 7);
+    }
+    Ok("done".into())
+}
+
+/// The mirror with an option, if there is one.
+fn start(sandbox: &Sandbox, source: &Path, way: Way, args: &[&str]) -> Result<Mirror, Failed> {
+    let mut command = Command::new(program::example("mirror")?);
+    command.args(args);
+    Mirror::spawn_by(command, sandbox, source, way)
+}
+
+fn spared(name: &str) -> Result<(), Failed> {
+    // Three LOOKUP, OPEN and RELEASE. A tick during which attributes are kept can end in between. The control has a
+    // GETATTR after each LOOKUP and before the read, the READ, and the server's own read(2).
+    for (way, args, least, most) in [
+        (Way::Passthrough, &[][..], 5.0, 6.5),
+        (Way::Plain, &[][..], 11.0, 12.5),
+        (Way::Passthrough, &["--ttl", "60"][..], 2.0, 2.5),
+    ] {
+        if way == Way::Passthrough && !way.is_passthrough()? {
+            continue;
+        }
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let source = backing.folder("source")?;
+        fs::create_dir_all(source.join("d1/d2"))?;
+        fs::write(source.join("d1/d2/f"), "content")?;
+        let mirror = start(&sandbox, &source, way, args)?;
+        let before = mirror.reads()?;
+        client::run("reopen", &[mirror.path().join("d1/d2/f").as_os_str()])?;
+        mirror.wait_for_releases()?;
+        let each = (mirror.reads()? - before) as f64 / OPENS as f64;
+        assert!((least..most).contains(&each), "{way:?} {args:?}: {each}");
+        mirror.stop(&backing)?;
+    }
+    Ok(())
+}
+
+/// Appends to the first file while the second, which is the same, is open, and prints how often that is not read then.
+fn append(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let mut missed = 0;
+    for _ in 0..100 {
+        let mut appended = File::options().append(true).open(&args[0])?;
+        let file = File::open(&args[1])?;
+        let end = appended.metadata()?.len();
+        appended.write_all(b"x")?;
+        missed += u32::from(file.read_at(&mut [0; 1], end)? == 0);
+    }
+    Ok(missed.to_string())
+}
+
+fn appended_in_the_source(name: &str) -> Result<(), Failed> {
+    for way in [Way::Passthrough, Way::Plain] {
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let source = backing.folder("source")?;
+        fs::write(source.join("file"), "")?;
+        let mirror = Mirror::start(&sandbox, &source, way)?;
+        let files = [source.join("file"), mirror.path().join("file")];
+        let missed = client::run("append", &files.each_ref().map(|file| file.as_os_str()))?;
+        assert_eq!(missed, "0", "{way:?}");
+        mirror.wait_for_releases()?;
+        mirror.stop(&backing)?;
+    }
+    Ok(())
+}
+
+/// Prints the size of the second file before the first, which is the same, is extended, at once after that, and when
+/// a second has gone by.
+fn sizes(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let size = || fs::metadata(&args[1]).map(|metadata| metadata.len());
+    let before = size()?;
+    fs::write(&args[0], "longer")?;
+    let at_once = size()?;
+    sleep(Duration::from_millis(1_200));
+    Ok(format!("{before} {at_once} {}", size()?))
+}
+
+fn kept_for_a_second(name: &str) -> Result<(), Failed> {
+    for (args, expected) in [(&[][..], "1 6 6"), (&["--ttl", "1"][..], "1 1 6")] {
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let source = backing.folder("source")?;
+        fs::write(source.join("file"), "1")?;
+        let mirror = start(&sandbox, &source, Way::Passthrough, args)?;
+        let files = [source.join("file"), mirror.path().join("file")];
+        let seen = client::run("sizes", &files.each_ref().map(|file| file.as_os_str()))?;
+        assert_eq!(seen, expected, "{args:?}");
+        mirror.stop(&backing)?;
+    }
+    Ok(())
+}

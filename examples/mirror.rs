@@ -32,8 +32,12 @@
 //! | A program in a `noexec` mount within SRC can be mapped to be run, by ld.so(8) say; execve(2) refuses. `nosymfollow` there does not hold. | The kernel asks for neither. Where SRC itself is `noexec` or `nosymfollow`, so is the mount. |
 //! | Where the mirror is mounted in its own source, by a bind mount or by propagation, there is `ELOOP`. | It would wait for itself. |
 //! | A client that waits for a lease, or for a filesystem that hangs, cannot be killed meanwhile. | Nor does the server know that the client has been. |
-//! | While 31 clients wait for filesystems that hang, `EBUSY` for files that are not on btrfs, ext4, F2FS, tmpfs or XFS. | The last thread does not wait. |
-//! | On filesystems other than those, `ENOSPC` for more files than `fs.inotify.max_user_watches`. | Their inode numbers do not tell files apart: the mirror has a watch of each. |
+//! | While 31 clients wait for filesystems that are slow or hang, `EBUSY` for what is not known to be on btrfs, ext4, F2FS, tmpfs or XFS. | The last thread does not wait. |
+//! | On other filesystems than these, `ENOSPC` for more files than `fs.inotify.max_user_watches`, which all of root's processes share. | Their inode numbers do not tell files apart: the mirror has a watch of each file that the kernel remembers. |
+//! | A file that two mounts within SRC show is two files in one: locks by one path do not hold by the other, and with `--ttl` neither shows at once what is done by the other. On overlayfs, listings can have other inode numbers than stat(2). | The mounts may permit different things. Listings do not tell which layer a file is on. |
+//! | With `--ttl`, set-user-ID bits that a write has cleared show that much longer. | The kernel does not know that they are gone. |
+//! | Filesystems in SRC cannot be unmounted while the kernel remembers files of them (`umount -l`), and looking at an automount point mounts nothing. | The mirror holds an fd of each file that the kernel remembers. Its lookups ask no filesystem for more than there is. |
+//! | Files of /proc and the like, whose size is 0, are empty. close(2) reports no errors of writing; fsync(2) does. | The kernel reads no further than that. The mirror is not asked at close(2). |
 //! | In a tree of more files than the server may have fds, lookups fail with `EMFILE`. It gets as many as root may. | It holds an fd of each file that the kernel remembers, since a path may lead elsewhere by then. |
 
 use std::error::Error;
@@ -83,34 +87,21 @@ usage: mirror [OPTIONS] SRC MNT   serve the directory SRC at MNT
 options: --no-passthrough   serve through plain FUSE
          --no-killpriv      have the kernel ask before each write, which is slow
          --depth 1          let overlayfs be stacked on MNT; files of SRC that are on overlayfs are not passed through then
-         --ttl SECONDS      let the kernel keep names and attributes so long, also if they change in SRC";
-
-enum Command {
-    Help,
-    Demonstrate,
-    /// What a client process of the demonstration does.
-    Read(PathBuf),
-    Serve {
-        source: PathBuf,
-        mountpoint: PathBuf,
-        options: Options,
-    },
-}
+         --ttl SECONDS      let the kernel keep names and attributes so long, also if they change in SRC or by another mount";
 
 fn main() -> ExitCode {
-    let done = parse(std::env::args_os().skip(1)).and_then(|command| match command {
-        Command::Help => {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let done = match args.first().and_then(|first| first.to_str()) {
+        None if args.is_empty() => demo::run(),
+        Some("--help" | "-h") => {
             println!("{USAGE}");
             Ok(())
         }
-        Command::Demonstrate => demo::run(),
-        Command::Read(path) => demo::read(&path),
-        Command::Serve {
-            source,
-            mountpoint,
-            options,
-        } => serve(&source, &mountpoint, options),
-    });
+        // What a client process of the demonstration does.
+        Some("--read") => demo::read(args.get(1).map_or(Path::new(""), Path::new)),
+        _ => parse(args)
+            .and_then(|([source, mountpoint], options)| serve(&source, &mountpoint, options)),
+    };
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -120,16 +111,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
+fn parse(args: Vec<OsString>) -> Result<([PathBuf; 2], Options)> {
     let mut options = Options::default();
     let mut paths = Vec::new();
-    let mut args = args.peekable();
-    if args.peek().is_none() {
-        return Ok(Command::Demonstrate);
-    }
+    let mut args = args.into_iter();
     while let Some(arg) = args.next() {
         match arg.to_str() {
-            Some("--help" | "-h") => return Ok(Command::Help),
             Some("--no-passthrough") => options.passthrough = false,
             Some("--no-killpriv") => options.killpriv = false,
             Some("--depth") => {
@@ -144,26 +131,16 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command> {
                 let ttl = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
                 options.ttl = ttl.ok_or("--ttl takes a number of seconds")?;
             }
-            Some("--read") => {
-                let path = args.next().ok_or("--read takes a path")?;
-                return Ok(Command::Read(path.into()));
-            }
             Some(option) if option.starts_with('-') => {
                 return Err(format!("there is no option {option}\n{USAGE}").into());
             }
             _ => paths.push(PathBuf::from(arg)),
         }
     }
-    match <[PathBuf; 2]>::try_from(paths) {
-        Ok([source, mountpoint]) => Ok(Command::Serve {
-            source,
-            mountpoint,
-            options,
-        }),
-        Err(paths) => {
-            Err(format!("SRC and MNT are two paths, not {}\n{USAGE}", paths.len()).into())
-        }
-    }
+    let number = paths.len();
+    let paths = <[PathBuf; 2]>::try_from(paths);
+    let paths = paths.map_err(|_| format!("SRC and MNT are two paths, not {number}\n{USAGE}"))?;
+    Ok((paths, options))
 }
 
 fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {

@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
@@ -24,8 +23,7 @@ const ROUNDS: usize = 3;
 /// For what takes no time unless something is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Where the file is in the tree: behind a symbolic link, for the mirror to have more to do.
-const DATA: &str = "latest";
+const DATA: &str = "data";
 
 pub(crate) fn run() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
@@ -40,7 +38,6 @@ pub(crate) fn run() -> Result<()> {
     // Undone in reverse: the mirrors, the source, the directory.
     let scratch = tempfile::Builder::new().prefix("mirror-").tempdir()?;
     let source = Tmpfs::mount(scratch.path().join("source"))?;
-    make_tree(&source.at)?;
     let mut plain = Running::start(&source.at, scratch.path().join("plain"), false)?;
     let mut passthrough = Running::start(&source.at, scratch.path().join("passthrough"), true)?;
     if let Some(why) = passthrough.mirror.status().refused() {
@@ -243,15 +240,9 @@ fn client(path: &Path) -> Result<String> {
 }
 
 /// Waits until it is done, but not forever.
-fn within(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
+fn within(patience: Duration, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
-    loop {
-        if done() {
-            return true;
-        }
-        if Instant::now() > deadline {
-            return false;
-        }
+    while !done() && Instant::now() < deadline {
         sleep(Duration::from_millis(5));
     }
 }
@@ -278,13 +269,6 @@ impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
     }
-}
-
-fn make_tree(root: &Path) -> Result<()> {
-    fs::write(root.join("readme"), "a tree to be mirrored\n")?;
-    fs::create_dir_all(root.join("deeply/nested"))?;
-    symlink("deeply/nested/data", root.join(DATA))?;
-    Ok(())
 }
 
 /// Content without a pattern that a page at the wrong place would fit into: xorshift64.

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use fuse_backing::Opened;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, Filesystem, FopenFlags, INodeNo,
+    InitFlags, KernelConfig, LockOwner, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
     ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
     TimeOrNow, WriteFlags,
 };
@@ -26,8 +26,8 @@ use rustix::fs::{
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::attr::{attr, kind, timespec};
-use crate::dirs::{Dir, Dirs};
-use crate::inodes::{Found, Inode, Inodes};
+use crate::dirs::Dirs;
+use crate::inodes::{Found, Inode, Inodes, identity, number};
 use crate::on_behalf::{self, Client};
 use crate::opens::{self, Device, Files, OpenFile};
 use crate::session::Options;
@@ -40,9 +40,6 @@ type Result<T> = std::result::Result<T, Errno>;
 /// Becomes a tick of the kernel's clock: attributes that have just come with a lookup need not be asked for again. Not
 /// without passthrough, where they say how far a file can be read.
 const TICK: Duration = Duration::from_nanos(1);
-
-/// A nodeid is that of one file for as long as the kernel knows it, see [`Inodes`].
-const GENERATION: Generation = Generation(0);
 
 const ACCESS_ACL: &str = "system.posix_acl_access";
 
@@ -125,8 +122,9 @@ impl Mirror {
     fn find(&self, parent: &Inode, name: &OsStr) -> Result<Found> {
         // Often this is all. Elsewhere it would only be one more question to the filesystem's server.
         if parent.is_numbered() {
+            let now = self.inodes.now();
             let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            if let Some(found) = self.inodes.again(parent, &stat) {
+            if let Some(found) = self.inodes.again(parent, &stat, now) {
                 return Ok(found);
             }
         }
@@ -146,7 +144,7 @@ impl Mirror {
             let (attr, ttl) = self.entry(&found);
             let keeps = found.is_current && self.passes_through;
             let ttl = if keeps { ttl.max(TICK) } else { ttl };
-            reply.entry_with_ttls(&ttl, &self.options.ttl, &attr, GENERATION);
+            reply.entry_with_ttls(&ttl, &self.options.ttl, &attr, found.generation);
         });
     }
 
@@ -214,7 +212,7 @@ impl Mirror {
         // If one has appeared since the kernel looked, ESTALE makes it look again, and then check
         // and OPEN that file.
         let exclusive = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let exclusively = source::server_flags(flags) | exclusive;
+        let exclusively = source::server_flags(&parent, flags) | exclusive;
         let open = || rustix::fs::openat(&parent, name, exclusively, mode);
         let file = on_behalf::make(req.into(), open).map_err(|errno| match errno {
             Errno::EXIST if !flags.contains(OFlags::EXCL) => Errno::STALE,
@@ -249,24 +247,18 @@ impl Mirror {
         self.files.get(handle.0).ok_or(Errno::BADF)
     }
 
-    fn dir(&self, nodeid: INodeNo, handle: FileHandle) -> Result<Dir> {
-        self.inode(nodeid)?;
-        self.dirs.get(handle)
-    }
-
-    fn open_dir(&self, nodeid: INodeNo) -> Result<FileHandle> {
-        let inode = self.inode(nodeid)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::openat(&inode, ".", flags, Mode::empty())?;
-        Ok(self.dirs.insert(dir))
-    }
-
     /// Adds the entries from `offset` on. Offsets are the source's own, good for as long as the
     /// directory is open: what did not fit into the reply is read again by the next request.
-    fn read_dir(&self, dir: &Dir, offset: u64, reply: &mut ReplyDirectory) -> Result<()> {
+    fn read_dir(
+        &self,
+        nodeid: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        reply: &mut ReplyDirectory,
+    ) -> Result<()> {
+        let (dev, _) = self.inode(nodeid)?.identity();
+        let dir = self.dirs.get(handle)?;
         let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
-        let dev = rustix::fs::fstat(&*dir)?.st_dev;
-        let numbers = self.inodes.numbers();
         rustix::fs::seek(&*dir, SeekFrom::Start(offset))?;
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut entries = RawDir::new(&*dir, &mut buffer);
@@ -275,12 +267,12 @@ impl Mirror {
             let Some(kind) = kind(entry.file_type()).or_else(|| {
                 // The filesystem keeps no types in its directories.
                 let name = entry.file_name();
-                let stat = rustix::fs::statat(&*dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-                kind(FileType::from_raw_mode(stat.st_mode))
+                let stat = source::look(&*dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+                kind(FileType::from_raw_mode(stat.stx_mode.into()))
             }) else {
                 continue; // Gone in the meantime.
             };
-            let number = numbers.of_entry(dev, entry.ino());
+            let number = number(self.inodes.dev, (dev, entry.ino()));
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
             if reply.add(number, entry.next_entry_cookie(), kind, name) {
                 break;
@@ -342,6 +334,8 @@ impl Filesystem for Mirror {
             let attached = opens::attach(&self.files, device, self.options, config);
             attached.map_err(|why| self.status.refuse(why)).is_ok()
         });
+        // Files that are released and read ahead where nothing hangs do not wait for those elsewhere.
+        let _ = config.set_max_background(u16::MAX);
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
         // What is written without passthrough, the server sees.
@@ -365,9 +359,8 @@ impl Filesystem for Mirror {
         self.reply_entry(reply, found);
     }
 
-    // BATCH_FORGET comes here too, one by one.
+    // BATCH_FORGET comes here too, one by one. It takes no turn: a thread that waits for one would forget the rest later.
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        let _turn = self.threads.begin();
         self.forget_lookups(ino, nlookup);
     }
 
@@ -375,7 +368,7 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         let stat = self.inode(ino).and_then(|inode| source::attributes(&inode));
         answer!(reply, stat, |stat| {
-            let number = self.inodes.numbers().of(&stat);
+            let number = number(self.inodes.dev, identity(&stat));
             reply.attr(&self.options.ttl, &attr(number, &stat));
         });
     }
@@ -400,8 +393,9 @@ impl Filesystem for Mirror {
     ) {
         let _turn = self.threads.begin();
         let (client, files) = (Client::from(req), Arc::clone(&self.files));
-        let (numbers, ttl) = (self.inodes.numbers(), self.options.ttl);
+        let (root_dev, ttl) = (self.inodes.dev, self.options.ttl);
         let inode = self.inode(ino);
+        let waits = inode.as_ref().is_ok_and(|inode| inode.is_numbered());
         let set = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             let handle = fh
@@ -440,9 +434,11 @@ impl Filesystem for Mirror {
             }
             source::attributes(inode)
         };
-        self.threads.answer(true, set, move |stat| {
-            answer!(reply, stat, |stat| reply
-                .attr(&ttl, &attr(numbers.of(&stat), &stat)));
+        self.threads.answer(waits, set, move |stat| {
+            answer!(reply, stat, |stat| {
+                let number = number(root_dev, identity(&stat));
+                reply.attr(&ttl, &attr(number, &stat));
+            });
         });
     }
 
@@ -553,22 +549,24 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         let (files, flags) = (Arc::clone(&self.files), open_flags(flags.0));
         let (inode, can_map_direct) = (self.inode(ino), self.can_map_direct);
+        let is_numbered = inode.as_ref().is_ok_and(|inode| inode.is_numbered());
         let open = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             opens::open(&files, ino, inode, flags, can_map_direct)
         };
-        let waits = !flags.contains(OFlags::NONBLOCK);
-        self.threads.answer(waits, open, |opened| {
-            answer!(reply, opened, |opened| {
-                let (handle, flags) = fuser_fields(&opened);
-                let Some(id) = opened.backing_id else {
-                    return reply.opened(handle, flags);
-                };
-                let lent = lend!(reply, id);
-                reply.opened_passthrough(handle, flags, &lent);
-                let _ = lent.into_raw();
+        let asks_to_wait = !flags.contains(OFlags::NONBLOCK);
+        self.threads
+            .answer(asks_to_wait && is_numbered, open, |opened| {
+                answer!(reply, opened, |opened| {
+                    let (handle, flags) = fuser_fields(&opened);
+                    let Some(id) = opened.backing_id else {
+                        return reply.opened(handle, flags);
+                    };
+                    let lent = lend!(reply, id);
+                    reply.opened_passthrough(handle, flags, &lent);
+                    let _ = lent.into_raw();
+                });
             });
-        });
     }
 
     fn create(
@@ -587,10 +585,10 @@ impl Filesystem for Mirror {
             let (attr, ttl) = self.entry(&found);
             let (handle, flags) = fuser_fields(&opened);
             let Some(id) = opened.backing_id else {
-                return reply.created(&ttl, &attr, GENERATION, handle, flags);
+                return reply.created(&ttl, &attr, found.generation, handle, flags);
             };
             let lent = lend!(reply, id);
-            reply.created_passthrough(&ttl, &attr, GENERATION, handle, flags, &lent);
+            reply.created_passthrough(&ttl, &attr, found.generation, handle, flags, &lent);
             let _ = lent.into_raw();
         });
     }
@@ -636,7 +634,7 @@ impl Filesystem for Mirror {
     fn release(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         fh: FileHandle,
         _flags: fuser::OpenFlags,
         _lock_owner: Option<LockOwner>,
@@ -644,8 +642,12 @@ impl Filesystem for Mirror {
         reply: ReplyEmpty,
     ) {
         let _turn = self.threads.begin();
-        drop(self.files.release(fh.0));
+        let file = self.files.release(fh.0);
         reply.ok();
+        // Elsewhere close(2) can wait for a filesystem that hangs, which the last thread must not.
+        if self.inode(ino).is_err() {
+            std::thread::spawn(move || drop(file));
+        }
     }
 
     fn fsync(
@@ -665,8 +667,13 @@ impl Filesystem for Mirror {
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: fuser::OpenFlags, reply: ReplyOpen) {
         let _turn = self.threads.begin();
-        answer!(reply, self.open_dir(ino), |handle| reply
-            .opened(handle, FopenFlags::empty()));
+        let opened = self.inode(ino).and_then(|inode| {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::openat(&inode, ".", flags, Mode::empty())
+        });
+        answer!(reply, opened, |dir| {
+            reply.opened(self.dirs.insert(dir), FopenFlags::empty());
+        });
     }
 
     fn readdir(
@@ -678,8 +685,7 @@ impl Filesystem for Mirror {
         mut reply: ReplyDirectory,
     ) {
         let _turn = self.threads.begin();
-        let dir = self.dir(ino, fh);
-        let done = dir.and_then(|dir| self.read_dir(&dir, offset, &mut reply));
+        let done = self.read_dir(ino, fh, offset, &mut reply);
         answer!(reply, done, |()| reply.ok());
     }
 
@@ -705,10 +711,13 @@ impl Filesystem for Mirror {
         reply: ReplyEmpty,
     ) {
         let _turn = self.threads.begin();
-        let done = self.dir(ino, fh).and_then(|dir| {
-            let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
-            source::sync(&*dir, datasync)
-        });
+        let done = self
+            .inode(ino)
+            .and_then(|_| self.dirs.get(fh))
+            .and_then(|dir| {
+                let dir = dir.lock().unwrap_or_else(PoisonError::into_inner);
+                source::sync(&*dir, datasync)
+            });
         answer!(reply, done, |()| reply.ok());
     }
 

@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use fuser::INodeNo;
+use fuser::{Generation, INodeNo};
 use rustix::fs::{AtFlags, Statx, StatxAttributes, inotify, makedev};
 use rustix::io::Errno;
 
@@ -29,10 +29,10 @@ impl Key {
     }
 }
 
-/// Not to be reused while an fd of the file is open.
+/// What tells a file from others. It stays that of this file while an fd of it is open.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum File {
-    /// The root of its mount. A filesystem that hangs need not be asked for more.
+    /// The root of its mount, so that the filesystem, which may hang, is not asked.
     Root,
     /// `st_dev` and `st_ino`, where they tell files apart.
     Number(u64, u64),
@@ -40,35 +40,15 @@ enum File {
     /// are two files as soon as one is written; and a file's number changes when it is copied up. The kernel has one
     /// watch for each inode, whatever its number.
     Watch(i32),
-}
-
-/// The inode numbers that are reported.
-#[derive(Clone, Copy)]
-pub(crate) struct Numbers {
-    /// The filesystem of the root. Its files keep their numbers.
-    dev: u64,
-}
-
-impl Numbers {
-    pub(crate) fn of(self, stat: &Statx) -> INodeNo {
-        let (dev, ino) = identity(stat);
-        self.of_entry(dev, ino)
-    }
-
-    /// Files of other filesystems within the source get numbers that are far from those of the source.
-    pub(crate) fn of_entry(self, dev: u64, ino: u64) -> INodeNo {
-        if dev == self.dev {
-            return INodeNo(ino);
-        }
-        let mut hasher = DefaultHasher::new();
-        dev.hash(&mut hasher);
-        INodeNo(ino ^ hasher.finish() << 32)
-    }
+    /// Both again, where there can be no watch: the server may not read the file, and so is not root.
+    Unreadable(u64, u64),
 }
 
 /// What a lookup has found.
 pub(crate) struct Found {
     pub(crate) nodeid: INodeNo,
+    /// The kernel may know a nodeid once more, for another file.
+    pub(crate) generation: Generation,
     pub(crate) stat: Statx,
     /// The nodeid is the inode number as well, and what `stat` says is not older than the lookup.
     pub(crate) is_current: bool,
@@ -93,7 +73,7 @@ impl Inode {
             numbered: match key.file {
                 File::Root => OnceLock::new(),
                 File::Number(..) => OnceLock::from(true),
-                File::Watch(_) => OnceLock::from(false),
+                File::Watch(_) | File::Unreadable(..) => OnceLock::from(false),
             },
         }
     }
@@ -103,7 +83,7 @@ impl Inode {
         self.identity
     }
 
-    /// Of a filesystem on this machine, which answers.
+    /// True of the filesystems on this machine that are known not to hang.
     pub(crate) fn is_numbered(&self) -> bool {
         self.numbered.get() == Some(&true)
     }
@@ -136,6 +116,8 @@ struct Known {
     inode: Arc<Inode>,
     /// How often the kernel was told of it, less what it has forgotten.
     lookups: u64,
+    /// How many inodes had been inserted then. For the kernel it is the generation of the nodeid.
+    since: u64,
 }
 
 struct Table {
@@ -145,12 +127,15 @@ struct Table {
     watches: HashMap<i32, usize>,
     /// For files whose inode number is taken.
     next: u64,
+    /// Inodes inserted so far.
+    now: u64,
 }
 
 pub(crate) struct Inodes {
     table: Mutex<Table>,
     inotify: OwnedFd,
-    numbers: Numbers,
+    /// The filesystem of the root.
+    pub(crate) dev: u64,
     /// The filesystem that the mirror itself is.
     own: u64,
 }
@@ -161,18 +146,23 @@ impl Inodes {
         let stat = source::look(&root, "", AtFlags::EMPTY_PATH)?;
         let key = Key::new(&stat, File::Root);
         let inode = Arc::new(Inode::new(root, key, &stat));
-        let known = Known { inode, lookups: 1 };
+        let ask = || source::numbers_tell_files_apart(&inode.fd);
+        inode.numbered.get_or_init(ask);
+        let known = Known {
+            inode,
+            lookups: 1,
+            since: 0,
+        };
         Ok(Self {
             table: Mutex::new(Table {
                 by_nodeid: HashMap::from([(INodeNo::ROOT, known)]),
                 by_key: HashMap::from([(key, INodeNo::ROOT)]),
                 watches: HashMap::new(),
                 next: 1 << 63,
+                now: 0,
             }),
             inotify: inotify::init(inotify::CreateFlags::CLOEXEC)?,
-            numbers: Numbers {
-                dev: identity(&stat).0,
-            },
+            dev: identity(&stat).0,
             own,
         })
     }
@@ -184,16 +174,17 @@ impl Inodes {
         Ok(Arc::clone(&known.inode))
     }
 
-    pub(crate) fn numbers(&self) -> Numbers {
-        self.numbers
+    pub(crate) fn now(&self) -> u64 {
+        self.lock().now
     }
 
-    /// Counts one lookup of a file in `parent` that the kernel knows, if it can be told by `stat`: like
-    /// [`remember`](Self::remember).
-    pub(crate) fn again(&self, parent: &Inode, stat: &Statx) -> Option<Found> {
+    /// Counts one lookup of a file in `parent` that the kernel has known since before [`now`](Self::now), when `stat`
+    /// was not made yet, if it can be told by that: like [`remember`](Self::remember). Meanwhile its number was not
+    /// free for another file.
+    pub(crate) fn again(&self, parent: &Inode, stat: &Statx, now: u64) -> Option<Found> {
         let key = parent.key_below(stat)?;
-        let nodeid = self.lock().count(key)?;
-        Some(self.found(nodeid, key, *stat))
+        let counted = self.lock().count(key, now)?;
+        Some(self.found(counted, key, *stat))
     }
 
     /// Counts one lookup of the file in `parent` that `fd` is an `O_PATH` fd of. To be followed by a reply
@@ -209,17 +200,22 @@ impl Inodes {
             None => self.key(parent, &fd, &stat)?,
         };
         let mut table = self.lock();
-        let nodeid = match table.count(key) {
-            Some(nodeid) => nodeid,
-            None => table.insert(Inode::new(fd, key, &stat), self.numbers.of(&stat)),
+        let counted = match table.count(key, u64::MAX) {
+            Some(counted) => counted,
+            None => table.insert(
+                Inode::new(fd, key, &stat),
+                number(self.dev, identity(&stat)),
+            ),
         };
-        Ok(self.found(nodeid, key, stat))
+        Ok(self.found(counted, key, stat))
     }
 
-    fn found(&self, nodeid: INodeNo, key: Key, stat: Statx) -> Found {
-        let is_current = matches!(key.file, File::Number(..)) && nodeid == self.numbers.of(&stat);
+    fn found(&self, (nodeid, since): (INodeNo, u64), key: Key, stat: Statx) -> Found {
+        let is_current =
+            matches!(key.file, File::Number(..)) && nodeid == number(self.dev, identity(&stat));
         Found {
             nodeid,
+            generation: Generation(since),
             stat,
             is_current,
         }
@@ -237,10 +233,13 @@ impl Inodes {
         let file = if numbered {
             File::Number(dev, ino)
         } else {
-            // Of an event that never comes.
+            // The watch is for no event: it is the descriptor that counts.
             let event = inotify::WatchFlags::EXCL_UNLINK;
             let path = source::proc_path(fd);
-            File::Watch(inotify::add_watch(&self.inotify, path, event)?)
+            match inotify::add_watch(&self.inotify, path, event) {
+                Err(Errno::ACCESS) => File::Unreadable(dev, ino),
+                watch => File::Watch(watch?),
+            }
         };
         Ok(Key::new(stat, file))
     }
@@ -268,8 +267,8 @@ impl Inodes {
             *keys = keys.saturating_sub(1);
             if *keys == 0 {
                 table.watches.remove(&watch);
-                // Another thread may have just been given it for this file. Then the kernel gets two nodeids for one
-                // file, which is what overlayfs does with two names of it.
+                // Another thread may have just been given it for this file. Then the kernel knows that by two nodeids for
+                // a while, and locks on one do not hold on the other.
                 let _ = inotify::remove_watch(&self.inotify, watch);
             }
         }
@@ -286,13 +285,18 @@ impl Inodes {
 }
 
 impl Table {
-    fn count(&mut self, key: Key) -> Option<INodeNo> {
+    /// The nodeid, and since when it is that of this file: not after `now`.
+    fn count(&mut self, key: Key, now: u64) -> Option<(INodeNo, u64)> {
         let nodeid = *self.by_key.get(&key)?;
-        self.by_nodeid.get_mut(&nodeid)?.lookups += 1;
-        Some(nodeid)
+        let known = self.by_nodeid.get_mut(&nodeid)?;
+        if known.since > now {
+            return None;
+        }
+        known.lookups += 1;
+        Some((nodeid, known.since))
     }
 
-    fn insert(&mut self, inode: Inode, number: INodeNo) -> INodeNo {
+    fn insert(&mut self, inode: Inode, number: INodeNo) -> (INodeNo, u64) {
         // fuser 0.18 replies to a lookup with one number for both. Then the kernel may keep the attributes that came with
         // it, or else asks for those with the right number.
         let mut nodeid = number;
@@ -305,13 +309,32 @@ impl Table {
             *self.watches.entry(watch).or_default() += 1;
         }
         let inode = Arc::new(inode);
-        self.by_nodeid.insert(nodeid, Known { inode, lookups: 1 });
+        self.now += 1;
+        let since = self.now;
+        self.by_nodeid.insert(
+            nodeid,
+            Known {
+                inode,
+                lookups: 1,
+                since,
+            },
+        );
         self.by_key.insert(key, nodeid);
-        nodeid
+        (nodeid, since)
     }
 }
 
-fn identity(stat: &Statx) -> (u64, u64) {
+pub(crate) fn identity(stat: &Statx) -> (u64, u64) {
     let dev = makedev(stat.stx_dev_major, stat.stx_dev_minor);
     (dev, stat.stx_ino)
+}
+
+/// The inode number to report. Files of the root's filesystem keep theirs, and others get numbers that are far from those.
+pub(crate) fn number(root_dev: u64, (dev, ino): (u64, u64)) -> INodeNo {
+    if dev == root_dev {
+        return INodeNo(ino);
+    }
+    let mut hasher = DefaultHasher::new();
+    dev.hash(&mut hasher);
+    INodeNo(ino ^ hasher.finish() << 32)
 }

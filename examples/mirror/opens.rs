@@ -88,7 +88,7 @@ pub(crate) fn open(
     if flags.contains(EXEC) && source::is_noexec(inode)? {
         return Err(Errno::ACCESS);
     }
-    let (path, flags_here) = (proc_path(inode), source::server_flags(flags));
+    let (path, flags_here) = (proc_path(inode), source::server_flags(inode, flags));
     let file = rustix::fs::open(path, flags_here, Mode::empty())?;
     opened(files, nodeid, inode, file, flags, can_map_direct)
 }

@@ -12,13 +12,13 @@ use std::time::Duration;
 use fuse_backing::FuseDevice;
 use fuse_backing::init::MaxStackDepth;
 use fuser::{Config, Session, SessionACL};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, makedev};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::Result;
 use crate::fs::Mirror;
-use crate::inodes::Inodes;
+use crate::inodes::{Inodes, identity};
 use crate::opens::{Device, Files};
 use crate::source;
 use crate::status::Status;
@@ -44,6 +44,10 @@ impl Events {
         Self { sender, inbox }
     }
 }
+
+/// From fstatvfs(3). libc lacks the second one.
+const ST_NOEXEC: u64 = libc::ST_NOEXEC;
+const ST_NOSYMFOLLOW: u64 = 0x2000;
 
 /// How to serve.
 #[derive(Clone, Copy)]
@@ -71,6 +75,8 @@ impl Default for Options {
 /// Unmounted when dropped.
 pub(crate) struct Mounted {
     mountpoint: PathBuf,
+    /// The `st_dev` of the mirror.
+    own: u64,
     attached: bool,
     status: Arc<Status>,
     inbox: Receiver<Event>,
@@ -101,15 +107,16 @@ impl Mounted {
         let status = Arc::new(Status::of(Arc::downgrade(&files)));
         mount(&device, &root, source, &mountpoint)
             .map_err(|errno| format!("mounting at {} failed: {errno}", mountpoint.display()))?;
+        // It does not ask the server, which does not serve yet.
+        let own = device_at(&mountpoint)
+            .inspect_err(|_| _ = rustix::mount::unmount(&mountpoint, UnmountFlags::DETACH))?;
         let mounted = Self {
             mountpoint,
+            own,
             attached: true,
             status: Arc::clone(&status),
             inbox: events.inbox,
         };
-        // It does not ask the server, which does not serve yet.
-        let own = source::look(CWD, &mounted.mountpoint, AtFlags::empty())?;
-        let own = makedev(own.stx_dev_major, own.stx_dev_minor);
         let inodes = Inodes::new(root, own)?;
         let mirror = Mirror::new(inodes, files, passthrough, options, status)?;
 
@@ -139,7 +146,7 @@ impl Mounted {
     /// The next event; `None` if none comes in time.
     pub(crate) fn wait(&mut self, patience: Duration) -> Option<Event> {
         let event = self.inbox.recv_timeout(patience).ok()?;
-        if matches!(event, Event::Ended(_)) {
+        if matches!(event, Event::Ended(Ok(()))) {
             self.attached = false;
         }
         Some(event)
@@ -148,7 +155,8 @@ impl Mounted {
     /// Unmounts. While somebody uses the mirror that fails; then it is taken off its mountpoint,
     /// to be served until nobody uses it any more, and this returns true.
     pub(crate) fn unmount(&mut self) -> rustix::io::Result<bool> {
-        if !self.attached {
+        // A server that has failed may have been unmounted, and something else mounted there.
+        if !self.attached || device_at(&self.mountpoint)? != self.own {
             return Ok(false);
         }
         let busy = match rustix::mount::unmount(&self.mountpoint, UnmountFlags::empty()) {
@@ -176,6 +184,12 @@ impl Drop for Mounted {
     }
 }
 
+/// What is mounted there, which is not asked.
+fn device_at(mountpoint: &Path) -> rustix::io::Result<u64> {
+    let stat = source::look(CWD, mountpoint, AtFlags::empty())?;
+    Ok(identity(&stat).0)
+}
+
 fn mount(
     device: &Device,
     root: &OwnedFd,
@@ -192,17 +206,9 @@ fn mount(
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     // No wider than the source. A FUSE filesystem need not tell.
-    const ST_NOSYMFOLLOW: u64 = 0x2000;
-    let source_flags =
-        rustix::fs::fstatvfs(root).map_or(StatVfsMountFlags::empty(), |stat| stat.f_flag);
+    let source_flags = rustix::fs::fstatvfs(root).map_or(0, |stat| stat.f_flag.bits());
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-    flags.set(
-        MountFlags::NOEXEC,
-        source_flags.contains(StatVfsMountFlags::NOEXEC),
-    );
-    flags.set(
-        MountFlags::NOSYMFOLLOW,
-        source_flags.bits() & ST_NOSYMFOLLOW != 0,
-    );
+    flags.set(MountFlags::NOEXEC, source_flags & ST_NOEXEC != 0);
+    flags.set(MountFlags::NOSYMFOLLOW, source_flags & ST_NOSYMFOLLOW != 0);
     rustix::mount::mount(source, mountpoint, "fuse.mirror", flags, &*data)
 }

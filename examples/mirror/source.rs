@@ -66,10 +66,19 @@ pub(crate) fn proc_path(fd: impl AsFd) -> String {
 }
 
 /// The flags for the server's own open: the kernel has dealt with creation, and the path under
-/// /proc is a link to follow. A file whose lease has to be broken first is not waited for.
-pub(crate) fn server_flags(client: OFlags) -> OFlags {
+/// /proc is a link to follow.
+pub(crate) fn server_flags(inode: &Inode, client: OFlags) -> OFlags {
     let creation = OFlags::CREATE | OFlags::EXCL | OFlags::NOCTTY | OFlags::NOFOLLOW;
-    (client - creation) | OFlags::CLOEXEC | OFlags::NONBLOCK
+    (client - creation) | OFlags::CLOEXEC | nonblock(inode)
+}
+
+/// A file whose lease has to be broken first is not waited for, but tried again. Where trying can hang, it is.
+fn nonblock(inode: &Inode) -> OFlags {
+    if inode.is_numbered() {
+        OFlags::NONBLOCK
+    } else {
+        OFlags::empty()
+    }
 }
 
 pub(crate) fn has_default_acl(dir: &Inode) -> bool {
@@ -78,7 +87,7 @@ pub(crate) fn has_default_acl(dir: &Inode) -> bool {
 
 /// An fd to be written, of an inode that no client has open for that.
 pub(crate) fn open_for_writing(inode: &Inode) -> Result<OwnedFd> {
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC | nonblock(inode);
     rustix::fs::open(proc_path(inode), flags, Mode::empty())
 }
 

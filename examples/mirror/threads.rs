@@ -45,11 +45,9 @@ struct State {
 /// A thread serves a request. When this is dropped, after the reply, it waits for one, or for its turn to do so.
 pub(crate) struct Turn<'a>(&'a Shared);
 
-/// In each thread that has served: it ends when the filesystem is gone.
-struct Leaving(Arc<Shared>);
-
 thread_local! {
-    static LEAVING: OnceCell<Leaving> = const { OnceCell::new() };
+    /// In each thread that has served. It is dropped when the thread ends, since the filesystem is gone.
+    static LEAVING: OnceCell<Threads> = const { OnceCell::new() };
 }
 
 impl Threads {
@@ -71,7 +69,7 @@ impl Threads {
     }
 
     pub(crate) fn begin(&self) -> Turn<'_> {
-        let leaving = || Leaving(Arc::clone(&self.0));
+        let leaving = || Self(Arc::clone(&self.0));
         let is_first = LEAVING.with(|cell| cell.get().is_none() && cell.set(leaving()).is_ok());
         let mut state = self.0.lock();
         state.ready -= usize::from(!is_first && state.ready > 0);
@@ -86,7 +84,7 @@ impl Threads {
         self.0.lock().busy >= MAX
     }
 
-    /// Makes the call, and sends what comes of it: at once, but for EAGAIN that is to be waited out.
+    /// Makes the call, and sends what comes of it. If it `waits`, the call is made again until it is no longer EAGAIN.
     pub(crate) fn answer<T: 'static>(
         &self,
         waits: bool,
@@ -151,12 +149,6 @@ impl Shared {
         }
     }
 
-    fn end(&self) {
-        self.lock().over = true;
-        self.turn.notify_all();
-        self.watcher.notify_one();
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -180,14 +172,10 @@ impl Drop for Turn<'_> {
     }
 }
 
-impl Drop for Leaving {
-    fn drop(&mut self) {
-        self.0.end();
-    }
-}
-
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.0.end();
+        self.0.lock().over = true;
+        self.0.turn.notify_all();
+        self.0.watcher.notify_one();
     }
 }

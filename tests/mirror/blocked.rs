@@ -5,8 +5,8 @@ use std::error::Error;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
@@ -15,8 +15,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::ask::{Asked, ask_all};
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
+use crate::identity::drop_caches;
 use crate::sandbox::{Sandbox, patience_times};
-use crate::server::{Mirror, Way};
+use crate::server::{Mirror, Way, within};
 use crate::{Test, program};
 
 pub const TESTS: &[Test] = &[
@@ -31,9 +32,11 @@ pub const TESTS: &[Test] = &[
     ("filesystem_that_is_aborted", |name| {
         filesystem_that_hangs(name, End::Aborted)
     }),
+    ("forgotten_after_a_hang", forgotten_after_a_hang),
+    ("releases_of_a_killed_client", releases_of_a_killed_client),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("lease", lease)];
+pub const ROLES: &[(&str, Role)] = &[("lease", lease), ("hold", hold)];
 
 /// What a call takes at most if it does not wait.
 const AT_ONCE: Duration = Duration::from_millis(200);
@@ -151,19 +154,137 @@ enum End {
     Aborted,
 }
 
-/// The filesystem is another mirror.
+/// A mirror with a filesystem in its source that can be stopped, which is another mirror.
+struct Hanging {
+    mirror: Mirror,
+    hung: Mirror,
+    source: PathBuf,
+    backing: Backing,
+    sandbox: Sandbox,
+}
+
+impl Hanging {
+    /// `count` files in the filesystem and in another folder each.
+    fn start(name: &str, count: usize, way: Way) -> Result<Self, Failed> {
+        let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let (source, behind) = (backing.folder("source")?, backing.folder("behind")?);
+        let (at, other) = (source.join("hung"), source.join("other"));
+        fs::create_dir(&at)?;
+        fs::create_dir(&other)?;
+        fs::write(other.join("file"), "content")?;
+        for n in 0..count {
+            fs::write(behind.join(n.to_string()), "content")?;
+            fs::write(other.join(n.to_string()), "content")?;
+        }
+        let command = Command::new(program::example("mirror")?);
+        let hung = Mirror::spawn_at(&at, command, &sandbox, &behind, Way::Plain)?;
+        let mirror = Mirror::start(&sandbox, &source, way)?;
+        Ok(Self {
+            mirror,
+            hung,
+            source,
+            backing,
+            sandbox,
+        })
+    }
+
+    /// Lets it go on.
+    fn stop(self) -> Result<(), Failed> {
+        self.hung.signal(Signal::CONT)?;
+        self.mirror.wait_for_releases()?;
+        self.mirror.stop_with(|| Ok(()))?;
+        self.hung.stop(&self.backing)?;
+        drop(self.sandbox);
+        Ok(())
+    }
+}
+
+/// More threads than usual have served then, and wait for their turns again.
+fn forgotten_after_a_hang(name: &str) -> Result<(), Failed> {
+    const COUNT: usize = 3_000;
+    let hanging = Hanging::start(name, COUNT, Way::Passthrough)?;
+    let mirror = &hanging.mirror;
+    ask_all(mirror.path(), &[("list", "hung")], Duration::from_secs(1))?;
+    let before = mirror.fds()?;
+    hanging.hung.freeze()?;
+    let clients: Vec<_> = (0..12)
+        .map(|_| Asked::start(mirror.path(), &[("list", "hung")]))
+        .collect::<Result<_, _>>()?;
+    for client in &clients {
+        client.wait_until_blocked()?;
+    }
+    // One joins after the other.
+    ask_all(mirror.path(), &[("list", "other")], AT_ONCE)?;
+    hanging.hung.signal(Signal::CONT)?;
+    for mut client in clients {
+        client.answer()?;
+    }
+    let find = Command::new("find")
+        .arg(mirror.path().join("other"))
+        .args(["-size", "+1"])
+        .stdout(Stdio::null())
+        .status()?;
+    assert!(find.success(), "{find}");
+    assert!(mirror.fds()? > COUNT, "it has an fd of each file");
+    let forgotten = || {
+        drop_caches()?;
+        Ok(mirror.fds()? < before + 100)
+    };
+    within(
+        Duration::from_secs(10),
+        "the files are forgotten",
+        forgotten,
+    )?;
+    hanging.stop()
+}
+
+/// Opens files, and waits.
+fn hold(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let files = args.iter().map(File::open).collect::<Result<Vec<_>, _>>()?;
+    println!("open");
+    wait_for_parent()?;
+    Ok(files.len().to_string())
+}
+
+/// Its files can only be closed when the filesystem goes on. Others' are.
+fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
+    for way in [Way::Passthrough, Way::Plain] {
+        let hanging = Hanging::start(name, 60, way)?;
+        let root = hanging.mirror.path();
+        let paths: Vec<_> = (0..60).map(|n| root.join(format!("hung/{n}"))).collect();
+        let paths: Vec<_> = paths.iter().map(|path| path.as_os_str()).collect();
+        let mut holder = Client::start("hold", &paths)?;
+        assert_eq!(holder.line()?, "open");
+        hanging.hung.freeze()?;
+        let pid = Pid::from_raw(holder.id().try_into()?).ok_or("0 is no process")?;
+        kill_process(pid, Signal::KILL)?;
+        drop(holder);
+        // It can be run once it has been released.
+        let program = program::in_path("true").ok_or("there is no true")?;
+        let copied = Command::new("cp")
+            .arg(program)
+            .arg(root.join("true"))
+            .status()?;
+        assert!(copied.success(), "{copied}");
+        within(
+            Duration::from_secs(5),
+            "the program runs",
+            || match Command::new(hanging.source.join("true")).status() {
+                Ok(status) => Ok(status.success()),
+                Err(error) if error.raw_os_error() == Some(libc::ETXTBSY) => Ok(false),
+                Err(error) => Err(error.into()),
+            },
+        )?;
+        ask_all(root, &[("list", "other"), ("read", "other/file")], AT_ONCE)?;
+        hanging.stop()?;
+    }
+    Ok(())
+}
+
 fn filesystem_that_hangs(name: &str, end: End) -> Result<(), Failed> {
-    let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
-    let backing = Backing::in_memory(&sandbox, "tmpfs")?;
-    let (source, behind) = (backing.folder("source")?, backing.folder("behind")?);
-    fs::write(behind.join("file"), "content")?;
-    fs::create_dir(source.join("hung"))?;
-    fs::create_dir(source.join("other"))?;
-    fs::write(source.join("other/file"), "content")?;
-    let command = Command::new(program::example("mirror")?);
-    let at = source.join("hung");
-    let hung = Mirror::spawn_at(&at, command, &sandbox, &behind, Way::Plain)?;
-    let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+    let hanging = Hanging::start(name, 1, Way::Passthrough)?;
+    let (mirror, hung, source) = (&hanging.mirror, &hanging.hung, &hanging.source);
     // The kernel knows the name, so that each client asks the server for it.
     let before = ask_all(mirror.path(), &[("list", "hung")], Duration::from_secs(1))?;
 
@@ -176,7 +297,7 @@ fn filesystem_that_hangs(name: &str, end: End) -> Result<(), Failed> {
         for client in &clients {
             client.wait_until_blocked()?;
         }
-        for root in [&source, mirror.path()] {
+        for root in [source, mirror.path()] {
             let others = [
                 ("list", "other"),
                 ("read", "other/file"),
@@ -199,13 +320,13 @@ fn filesystem_that_hangs(name: &str, end: End) -> Result<(), Failed> {
             ),
         }
     }
-    mirror.wait_for_releases()?;
-    mirror.stop_with(|| Ok(()))?;
     match end {
-        End::Resumed => hung.stop(&backing),
+        End::Resumed => hanging.stop(),
         End::Aborted => {
-            hung.wait_for_end()?;
-            backing.unmount_when_idle()
+            mirror.wait_for_releases()?;
+            hanging.mirror.stop_with(|| Ok(()))?;
+            hanging.hung.wait_for_end()?;
+            hanging.backing.unmount_when_idle()
         }
     }
 }

@@ -2,9 +2,11 @@
 //! kernel forgets a file and looks it up again.
 
 use std::error::Error;
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirEntryExt, MetadataExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -281,6 +283,48 @@ fn are_the_sources(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+/// What a file is called where there are no names: `struct file_handle`.
+#[repr(C)]
+struct Handle {
+    bytes: u32,
+    kind: i32,
+    file: [u8; 128],
+}
+
+#[allow(unsafe_code)]
+impl Handle {
+    fn of(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let (bytes, kind, file) = (128, 0, [0; 128]);
+        let mut handle = Self { bytes, kind, file };
+        let mut mount = 0;
+        // SAFETY: the kernel reads the path up to its NUL, and writes the handle, of that size, and the mount.
+        let done = unsafe {
+            let (number, at) = (libc::SYS_name_to_handle_at, libc::AT_FDCWD);
+            libc::syscall(number, at, path.as_ptr(), &mut handle, &mut mount, 0)
+        };
+        if done == 0 {
+            Ok(handle)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// The errno of opening it, on the filesystem that a folder is on.
+    fn refused(&self, on: &Path) -> io::Result<Option<i32>> {
+        let on = File::open(on)?;
+        let (number, on) = (libc::SYS_open_by_handle_at, on.as_raw_fd());
+        // SAFETY: the kernel reads the handle. What it returns is nobody else's.
+        let fd = unsafe { libc::syscall(number, on, self, libc::O_RDONLY) };
+        if fd >= 0 {
+            // SAFETY: as above.
+            drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+            return Ok(None);
+        }
+        Ok(io::Error::last_os_error().raw_os_error())
+    }
+}
+
 /// Deletes a file that is open, and makes others until one has its number.
 fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
     const PATIENCE: Duration = Duration::from_secs(10);
@@ -301,6 +345,8 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
     };
     for _ in 0..ROUNDS {
         let number = make("old")?;
+        let handle = Handle::of(&root.join("old"))?;
+        assert_eq!(handle.refused(root)?, None);
         let old = File::open(root.join("old"))?;
         fs::remove_file(root.join("old"))?;
         drop_caches()?;
@@ -318,6 +364,11 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
             }
             fs::remove_file(root.join("new"))?;
         }
+        assert_eq!(
+            handle.refused(root)?,
+            Some(libc::ESTALE),
+            "it is another file's"
+        );
         drop_caches()?;
         for name in ["a", "b", "c", "new"] {
             check(&root.join(name))?;

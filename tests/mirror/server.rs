@@ -215,6 +215,11 @@ impl Mirror {
         Ok(count)
     }
 
+    /// All fds that it has.
+    pub fn fds(&self) -> Result<usize, Failed> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    }
+
     /// RELEASE is sent after close(2) has returned.
     pub fn wait_for_releases(&self) -> Result<(), Failed> {
         self.wait_for_open_files(0)

@@ -134,7 +134,7 @@ impl Mirror {
     /// The attributes that come with an entry, and how long the kernel may keep them.
     fn entry(&self, found: &Found) -> (FileAttr, Duration) {
         let attr = attr(found.nodeid, &found.stat);
-        // It keeps no others: it asks at once, and gets the right number.
+        // A wrong inode number it must not keep: it asks at once, and gets the right one.
         let ttl = found.is_current.then_some(self.options.ttl);
         (attr, ttl.unwrap_or(Duration::ZERO))
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use fuse_backing::FuseDevice;
 use fuse_backing::init::MaxStackDepth;
 use fuser::{Config, Session, SessionACL};
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -45,8 +45,7 @@ impl Events {
     }
 }
 
-/// From fstatvfs(3). libc lacks the second one.
-const ST_NOEXEC: u64 = libc::ST_NOEXEC;
+/// In `statvfs`. libc does not have it.
 const ST_NOSYMFOLLOW: u64 = 0x2000;
 
 /// How to serve.
@@ -208,7 +207,10 @@ fn mount(
     // No wider than the source. A FUSE filesystem need not tell.
     let source_flags = rustix::fs::fstatvfs(root).map_or(0, |stat| stat.f_flag.bits());
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
-    flags.set(MountFlags::NOEXEC, source_flags & ST_NOEXEC != 0);
+    flags.set(
+        MountFlags::NOEXEC,
+        source_flags & StatVfsMountFlags::NOEXEC.bits() != 0,
+    );
     flags.set(MountFlags::NOSYMFOLLOW, source_flags & ST_NOSYMFOLLOW != 0);
     rustix::mount::mount(source, mountpoint, "fuse.mirror", flags, &*data)
 }

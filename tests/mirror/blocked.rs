@@ -36,7 +36,7 @@ pub const TESTS: &[Test] = &[
     ("releases_of_a_killed_client", releases_of_a_killed_client),
 ];
 
-pub const ROLES: &[(&str, Role)] = &[("lease", lease), ("hold", hold)];
+pub const ROLES: &[(&str, Role)] = &[("lease", lease), ("hold-files", hold_files)];
 
 /// What a call takes at most if it does not wait.
 const AT_ONCE: Duration = Duration::from_millis(200);
@@ -240,7 +240,7 @@ fn forgotten_after_a_hang(name: &str) -> Result<(), Failed> {
 }
 
 /// Opens files, and waits.
-fn hold(args: &[String]) -> Result<String, Box<dyn Error>> {
+fn hold_files(args: &[String]) -> Result<String, Box<dyn Error>> {
     let files = args.iter().map(File::open).collect::<Result<Vec<_>, _>>()?;
     println!("open");
     wait_for_parent()?;
@@ -254,7 +254,7 @@ fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
         let root = hanging.mirror.path();
         let paths: Vec<_> = (0..60).map(|n| root.join(format!("hung/{n}"))).collect();
         let paths: Vec<_> = paths.iter().map(|path| path.as_os_str()).collect();
-        let mut holder = Client::start("hold", &paths)?;
+        let mut holder = Client::start("hold-files", &paths)?;
         assert_eq!(holder.line()?, "open");
         hanging.hung.freeze()?;
         let pid = Pid::from_raw(holder.id().try_into()?).ok_or("0 is no process")?;

@@ -25,8 +25,9 @@ pub fn play(roles: &[(&str, Role)]) -> Option<ExitCode> {
     }
     let name = args.next()?;
     let rest: Vec<_> = args.collect();
-    let Some((_, role)) = roles.iter().find(|(role, _)| *role == name) else {
-        println!("no role {name}");
+    let found: Vec<_> = roles.iter().filter(|(role, _)| *role == name).collect();
+    let [(_, role)] = found[..] else {
+        println!("{} roles {name}", found.len());
         return Some(ExitCode::FAILURE);
     };
     let (last, code) = match role(&rest) {

@@ -48,8 +48,8 @@ fn spared(name: &str) -> Result<(), Failed> {
     // Three LOOKUP, OPEN and RELEASE. A tick during which attributes are kept can end in between. The control has a
     // GETATTR after each LOOKUP and before the read, the READ, and the server's own read(2).
     for (way, args, least, most) in [
-        (Way::Passthrough, &[][..], 5.0, 6.5),
-        (Way::Plain, &[][..], 11.0, 12.5),
+        (Way::Passthrough, &[][..], 5.0, 8.0),
+        (Way::Plain, &[][..], 11.0, 13.0),
         (Way::Passthrough, &["--ttl", "60"][..], 2.0, 2.5),
     ] {
         if way == Way::Passthrough && !way.is_passthrough()? {

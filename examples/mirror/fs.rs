@@ -21,7 +21,7 @@ use fuser::{
 };
 use rustix::fs::{
     AtFlags, CWD, FallocateFlags, FileType, Gid, Mode, OFlags, RawDir, RenameFlags, SeekFrom,
-    Timestamps, Uid, XattrFlags,
+    Statx, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -328,6 +328,13 @@ fn fuse_errno(errno: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno.raw_os_error())
 }
 
+fn reply_attr(reply: ReplyAttr, stat: Result<Statx>, root_dev: u64, ttl: &Duration) {
+    answer!(reply, stat, |stat| {
+        let number = number(root_dev, identity(&stat));
+        reply.attr(ttl, &attr(number, &stat));
+    });
+}
+
 impl Filesystem for Mirror {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         self.passes_through = self.device.take().is_some_and(|device| {
@@ -367,10 +374,7 @@ impl Filesystem for Mirror {
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let _turn = self.threads.begin();
         let stat = self.inode(ino).and_then(|inode| source::attributes(&inode));
-        answer!(reply, stat, |stat| {
-            let number = number(self.inodes.dev, identity(&stat));
-            reply.attr(&self.options.ttl, &attr(number, &stat));
-        });
+        reply_attr(reply, stat, self.inodes.dev, &self.options.ttl);
     }
 
     fn setattr(
@@ -434,12 +438,8 @@ impl Filesystem for Mirror {
             }
             source::attributes(inode)
         };
-        self.threads.answer(waits, set, move |stat| {
-            answer!(reply, stat, |stat| {
-                let number = number(root_dev, identity(&stat));
-                reply.attr(&ttl, &attr(number, &stat));
-            });
-        });
+        let send = move |stat| reply_attr(reply, stat, root_dev, &ttl);
+        self.threads.answer(waits, set, send);
     }
 
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {

@@ -12,7 +12,7 @@ use fuse_backing::{
     ServerFile, WithoutFsetid,
 };
 use fuser::{INodeNo, KernelConfig};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 
 use crate::inodes::Inode;
@@ -24,6 +24,7 @@ type Result<T, E = Errno> = std::result::Result<T, E>;
 
 /// What the kernel adds to the flags of execve(2)'s open.
 const EXEC: OFlags = OFlags::from_bits_retain(0o40);
+const NOEXEC: StatVfsMountFlags = StatVfsMountFlags::NOEXEC;
 
 pub(crate) type Device = Arc<FuseDevice>;
 pub(crate) type Files = Handles<AsNobody, OwnedFd, INodeNo>;
@@ -85,7 +86,7 @@ pub(crate) fn open(
     flags: OFlags,
     can_map_direct: bool,
 ) -> Result<Opened> {
-    if flags.contains(EXEC) && source::is_noexec(inode)? {
+    if flags.contains(EXEC) && source::mount_flags(inode)?.contains(NOEXEC) {
         return Err(Errno::ACCESS);
     }
     let (path, flags_here) = (proc_path(inode), source::server_flags(inode, flags));

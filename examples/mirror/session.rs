@@ -205,7 +205,7 @@ fn mount(
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     // No wider than the source. A FUSE filesystem need not tell.
-    let source_flags = rustix::fs::fstatvfs(root).map_or(0, |stat| stat.f_flag.bits());
+    let source_flags = source::mount_flags(root).map_or(0, |flags| flags.bits());
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(
         MountFlags::NOEXEC,

@@ -45,9 +45,9 @@ pub(crate) fn numbers_tell_files_apart(fd: &OwnedFd) -> bool {
     magic.is_ok_and(|magic| [BTRFS, EXT4, F2FS, TMPFS, XFS].contains(&magic))
 }
 
-/// Whether programs of a mount within the source must not be run.
-pub(crate) fn is_noexec(fd: impl AsFd) -> Result<bool> {
-    Ok(fstatvfs(fd)?.f_flag.contains(StatVfsMountFlags::NOEXEC))
+/// What the mount of a file permits.
+pub(crate) fn mount_flags(fd: impl AsFd) -> Result<StatVfsMountFlags> {
+    Ok(fstatvfs(fd)?.f_flag)
 }
 
 /// An `O_PATH` fd of an open file.

@@ -49,6 +49,7 @@ pub const TESTS: &[Test] = &[
         let calls = [("nosuid", "", r#"Some(0), None, "0\n""#, 1)];
         all_the_same(name, nosuid_folder, "nosuid", &calls)
     }),
+    ("flags_of_the_source", flags_of_the_source),
     ("two_mounts_of_a_filesystem", |name| {
         let calls = [("two mounts", "", "EXDEV", 4)];
         all_the_same(name, two_mounts, "again", &calls)
@@ -174,6 +175,32 @@ fn noexec_folder(folder: &Path) -> Result<(), Failed> {
     copy_program("true", &folder.join("d/second"))?;
     fs::create_dir(folder.join("noexec"))?;
     bind(folder, "d", "noexec", MountFlags::NOEXEC)
+}
+
+/// The mount has them too.
+fn flags_of_the_source(name: &str) -> Result<(), Failed> {
+    let forbids = MountFlags::NOEXEC | MountFlags::NOSYMFOLLOW;
+    for (flags, expected) in [
+        (MountFlags::empty(), [r#""content""#, "Ok(true)"]),
+        (forbids, ["ELOOP", "Err(PermissionDenied)"]),
+    ] {
+        let sandbox = Sandbox::new(name)?;
+        let source = sandbox.folder("source")?;
+        mount("tmpfs", &source, "tmpfs", flags, None)?;
+        fs::write(source.join("file"), "content")?;
+        symlink("file", source.join("link"))?;
+        copy_program("true", &source.join("true"))?;
+        let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+        for root in [&source, mirror.path()] {
+            let followed = ask_all(root, &[("read", "link")], SECOND)?;
+            let run = Command::new(root.join("true")).status();
+            let run = run.map(|status| status.success()).map_err(|e| e.kind());
+            assert_eq!([&*followed[0], &*format!("{run:?}")], expected);
+        }
+        mirror.wait_for_releases()?;
+        mirror.stop_with(|| unmount_soon(&source))?;
+    }
+    Ok(())
 }
 
 fn nosuid_folder(folder: &Path) -> Result<(), Failed> {
@@ -384,9 +411,8 @@ fn start_with_depth(
     source: &Path,
     depth: Option<&str>,
 ) -> Result<Mirror, Failed> {
-    let mut command = Command::new(program::example("mirror")?);
-    command.args(depth.iter().flat_map(|depth| ["--depth", *depth]));
-    Mirror::spawn_by(command, sandbox, source, Way::Passthrough)
+    let args: Vec<_> = depth.iter().flat_map(|depth| ["--depth", *depth]).collect();
+    Mirror::start_with(sandbox, source, Way::Passthrough, &args)
 }
 
 /// Mounts overlayfs with this as its lower layer.

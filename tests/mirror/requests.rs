@@ -4,8 +4,6 @@ use std::error::Error;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
-use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -14,7 +12,6 @@ use libtest_mimic::Failed;
 use crate::Test;
 use crate::backing::Backing;
 use crate::client::{self, Role};
-use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 
@@ -37,13 +34,6 @@ fn reopen(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// The mirror with an option, if there is one.
-fn start(sandbox: &Sandbox, source: &Path, way: Way, args: &[&str]) -> Result<Mirror, Failed> {
-    let mut command = Command::new(program::example("mirror")?);
-    command.args(args);
-    Mirror::spawn_by(command, sandbox, source, way)
-}
-
 fn spared(name: &str) -> Result<(), Failed> {
     // Three LOOKUP, OPEN and RELEASE. A tick during which attributes are kept can end in between. The control has a
     // GETATTR after each LOOKUP and before the read, the READ, and the server's own read(2).
@@ -60,7 +50,7 @@ fn spared(name: &str) -> Result<(), Failed> {
         let source = backing.folder("source")?;
         fs::create_dir_all(source.join("d1/d2"))?;
         fs::write(source.join("d1/d2/f"), "content")?;
-        let mirror = start(&sandbox, &source, way, args)?;
+        let mirror = Mirror::start_with(&sandbox, &source, way, args)?;
         let before = mirror.reads()?;
         client::run("reopen", &[mirror.path().join("d1/d2/f").as_os_str()])?;
         mirror.wait_for_releases()?;
@@ -117,7 +107,7 @@ fn kept_for_a_second(name: &str) -> Result<(), Failed> {
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
         let source = backing.folder("source")?;
         fs::write(source.join("file"), "1")?;
-        let mirror = start(&sandbox, &source, Way::Passthrough, args)?;
+        let mirror = Mirror::start_with(&sandbox, &source, Way::Passthrough, args)?;
         let files = [source.join("file"), mirror.path().join("file")];
         let seen = client::run("sizes", &files.each_ref().map(|file| file.as_os_str()))?;
         assert_eq!(seen, expected, "{args:?}");

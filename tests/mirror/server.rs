@@ -70,9 +70,18 @@ impl Mirror {
 
     /// `--no-killpriv`
     pub fn start_asking(sandbox: &Sandbox, source: &Path) -> Result<Self, Failed> {
+        Self::start_with(sandbox, source, Way::Passthrough, &["--no-killpriv"])
+    }
+
+    pub fn start_with(
+        sandbox: &Sandbox,
+        source: &Path,
+        way: Way,
+        args: &[&str],
+    ) -> Result<Self, Failed> {
         let mut command = Command::new(program::example("mirror")?);
-        command.arg("--no-killpriv");
-        Self::spawn_by(command, sandbox, source, Way::Passthrough)
+        command.args(args);
+        Self::spawn_by(command, sandbox, source, way)
     }
 
     /// With all of root's capabilities at whatever it does, though it means to give some of them up: capset(2)

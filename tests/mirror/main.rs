@@ -131,6 +131,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
         hello::ROLES,
         identity::ROLES,
         killed::ROLES,
+        mounts::ROLES,
         numbers::ROLES,
         race::ROLES,
         requests::ROLES,

@@ -61,7 +61,6 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -144,9 +143,7 @@ impl Mirror {
     ) -> std::result::Result<Self, Failed> {
         let mountpoint = sandbox.folder("mirror")?;
         let (mounted, device) = Mounted::new(source, &mountpoint, options, Events::new())?;
-        let number = fuse::connection_number(&mountpoint)?.to_string();
-        let abort = sandbox.fusectl().join(number).join("abort");
-        sandbox.watch(Arc::new(File::options().write(true).open(abort)?));
+        fuse::watched(sandbox, &mountpoint)?;
         if let Some(why) = mounted.status().refused() {
             return Err(why.to_string().into());
         }

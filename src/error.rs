@@ -516,6 +516,11 @@ pub enum OpenError {
     /// another file says so with [`forget`](crate::BackingTable::forget).
     #[error("the inode is open with another backing file")]
     DifferentFile,
+    /// `EPERM`: the client asks to write to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`), which the
+    /// server grants. Its own filesystem opens no such file for writing; Linux before 7.3.4 does not check
+    /// that in passthrough mode.
+    #[error("the client asks to write to a file that is immutable")]
+    Immutable,
     /// `EBADF`: the server's fd was opened with `O_PATH`, or with access mode 3, which is for ioctls alone.
     #[error("the fd permits neither reading nor writing (O_PATH, or access mode 3)")]
     NoAccess,
@@ -535,6 +540,7 @@ impl OpenError {
             Self::AccessExceeded { .. } => Errno::ACCESS,
             Self::GrantExceeded { .. } => Errno::BUSY,
             Self::DifferentFile => Errno::IO,
+            Self::Immutable => Errno::PERM,
             Self::NoAccess => Errno::BADF,
             Self::FlagsNotAllowed(_) => Errno::INVAL,
             Self::Unreadable(errno) => errno,

@@ -203,6 +203,7 @@ pub(crate) struct Looked {
     pub(crate) id: FileId,
     /// Why it must not be passed through, whatever the registrar says.
     pub(crate) refusal: Option<ServerReason>,
+    pub(crate) is_immutable: bool,
 }
 
 /// `statx(fd)`; or fstat(2), where that is denied.
@@ -217,6 +218,7 @@ pub(crate) fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
                 .stx_attributes
                 .contains(StatxAttributes::APPEND)
                 .then_some(ServerReason::AppendOnly),
+            is_immutable: statx.stx_attributes.contains(StatxAttributes::IMMUTABLE),
         }),
         Err(errno) => {
             let stat = fstat(fd)?;
@@ -228,6 +230,7 @@ pub(crate) fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
             Ok(Looked {
                 id,
                 refusal: Some(ServerReason::Unreadable(errno)),
+                is_immutable: false,
             })
         }
     }

@@ -211,6 +211,9 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             open
         } else {
             let looked = file.look()?;
+            if looked.is_immutable && wanted != Access::ReadOnly {
+                return Err(OpenError::Immutable);
+            }
             let admits = |mode: &Mode, is_open: bool| {
                 // Idle, it was not append-only when it was registered.
                 if !is_open && looked.refusal.is_some() {

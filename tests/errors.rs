@@ -204,6 +204,7 @@ fn open() {
     let expected = [
         (E::AccessExceeded { granted, wanted }, Errno::ACCESS),
         (E::GrantExceeded { registered, wanted }, Errno::BUSY),
+        (E::Immutable, Errno::PERM),
         (E::DifferentFile, Errno::IO),
         (E::NoAccess, Errno::BADF),
         (E::FlagsNotAllowed(FopenFlags::KEEP_CACHE), Errno::INVAL),

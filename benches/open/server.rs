@@ -19,7 +19,7 @@ use libtest_mimic::Failed;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use crate::fuse::{attach, connection_number};
+use crate::fuse::{attach, watched};
 use crate::sandbox::Sandbox;
 
 pub type Device = Arc<FuseDevice>;
@@ -58,10 +58,7 @@ impl Server {
         let device = FuseDevice::open()?.into_inner();
         let mountpoint = sandbox.folder("mnt")?;
         attach(&device, &mountpoint)?;
-        let number = connection_number(&mountpoint)?.to_string();
-        let abort = sandbox.fusectl().join(number).join("abort");
-        let abort = Arc::new(File::options().write(true).open(abort)?);
-        sandbox.watch(Arc::clone(&abort));
+        let abort = watched(sandbox, &mountpoint)?;
         let device = Arc::new(FuseDevice::new(device)?);
         answer_init(&device)?;
 

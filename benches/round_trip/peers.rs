@@ -12,7 +12,7 @@ use libtest_mimic::Failed;
 
 use crate::bare::Map;
 use crate::client::Client;
-use crate::fuse::{attach, connection_number};
+use crate::fuse::{attach, watched};
 use crate::sandbox::Sandbox;
 
 pub mod libc_ioctl {
@@ -79,10 +79,7 @@ impl FuserSession {
         let device = FuseDevice::open()?.into_inner();
         let mountpoint = sandbox.folder("fuser")?;
         attach(&device, &mountpoint)?;
-        let number = connection_number(&mountpoint)?.to_string();
-        let abort = sandbox.fusectl().join(number).join("abort");
-        let abort = std::sync::Arc::new(std::fs::File::options().write(true).open(abort)?);
-        sandbox.watch(std::sync::Arc::clone(&abort));
+        let abort = watched(sandbox, &mountpoint)?;
 
         let (sender, replies): (Sender<_>, Receiver<_>) = channel();
         let fd = device.try_clone()?;

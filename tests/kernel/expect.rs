@@ -1,26 +1,22 @@
-//! `FUSE_BACKING_EXPECT`: what the kernel is known to do, from whoever chose it (tests/kernels/run).
+//! What this kernel is known to do, told by `FUSE_BACKING_EXPECT` or shown by the kernel itself.
 //!
-//! The tests then assert that, so that one which is wrong about what the kernel has cannot pass for
-//! a kernel that has it not. Where it is unset, what the kernel says of itself is believed, and what
-//! it does not say is left open.
+//! Whoever chose the kernel (tests/kernels/run) tells it. The tests then assert that, so that one which is
+//! wrong about what the kernel has cannot pass for a kernel that has it not. Where the variable is unset,
+//! what the kernel shows is believed, and what it does not show is left open: both outcomes pass. The tests
+//! say at their start which it is (`summary`).
 //!
-//! It is `absent`, `disabled` or `present`, of passthrough, and then whichever hold of
-//!
-//! | word | |
-//! |---|---|
-//! | `sync-init` | `FUSE_DEV_IOC_SYNC_INIT`: Linux 6.18 |
-//! | `regular-files-only` | other backing files are refused: Linux 6.12.48, 6.16.8, 6.17 and later |
-//! | `unattached-eperm` | a device that is not mounted gets `EPERM`, else `EINVAL`, from the ioctls of passthrough |
-//! | `clone-eperm` | and from CLONE |
-//! | `landlock` | threads can enter Landlock domains |
-//! | `fail-nth` | `/proc/self/fail-nth`: a kernel that was built to have its allocations fail |
+//! It is `absent`, `disabled` or `present`, of passthrough, and then whichever hold of `WORDS`. A word with
+//! a question mark is left open.
 
 use std::env;
+use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::OnceLock;
 
 use fuse_backing::{Errno, uapi};
 use libtest_mimic::Failed;
+use rustix::mount::{FsOpenFlags, fsopen};
+use rustix::system::uname;
 
 use crate::fuse::{Connection, Init, Offer};
 use crate::sandbox::Sandbox;
@@ -39,7 +35,8 @@ pub enum Support {
 
 impl Support {
     /// What it says in INIT.
-    fn offered(offer: Offer) -> Self {
+    fn offered() -> Self {
+        let offer = offer();
         if offer.flags & uapi::FUSE_PASSTHROUGH != 0 {
             Self::Present
         } else if offer.minor >= 40 {
@@ -50,73 +47,202 @@ impl Support {
     }
 }
 
+/// A property of kernels, and what this one shows of it: `None` where nothing but the tested call itself would.
+#[derive(Clone, Copy)]
+struct Word {
+    name: &'static str,
+    shown: fn() -> Option<bool>,
+}
+
+/// `FUSE_DEV_IOC_SYNC_INIT`: Linux 6.18, with protocol 7.45.
+const SYNC_INIT: Word = Word {
+    name: "sync-init",
+    shown: || Some(offer().minor >= 45),
+};
+/// A process that is killed in mount(2), where that waits for INIT, does not end: CVE-2026-31713. Seen on
+/// 6.18.5, 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on.
+const SYNC_INIT_UNKILLABLE: Word = Word {
+    name: "sync-init-unkillable",
+    shown: || (offer().minor < 45).then_some(false),
+};
+/// Backing files that are not regular files are refused: Linux 6.12.48, 6.16.8, 6.17 and later.
+const REGULAR_FILES_ONLY: Word = Word {
+    name: "regular-files-only",
+    shown: || (offer().minor >= 45).then_some(true),
+};
+/// The ioctls of passthrough give `EPERM` for a device that is not mounted, else `EINVAL`.
+const UNATTACHED_EPERM: Word = Word {
+    name: "unattached-eperm",
+    shown: || None,
+};
+/// So does CLONE.
+const CLONE_EPERM: Word = Word {
+    name: "clone-eperm",
+    shown: || None,
+};
+/// Passthrough heeds that a backing file is append-only or immutable: Linux 7.3.4.
+const INODE_FLAGS: Word = Word {
+    name: "inode-flags",
+    shown: || None,
+};
+/// Threads can enter Landlock domains.
+const LANDLOCK: Word = Word {
+    name: "landlock",
+    shown: || Some(has_landlock()),
+};
+/// There is overlayfs, to have files that are stacked.
+const OVERLAYFS: Word = Word {
+    name: "overlayfs",
+    shown: || Some(has_overlayfs()),
+};
+/// `/proc/self/fail-nth`: a kernel that was built to have its allocations fail.
+const FAIL_NTH: Word = Word {
+    name: "fail-nth",
+    shown: || Some(has_fail_nth()),
+};
+const WORDS: &[Word] = &[
+    SYNC_INIT,
+    SYNC_INIT_UNKILLABLE,
+    REGULAR_FILES_ONLY,
+    UNATTACHED_EPERM,
+    CLONE_EPERM,
+    INODE_FLAGS,
+    LANDLOCK,
+    OVERLAYFS,
+    FAIL_NTH,
+];
+
+impl Word {
+    /// `None`: it is left open.
+    fn known(self) -> Option<bool> {
+        match told() {
+            Some(told) if told.open.iter().any(|word| word == self.name) => (self.shown)(),
+            Some(told) => Some(told.words.iter().any(|word| word == self.name)),
+            None => (self.shown)(),
+        }
+    }
+}
+
 struct Told {
     support: Support,
     words: Vec<String>,
+    open: Vec<String>,
 }
-
-const WORDS: &[&str] = &[
-    "sync-init",
-    "regular-files-only",
-    "unattached-eperm",
-    "clone-eperm",
-    "landlock",
-    "fail-nth",
-];
 
 fn told() -> Option<&'static Told> {
     static TOLD: OnceLock<Option<Told>> = OnceLock::new();
     TOLD.get_or_init(|| {
         let all = env::var("FUSE_BACKING_EXPECT").ok()?;
-        let mut words = all.split_whitespace().map(str::to_owned);
-        let support = match words.next().unwrap_or_default().as_str() {
+        let mut words = all.split_whitespace();
+        let support = match words.next().unwrap_or_default() {
             "present" => Support::Present,
             "disabled" => Support::Disabled,
             "absent" => Support::Absent,
             other => panic!("FUSE_BACKING_EXPECT: '{other}' is not absent, disabled or present"),
         };
-        let words: Vec<_> = words.collect();
-        if let Some(other) = words.iter().find(|word| !WORDS.contains(&word.as_str())) {
-            panic!("FUSE_BACKING_EXPECT: '{other}' is none of {WORDS:?}");
-        }
-        Some(Told { support, words })
+        let (open, words): (Vec<_>, Vec<_>) = words.partition(|word| word.ends_with('?'));
+        let named = |words: Vec<&str>| -> Vec<String> {
+            let names = words.into_iter().map(|word| word.trim_end_matches('?'));
+            let known = |name: &str| WORDS.iter().any(|word| word.name == name);
+            let check = |name: &str| assert!(known(name), "FUSE_BACKING_EXPECT: unknown '{name}'");
+            names
+                .inspect(|name| check(name))
+                .map(str::to_owned)
+                .collect()
+        };
+        Some(Told {
+            support,
+            words: named(words),
+            open: named(open),
+        })
     })
     .as_ref()
 }
 
-fn told_of(word: &str) -> Option<bool> {
-    assert!(WORDS.contains(&word));
-    Some(told()?.words.iter().any(|known| known == word))
+static OFFER: OnceLock<Offer> = OnceLock::new();
+
+/// Asks the kernel what it has, once and before the tests.
+pub fn ask() -> Result<(), String> {
+    let ask = || {
+        let sandbox = Sandbox::new("what the kernel has")?;
+        Ok(Connection::mount(&sandbox, Init::PLAIN)?.offer())
+    };
+    let offer = ask().map_err(|failed: Failed| failed.message().unwrap_or("INIT").to_owned())?;
+    OFFER.set(offer).map_err(|_| "asked twice".to_owned())
+}
+
+/// What the kernel said in INIT.
+pub fn offer() -> Offer {
+    *OFFER.get().expect("asked")
+}
+
+/// What the tests go by, and where they have it from.
+pub fn summary() -> String {
+    let uname = uname();
+    let release = uname.release().to_string_lossy();
+    let source = match told() {
+        Some(_) => "FUSE_BACKING_EXPECT says",
+        None => "FUSE_BACKING_EXPECT is not set, the kernel shows",
+    };
+    let mut summary = format!(
+        "Linux {release}, FUSE 7.{}; {source}: passthrough {}",
+        offer().minor,
+        format!("{:?}", support()).to_lowercase()
+    );
+    for (title, known) in [
+        ("yes", Some(true)),
+        ("no", Some(false)),
+        ("not known, so that either passes", None),
+    ] {
+        let words = WORDS.iter().filter(|word| word.known() == known);
+        let names: Vec<_> = words.map(|word| word.name).collect();
+        if !names.is_empty() {
+            let _ = write!(summary, "; {title}: {}", names.join(", "));
+        }
+    }
+    summary
 }
 
 pub fn is_told() -> bool {
     told().is_some()
 }
 
-pub fn support(offer: Offer) -> Support {
-    told().map_or(Support::offered(offer), |told| told.support)
+pub fn support() -> Support {
+    told().map_or_else(Support::offered, |told| told.support)
 }
 
-pub fn sync_init(offer: Offer) -> bool {
-    told_of("sync-init").unwrap_or(offer.minor >= 45)
+pub fn sync_init() -> bool {
+    SYNC_INIT.known() == Some(true)
+}
+
+pub fn sync_init_unkillable() -> Option<bool> {
+    SYNC_INIT_UNKILLABLE.known()
 }
 
 /// Linux 6.12, which has protocol 7.41, takes `O_PATH` backing fds.
-pub fn path_only_files(offer: Offer) -> bool {
-    offer.minor >= 41
+pub fn path_only_files() -> bool {
+    offer().minor >= 41
 }
 
 /// `None`: it may be one of the stable releases that do.
-pub fn regular_files_only(offer: Offer) -> Option<bool> {
-    told_of("regular-files-only").or((offer.minor >= 45).then_some(true))
+pub fn regular_files_only() -> Option<bool> {
+    REGULAR_FILES_ONLY.known()
+}
+
+pub fn inode_flags() -> Option<bool> {
+    INODE_FLAGS.known()
 }
 
 pub fn fail_nth() -> bool {
-    told_of("fail-nth").unwrap_or_else(has_fail_nth)
+    FAIL_NTH.known() == Some(true)
 }
 
 pub fn landlock() -> bool {
-    told_of("landlock").unwrap_or_else(has_landlock)
+    LANDLOCK.known() == Some(true)
+}
+
+pub fn overlayfs() -> bool {
+    OVERLAYFS.known() == Some(true)
 }
 
 /// `landlock_create_ruleset(NULL, 0, LANDLOCK_CREATE_RULESET_VERSION)`
@@ -128,6 +254,11 @@ fn has_landlock() -> bool {
     abi > 0
 }
 
+/// Opening it loads its module, where there is one.
+fn has_overlayfs() -> bool {
+    fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
+}
+
 fn has_fail_nth() -> bool {
     Path::new("/proc/thread-self/fail-nth").exists()
 }
@@ -135,18 +266,18 @@ fn has_fail_nth() -> bool {
 /// Of a device that is not attached to a connection.
 #[track_caller]
 pub fn assert_unattached(errno: Errno) {
-    assert_either(told_of("unattached-eperm"), errno);
+    assert_either(UNATTACHED_EPERM, errno);
 }
 
 /// Of CLONE, from such a device.
 #[track_caller]
 pub fn assert_clone_unattached(errno: Errno) {
-    assert_either(told_of("clone-eperm"), errno);
+    assert_either(CLONE_EPERM, errno);
 }
 
 #[track_caller]
-fn assert_either(eperm: Option<bool>, errno: Errno) {
-    let expected: &[_] = match eperm {
+fn assert_either(eperm: Word, errno: Errno) {
+    let expected: &[_] = match eperm.known() {
         Some(true) => &[Errno::PERM],
         Some(false) => &[Errno::INVAL],
         None => &[Errno::PERM, Errno::INVAL],
@@ -154,13 +285,14 @@ fn assert_either(eperm: Option<bool>, errno: Errno) {
     assert!(expected.contains(&errno), "{errno:?}, not {expected:?}");
 }
 
-/// By what it says itself, which is what the crate goes by.
-fn kernel_is_as_told(sandbox: &Sandbox) -> Result<(), Failed> {
-    let offer = Connection::mount(sandbox, Init::PLAIN)?.offer();
-    let told = told().ok_or("FUSE_BACKING_EXPECT is not set")?;
-    assert_eq!(Support::offered(offer), told.support);
-    assert_eq!(sync_init(offer), offer.minor >= 45);
-    assert_eq!(landlock(), has_landlock());
-    assert_eq!(fail_nth(), has_fail_nth());
+/// By what it shows, which is what the crate goes by.
+fn kernel_is_as_told(_: &Sandbox) -> Result<(), Failed> {
+    assert!(is_told());
+    assert_eq!(support(), Support::offered());
+    for word in WORDS {
+        if let (Some(known), Some(shown)) = (word.known(), (word.shown)()) {
+            assert_eq!(known, shown, "{}", word.name);
+        }
+    }
     Ok(())
 }

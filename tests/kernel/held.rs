@@ -104,9 +104,9 @@ enum Registered {
 
 impl Registered {
     /// Whether the registration of a writer's open keeps a writer.
-    fn holds_writer(self, connection: &Connection) -> bool {
+    fn holds_writer(self) -> bool {
         match self {
-            Self::ByTable | Self::Kept => !path_only_files(connection.offer()),
+            Self::ByTable | Self::Kept => !path_only_files(),
             Self::WithoutPath | Self::OwnFd => true,
         }
     }
@@ -333,7 +333,7 @@ fn close_the_writer(args: &[String]) -> Result<String, Box<dyn std::error::Error
 /// The first open of the file is a writer's, and what is registered for it serves the reader that is left.
 fn held(sandbox: &Sandbox, registered: Registered) -> Result<(), Failed> {
     let server = Server::start(sandbox, registered)?;
-    let holds_writer = registered.holds_writer(&server.connection);
+    let holds_writer = registered.holds_writer();
     let head = fs::read(&server.state.program)?[..HEAD].to_vec();
     server.expect(false, "before");
 
@@ -386,7 +386,7 @@ fn without<T: Send>(call: c_long, errno: Errno, f: impl FnOnce() -> T + Send) ->
 /// For servers that have such an fd of every file that the kernel knows. The control: without it the
 /// server's own fd is registered.
 fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed> {
-    let (connection, table, tmpfs) = setup(sandbox)?;
+    let (_connection, table, tmpfs) = setup(sandbox)?;
     let file = tmpfs.file("file", "")?;
     let path = open(
         tmpfs.path().join("file"),
@@ -394,7 +394,7 @@ fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed
         Mode::empty(),
     )?;
     let own = ServerFile::new(&file);
-    let by_path = u64::from(path_only_files(connection.offer()));
+    let by_path = u64::from(path_only_files());
     for (file, by_open_fd) in [(own.path_fd(&path), 1 - by_path), (own, 2 - by_path)] {
         let open = without(libc::SYS_open_tree, Errno::PERM, || {
             table.open(&1, RDWR, file)
@@ -477,9 +477,9 @@ fn fds_of(path: &Path) -> Result<Vec<OFlags>, Failed> {
 }
 
 fn kept_fds_are_listed(sandbox: &Sandbox) -> Result<(), Failed> {
-    let (connection, table, tmpfs) = setup(sandbox)?;
+    let (_connection, table, tmpfs) = setup(sandbox)?;
     let path = tmpfs.path().join("file");
-    let by_path = path_only_files(connection.offer());
+    let by_path = path_only_files();
     for keep in [false, true] {
         table.set_keep_fds(keep);
         table.set_idle_limit(1);
@@ -506,7 +506,7 @@ fn kept_fds_are_listed(sandbox: &Sandbox) -> Result<(), Failed> {
 
 fn kept_fds_are_accounted(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _, tmpfs) = setup(sandbox)?;
-    let by_path = path_only_files(connection.offer()).to_string();
+    let by_path = path_only_files().to_string();
     let device = connection.device().as_fd().try_clone_to_owned()?;
     let args = [tmpfs.path().as_os_str(), by_path.as_ref()];
     let child = Client::start_with_fd("reach-the-limit", &args, device)?;

@@ -35,7 +35,6 @@ mod thread;
 mod trace;
 
 mod abi;
-mod append_only;
 mod backing_close;
 mod backing_open;
 mod clone;
@@ -45,6 +44,7 @@ mod expect;
 mod faults;
 mod handles;
 mod held;
+mod inode_flags;
 mod killed;
 mod passthrough;
 mod property;
@@ -84,13 +84,17 @@ fn main() -> ExitCode {
         return code;
     }
     let mode = Mode::from_env();
+    let arguments = Arguments::from_args();
     let ready = match mode {
         Mode::Off => Ok(()),
-        Mode::Auto | Mode::Require => sandbox::enter(),
+        Mode::Auto | Mode::Require => sandbox::enter().and_then(|()| expect::ask()),
     };
+    if mode != Mode::Off && ready.is_ok() && !arguments.list {
+        eprintln!("{}", expect::summary());
+    }
     let tests = [
         ("abi", abi::TESTS),
-        ("append_only", append_only::TESTS),
+        ("inode_flags", inode_flags::TESTS),
         ("backing_close", backing_close::TESTS),
         ("backing_open", backing_open::TESTS),
         ("clone", clone::TESTS),
@@ -118,7 +122,7 @@ fn main() -> ExitCode {
         });
         trials.extend(tests.map(|test| trial(mode, &ready, file, *test)));
     }
-    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    let conclusion = libtest_mimic::run(&arguments, trials);
     sandbox::leave();
     if sandbox::hung() {
         eprintln!("a test hung");
@@ -129,7 +133,7 @@ fn main() -> ExitCode {
 
 fn roles() -> Vec<(&'static str, client::Role)> {
     [
-        append_only::ROLES,
+        inode_flags::ROLES,
         backing_close::ROLES,
         backing_open::ROLES,
         cost::ROLES,
@@ -150,13 +154,12 @@ fn trial(mode: Mode, ready: &Result<(), String>, file: &str, test: Test) -> Tria
     let name = format!("{file}::{name}");
     mode.trial(&name.clone(), ready, move || {
         let sandbox = Sandbox::new(&name)?;
-        let offer = Connection::mount(&sandbox, Init::PLAIN)?.offer();
-        let support = expect::support(offer);
+        let support = expect::support();
         match needs {
             Needs::Passthrough | Needs::FailNth if support != Support::Present => {
                 assert_absent(&sandbox, support)
             }
-            Needs::SyncInit if !expect::sync_init(offer) => sync_init::assert_absent(),
+            Needs::SyncInit if !expect::sync_init() => sync_init::assert_absent(),
             _ => run(&sandbox),
         }
     })

@@ -27,7 +27,7 @@ use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use crate::client::Role;
-use crate::fuse::{Connection, Init};
+use crate::expect::offer;
 use crate::sandbox::Sandbox;
 use crate::{Needs, Test};
 use sequence::{Case, Outcome, case, run};
@@ -96,12 +96,12 @@ fn failed(failed: Failed) -> Wrong {
     Wrong::Rule(failed.message().unwrap_or("failed").to_owned())
 }
 
-fn no_client_sees_eio(sandbox: &Sandbox) -> Result<(), Failed> {
-    property(sandbox, false, EXPECTED)
+fn no_client_sees_eio(_: &Sandbox) -> Result<(), Failed> {
+    property(false, EXPECTED)
 }
 
-fn no_client_sees_eio_at_tight_limits(sandbox: &Sandbox) -> Result<(), Failed> {
-    property(sandbox, true, EXPECTED_WHEN_TIGHT)
+fn no_client_sees_eio_at_tight_limits(_: &Sandbox) -> Result<(), Failed> {
+    property(true, EXPECTED_WHEN_TIGHT)
 }
 
 /// What has to occur among a test's sequences for it to mean anything.
@@ -144,8 +144,8 @@ const EXPECTED_WHEN_TIGHT: &[&str] = &[
     "release could not close",
 ];
 
-fn property(sandbox: &Sandbox, tight: bool, expected: &[&str]) -> Result<(), Failed> {
-    let offered = offered(sandbox)?;
+fn property(tight: bool, expected: &[&str]) -> Result<(), Failed> {
+    let offered = offer().flags;
     let start = Instant::now();
     let tally = RefCell::new(Tally::default());
     let (tried, failing) = (Cell::new(0), Cell::new(false));
@@ -194,10 +194,10 @@ fn property(sandbox: &Sandbox, tight: bool, expected: &[&str]) -> Result<(), Fai
 }
 
 /// The control: whatever is said above of `EIO` would be said of a kernel that accepts everything.
-fn broken_rules_give_eio(sandbox: &Sandbox) -> Result<(), Failed> {
+fn broken_rules_give_eio(_: &Sandbox) -> Result<(), Failed> {
     const ENOUGH: usize = 5;
     const SEQUENCES: usize = 100;
-    let offered = offered(sandbox)?;
+    let offered = offer().flags;
     let start = Instant::now();
     for sabotage in [
         Sabotage::CachedWhilePassthrough,
@@ -237,11 +237,6 @@ fn broken_rules_give_eio(sandbox: &Sandbox) -> Result<(), Failed> {
         }
     }
     Ok(())
-}
-
-/// The kernel's INIT flags.
-fn offered(sandbox: &Sandbox) -> Result<u64, Failed> {
-    Ok(Connection::mount(sandbox, Init::PLAIN)?.offer().flags)
 }
 
 /// In a sandbox of its own, so that what the watchdog keeps of its connection is gone with it.

@@ -30,7 +30,7 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::alloc;
 use crate::client::{self, Role};
-use crate::expect::{fail_nth, path_only_files};
+use crate::expect::{fail_nth, offer, path_only_files};
 use crate::fuse::{Connection, Init, Node, handshake, mounted};
 use crate::sandbox::{Sandbox, Tmpfs, patience_times};
 use crate::thread::{apart, without_cap_sys_admin};
@@ -200,8 +200,7 @@ fn id(open: &OpenFile<Device>) -> Option<i32> {
 
 /// What `negotiate` says turns passthrough on, as far as the kernel is asked.
 fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
-    let offer = Connection::mount(sandbox, Init::PLAIN)?.offer();
-    let offered = InitFlags::from_bits_retain(offer.flags);
+    let offered = InitFlags::from_bits_retain(offer().flags);
     assert!(offered.contains(InitFlags::PASSTHROUGH | InitFlags::INIT_EXT));
     // fuser does not show INIT_EXT.
     for offered in [offered, offered - InitFlags::INIT_EXT] {
@@ -243,7 +242,7 @@ fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The kernel offers it to servers that could register nothing.
-fn negotiate_needs_the_capability(sandbox: &Sandbox) -> Result<(), Failed> {
+fn negotiate_needs_the_capability(_: &Sandbox) -> Result<(), Failed> {
     let connection = without_cap_sys_admin(|| {
         negotiate(InitFlags::all(), InitFlags::empty(), MaxStackDepth::One)
     });
@@ -253,8 +252,7 @@ fn negotiate_needs_the_capability(sandbox: &Sandbox) -> Result<(), Failed> {
             NotPermitted::MissingCapability
         ))
     );
-    let offer = Connection::mount(sandbox, Init::PLAIN)?.offer();
-    assert_ne!(offer.flags & uapi::FUSE_PASSTHROUGH, 0);
+    assert_ne!(offer().flags & uapi::FUSE_PASSTHROUGH, 0);
     Ok(())
 }
 
@@ -276,7 +274,7 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
     );
     assert_eq!(setup.table.stats().ids, 2);
     // Both by an O_PATH fd, where the kernel takes such.
-    let by_path = path_only_files(setup.connection.offer());
+    let by_path = path_only_files();
     assert_eq!(setup.table.stats().by_open_fd, if by_path { 0 } else { 2 });
 
     drop((first, third, other));

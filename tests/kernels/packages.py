@@ -56,48 +56,82 @@ def need(tools: dict[str, str]) -> None:
     call("apt-get", "install", "-qq", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", *packages)
 
 
-def apt(*arguments: str) -> str:
+# Where kernels come from, whatever the machine's own release: each suite has others.
+SUITES = """\
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: bookworm bookworm-backports trixie-backports sid
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+
+Types: deb
+URIs: http://deb.debian.org/debian-security
+Suites: bookworm-security
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+"""
+
+
+class Apt:
     """apt with lists of its own, of more architectures than the machine's: needs no root."""
-    state = CACHE / "apt"
-    for folder in ("state/lists/partial", "cache/archives/partial"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    options = {
-        "Dir::State": state / "state",
-        "Dir::State::status": "/var/lib/dpkg/status",
-        "Dir::Cache": state / "cache",
-        "APT::Sandbox::User": "",
-    }
-    command: list[str | Path] = [arguments[0]]
-    for name, value in options.items():
-        command += ["-o", f"{name}={value}"]
-    for architecture in ("amd64", "arm64"):
-        command += ["-o", f"APT::Architectures::={architecture}"]
-    return call(*command, *arguments[1:], cwd=CACHE / "packages").stdout
+
+    def __init__(self, name: str, sources: str = ""):
+        self.state = CACHE / name
+        self.sources = sources
+
+    def __call__(self, *arguments: str) -> str:
+        for folder in ("state/lists/partial", "cache/archives/partial"):
+            (self.state / folder).mkdir(parents=True, exist_ok=True)
+        options: dict[str, str | Path] = {
+            "Dir::State": self.state / "state",
+            "Dir::State::status": "/var/lib/dpkg/status",
+            "Dir::Cache": self.state / "cache",
+            "APT::Sandbox::User": "",
+            # Of no use here, and larger than the rest.
+            "Acquire::Languages": "none",
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+        }
+        if self.sources:
+            parts = self.state / "sources"
+            parts.mkdir(exist_ok=True)
+            (parts / "suites.sources").write_text(self.sources)
+            options |= {"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": parts}
+        command: list[str | Path] = [arguments[0]]
+        for name, value in options.items():
+            command += ["-o", f"{name}={value}"]
+        for architecture in ("amd64", "arm64"):
+            command += ["-o", f"APT::Architectures::={architecture}"]
+        packages = CACHE / "packages"
+        packages.mkdir(parents=True, exist_ok=True)
+        return call(*command, *arguments[1:], cwd=packages).stdout
+
+    @functools.cache
+    def update(self) -> None:
+        """apt's lists, once in a run: versions move."""
+        # Of several sources, some may fail; what is not found then says so itself.
+        try:
+            self("apt-get", "update", "-q")
+        except Missing:
+            say("apt-get update failed, trying with what there is")
 
 
-@functools.cache
-def update() -> None:
-    """apt's lists, once in a run: versions move."""
-    # Of several sources, some may fail; what is not found then says so itself.
-    try:
-        apt("apt-get", "update", "-q")
-    except Missing:
-        say("apt-get update failed, trying with what there is")
+# What guests and tests are made with, of the machine's own sources.
+TOOLS = Apt("apt")
+KERNELS = Apt("apt-kernels", SUITES)
 
 
-def fetched(package: str) -> Path:
+def fetched(package: str, apt: Apt = TOOLS) -> Path:
     """A Debian package's file."""
     name, _, architecture = package.partition(":")
-    folder = CACHE / "packages"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def kept() -> list[Path]:
         architectures = [architecture] if architecture else ["amd64", "all"]
-        return sorted(file for each in architectures for file in folder.glob(f"{name}_*_{each}.deb"))
+        packages = CACHE / "packages"
+        return sorted(file for each in architectures for file in packages.glob(f"{name}_*_{each}.deb"))
 
     found = kept()
     if not found:
-        update()
+        apt.update()
         say(f"fetching {package}")
         apt("apt-get", "download", "-q", package)
         found = kept()
@@ -106,9 +140,9 @@ def fetched(package: str) -> Path:
     return found[-1]
 
 
-def unpacked(package: str) -> Path:
+def unpacked(package: str, apt: Apt = TOOLS) -> Path:
     """What is in a Debian package."""
-    file = fetched(package)
+    file = fetched(package, apt)
     folder = CACHE / file.stem
     if not folder.exists():
         with partial(folder) as new:
@@ -116,14 +150,56 @@ def unpacked(package: str) -> Path:
     return folder
 
 
-def image_package(meta: str) -> str:
-    """The one package that a package of a kernel without its version asks for."""
-    depends = call("dpkg-deb", "-f", fetched(meta), "Depends").stdout
-    names = re.findall(r"linux-image-[0-9][^ ,]*", depends)
-    if len(names) != 1:
-        raise Missing(f"{meta} depends on {depends.strip()}")
-    architecture = meta.partition(":")[2]
-    return f"{names[0]}:{architecture}" if architecture else names[0]
+def version_of(text: str) -> tuple[int, ...]:
+    """`(6, 12, 43)` of `6.12.43-1~bpo12+1` and of `6.12.43+deb12-cloud-amd64`; of a release candidate nothing."""
+    found = re.match(r"[0-9]+(\.[0-9]+)*", text)
+    return tuple(map(int, found[0].split("."))) if found and "rc" not in text else ()
+
+
+class Gone(Missing):
+    """A version that no suite has any more."""
+
+
+def kernel_packages(known: dict[str, str], least: str, below: str, modules: bool) -> list[str]:
+    """Of packages and their versions, those of the newest kernel in these bounds."""
+    able = {}
+    for package, version in known.items():
+        _, kind, release = package.split("-", 2)
+        number = version_of(version)
+        if not version_of(least) <= number < version_of(below):
+            continue
+        # From 6.19 on an image is a stub, which depends on the other two.
+        if kind == "image" and number < (6, 19) or kind == "binary" and not modules:
+            able[number] = [package]
+        elif kind == "binary" and f"linux-modules-{release}" in known:
+            able[number] = [package, f"linux-modules-{release}"]
+    return able[max(able)] if able else []
+
+
+def is_kernel(package: str, architecture: str) -> bool:
+    name = rf"linux-(image|binary|modules)-[0-9]+\.[0-9]+\.[0-9]+[^_]*-cloud-{architecture}"
+    return bool(re.fullmatch(name, package))
+
+
+@functools.cache
+def kernels_to_be_had(architecture: str) -> dict[str, str]:
+    """Debian's cloud kernels, with their versions."""
+    KERNELS.update()
+    names = (name for name in KERNELS("apt-cache", "pkgnames", "linux-").split() if is_kernel(name, architecture))
+    lines = KERNELS("apt-cache", "madison", *(f"{name}:{architecture}" for name in names)).splitlines()
+    fields = ([word.strip() for word in line.split("|")] for line in lines)
+    return {name.partition(":")[0]: version for name, version, _ in fields}
+
+
+def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> list[str]:
+    """The packages of the newest cloud kernel in these bounds: of those kept, else of those to be had."""
+    files = (file.stem.split("_") for file in (CACHE / "packages").glob("linux-*.deb"))
+    kept = {name: version for name, version, _ in files if is_kernel(name, architecture)}
+    found = kernel_packages(kept, least, below, modules)
+    found = found or kernel_packages(kernels_to_be_had(architecture), least, below, modules)
+    if not found:
+        raise Gone(f"no suite has a kernel from {least} on and below {below} for {architecture}")
+    return [f"{package}:{architecture}" for package in found]
 
 
 def wheel(requirement: str) -> Path:
@@ -142,14 +218,14 @@ def wheel(requirement: str) -> Path:
     return folder
 
 
-def source() -> Path:
-    """The kernel's."""
-    deb = fetched("linux-source-6.12")
+def source(package: str) -> Path:
+    """A kernel's."""
+    deb = fetched(package, KERNELS)
     folder = CACHE / f"source-{deb.stem}"
     if not folder.exists():
-        say("unpacking the kernel's source")
+        say(f"unpacking {package}")
         with partial(folder) as new:
-            archive = next((unpacked("linux-source-6.12") / "usr/src").glob("linux-source-*.tar.xz"))
+            archive = next((unpacked(package, KERNELS) / "usr/src").glob("linux-source-*.tar.xz"))
             call("tar", "-C", new, "--strip-components=1", "-xf", archive)
             fit_registers(new)
     return folder
@@ -163,19 +239,19 @@ def fit_registers(tree: Path) -> None:
         offsets.write_text(offsets.read_text().replace("HOST_FP_SIZE, 2696", "HOST_FP_SIZE, 11008"))
 
 
-def built(architecture: str, fragments: tuple[str, ...], image: str, **variables: str) -> Path:
+def built(package: str, architecture: str, fragments: tuple[str, ...], image: str, **variables: str) -> Path:
     """A kernel of everything off, but for what the fragments say: the folder with it, its modules and its config."""
     wanted = "".join((HERE / fragment).read_text() for fragment in fragments)
-    deb = fetched("linux-source-6.12")
+    deb = fetched(package, KERNELS)
     key = hashlib.sha256((deb.stem + wanted + repr(variables)).encode()).hexdigest()[:12]
     folder = CACHE / f"{architecture}-{key}"
     if folder.exists():
         return folder
     need({"make": "make", "gcc": "gcc libc6-dev", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"})
-    tree = source()
-    say(f"building a kernel of {' and '.join(fragments)}: minutes")
+    tree = source(package)
+    say(f"building {package} with {' and '.join(fragments)}: minutes")
     # Kept: of the next one, only what differs is built.
-    tree_out = CACHE / f"{architecture}-build"
+    tree_out = CACHE / f"{architecture}-build-{package}"
     tree_out.mkdir(exist_ok=True)
     with partial(folder) as new:
         (tree_out / "fragment").write_text(wanted)

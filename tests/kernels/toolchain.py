@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -57,7 +58,10 @@ def built(target: str) -> Path:
         sys.stderr.write(done.stderr[-4000:])
         raise Missing(f"failed: {' '.join(command)}")
     made = [json.loads(line).get("executable") for line in done.stdout.splitlines() if line.startswith("{")]
-    return Path(next(path for path in reversed(made) if path))
+    # A copy, which stays when the tests are built again meanwhile.
+    tests = CACHE / f"tests-{target}"
+    shutil.copy(next(path for path in reversed(made) if path), tests)
+    return tests
 
 
 def debian(architecture: str, *further: str) -> dict[str, str]:

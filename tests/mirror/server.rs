@@ -134,17 +134,14 @@ impl Mirror {
             .stderr(File::create(&log)?)
             .spawn()?;
         match wait_until_mounted(sandbox, &mut child, mountpoint) {
-            Ok(abort) => {
-                sandbox.watch(Arc::clone(&abort));
-                Ok(Self {
-                    child,
-                    mountpoint: mountpoint.to_owned(),
-                    source: source.to_owned(),
-                    way,
-                    log,
-                    abort,
-                })
-            }
+            Ok(abort) => Ok(Self {
+                child,
+                mountpoint: mountpoint.to_owned(),
+                source: source.to_owned(),
+                way,
+                log,
+                abort,
+            }),
             Err(why) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -162,7 +159,7 @@ impl Mirror {
 
     /// What becomes of the connection if a test with a sandbox of its own hangs.
     pub fn watched_by(&self, sandbox: &Sandbox) {
-        sandbox.watch(Arc::clone(&self.abort));
+        sandbox.also_watch(Arc::clone(&self.abort));
     }
 
     pub fn signal(&self, signal: Signal) -> Result<(), Failed> {
@@ -363,9 +360,7 @@ fn wait_until_mounted(
         number = connection_number(mountpoint).ok();
         Ok(number.is_some())
     })?;
-    let number = number.ok_or("it is not")?.to_string();
-    let path = sandbox.fusectl().join(number).join("abort");
-    Ok(Arc::new(File::options().write(true).open(path)?))
+    sandbox.watch(number.ok_or("it is not")?)
 }
 
 /// Waits until `done` says so, but not forever.

@@ -8,6 +8,8 @@ use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 
@@ -84,6 +86,22 @@ impl Client {
     pub fn proceed(&mut self) -> Result<(), Failed> {
         self.input.as_mut().ok_or("no pipe")?.write_all(b"\n")?;
         Ok(())
+    }
+
+    pub fn kill(&mut self) -> Result<(), Failed> {
+        Ok(self.child.kill()?)
+    }
+
+    /// Whether it ends within that time.
+    pub fn ends_within(&mut self, time: Duration) -> Result<bool, Failed> {
+        let deadline = Instant::now() + time;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(true)
     }
 
     /// Waits for its end, and returns the last line that it printed.

@@ -281,11 +281,7 @@ pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
 
 /// fusectl's `abort` of a mount, which the watchdog has then too.
 pub fn watched(sandbox: &Sandbox, mountpoint: &Path) -> Result<Arc<File>, Failed> {
-    let number = connection_number(mountpoint)?;
-    let path = sandbox.fusectl().join(number.to_string()).join("abort");
-    let abort = Arc::new(File::options().write(true).open(path)?);
-    sandbox.watch(Arc::clone(&abort));
-    Ok(abort)
+    sandbox.watch(connection_number(mountpoint)?)
 }
 
 /// The minor number of the mount's device, from mountinfo: stat(2) would ask the server.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::env;
 use std::fs::{self, File};
 use std::io::Write;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -35,8 +36,40 @@ struct Watched {
     patience: Duration,
     /// Whether it was told what its threads are at.
     told: bool,
-    /// fusectl's `abort` of each.
+    folder: PathBuf,
+    /// fusectl's `abort` of those that may be without a mount when it hangs.
     connections: Vec<Arc<File>>,
+}
+
+impl Watched {
+    /// fusectl's `abort` of every connection that the test has.
+    fn aborts(&mut self) -> Vec<Arc<File>> {
+        // What is mounted now has its number now.
+        let mounted = mounted_connections(&self.folder).into_iter();
+        let paths = mounted.map(|number| fusectl().join(number.to_string()).join("abort"));
+        let open = |path| File::options().write(true).open(path).ok();
+        let mut aborts = mem::take(&mut self.connections);
+        aborts.extend(paths.filter_map(open).map(Arc::new));
+        aborts
+    }
+}
+
+/// The numbers of the FUSE connections that are mounted in a folder.
+fn mounted_connections(folder: &Path) -> Vec<u32> {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let connection = |line: &str| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let mut mount = mount.split(' ').skip(2);
+        let (device, path) = (mount.next()?, mount.nth(1)?);
+        let kind = filesystem.split([' ', '.']).next();
+        let is_one = kind == Some("fuse") && Path::new(path).starts_with(folder);
+        is_one.then(|| device.split_once(':')?.1.parse().ok())?
+    };
+    mountinfo.lines().filter_map(connection).collect()
+}
+
+fn fusectl() -> PathBuf {
+    ROOT.get().expect("entered").join("fusectl")
 }
 
 /// Leaves the machine's mount namespace for a private one, where nothing that a test mounts can be
@@ -112,7 +145,7 @@ fn watchdog() {
                         threads()
                     );
                 }
-                for abort in test.connections.drain(..) {
+                for abort in test.aborts() {
                     eprintln!("watchdog: {} hangs, aborting its connection", test.name);
                     HUNG.store(true, Ordering::Relaxed);
                     let _ = abort.as_ref().write_all(b"1");
@@ -189,6 +222,7 @@ impl Sandbox {
             since: Instant::now(),
             patience,
             told: false,
+            folder: folder.clone(),
             connections: Vec::new(),
         };
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -215,12 +249,17 @@ impl Sandbox {
         Ok(Tmpfs(folder))
     }
 
-    pub fn fusectl(&self) -> PathBuf {
-        ROOT.get().expect("entered").join("fusectl")
+    /// fusectl's `abort` of a connection. If the test hangs the watchdog writes it, whether the connection is
+    /// mounted then or not.
+    pub fn watch(&self, connection: u32) -> Result<Arc<File>, Failed> {
+        let path = fusectl().join(connection.to_string()).join("abort");
+        let abort = Arc::new(File::options().write(true).open(path)?);
+        self.also_watch(Arc::clone(&abort));
+        Ok(abort)
     }
 
-    /// Has the watchdog abort a connection if the test hangs, by fusectl's file for it.
-    pub fn watch(&self, abort: Arc<File>) {
+    /// A connection that another test's sandbox has.
+    pub fn also_watch(&self, abort: Arc<File>) {
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(test) = tests.as_mut().and_then(|tests| tests.get_mut(&self.0.key)) {
             test.connections.push(abort);

@@ -16,7 +16,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::{CONTENT, Device, Place, WRITTEN, errno, known};
-use crate::backing_open::overlay;
+use crate::backing_open::{assert_no_overlayfs, overlay};
 use crate::domain::restrict;
 use crate::expect;
 use crate::fuse::Init;
@@ -120,6 +120,9 @@ fn unlinked(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 fn on_overlayfs(sandbox: &Sandbox) -> Result<(), Failed> {
+    if !expect::overlayfs() {
+        return assert_no_overlayfs(sandbox);
+    }
     let tmpfs = sandbox.tmpfs()?;
     let lower = sandbox.folder("lower")?;
     let path = overlay(sandbox, &tmpfs, &lower)?.join("file");

@@ -24,10 +24,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 
 /// What is compared: of each struct size and alignment, of each field offset, size and signedness.
-const STRUCTS: &[(&str, &[&str])] = &[
-    ("fuse_backing_map", &["fd", "flags", "padding"]),
-    ("fuse_open_out", &["fh", "open_flags", "backing_id"]),
-    ("fuse_init_out", &["flags", "flags2", "max_stack_depth"]),
+/// A field is known by its name, or, where a header has renamed it, by how many there are before it.
+const STRUCTS: &[(&str, &[(usize, &str)])] = &[
+    (
+        "fuse_backing_map",
+        &[(0, "fd"), (1, "flags"), (2, "padding")],
+    ),
+    (
+        "fuse_open_out",
+        &[(0, "fh"), (1, "open_flags"), (2, "backing_id")],
+    ),
+    (
+        "fuse_init_out",
+        &[(3, "flags"), (10, "flags2"), (11, "max_stack_depth")],
+    ),
 ];
 const CONSTANTS: &[&str] = &[
     "FUSE_DEV_IOC_MAGIC",
@@ -45,6 +55,7 @@ const CONSTANTS: &[&str] = &[
     "FUSE_DIRECT_IO_ALLOW_MMAP",
     "FUSE_PASSTHROUGH",
     "FUSE_OVER_IO_URING",
+    "FUSE_HAS_IO_URING_BUFPOOL",
     "FOPEN_DIRECT_IO",
     "FOPEN_KEEP_CACHE",
     "FOPEN_NONSEEKABLE",
@@ -53,9 +64,15 @@ const CONSTANTS: &[&str] = &[
     "FOPEN_NOFLUSH",
     "FOPEN_PARALLEL_DIRECT_WRITES",
     "FOPEN_PASSTHROUGH",
+    "FOPEN_IO_URING_ZERO_COPY",
 ];
 /// Of those, what a header of 6.9 need not have.
-const YOUNGER_THAN_6_9: &[&str] = &["FUSE_DEV_IOC_SYNC_INIT", "FUSE_OVER_IO_URING"];
+const YOUNGER_THAN_6_9: &[&str] = &[
+    "FUSE_DEV_IOC_SYNC_INIT",
+    "FUSE_OVER_IO_URING",
+    "FUSE_HAS_IO_URING_BUFPOOL",
+    "FOPEN_IO_URING_ZERO_COPY",
+];
 
 /// Predefined macro, family, and the `target_arch`s of that family.
 const FAMILIES: &[(&str, &str, &[&str])] = &[
@@ -230,14 +247,15 @@ impl Probe {
             Ok(compiler) => compiler,
             Err(unchecked) => return Ok(Err(unchecked)),
         };
-        if let Err(unchecked) = self.preprocess(&compiler)? {
-            return Ok(Err(unchecked));
-        }
+        let preprocessed = match self.preprocess(&compiler)? {
+            Ok(text) => text,
+            Err(unchecked) => return Ok(Err(unchecked)),
+        };
         let source = self.out_dir.join("uapi_values.c");
         let assembly = self.out_dir.join("uapi_values.s");
         // Of an earlier run.
         let _ = fs::remove_file(&assembly);
-        fs::write(&source, self.values_source())?;
+        fs::write(&source, self.values_source(&preprocessed))?;
         let output = compiler
             .command(&source)
             // Whole-program modes would leave bytecode instead of text.
@@ -263,8 +281,8 @@ impl Probe {
         self.assertions(&values).map(Ok)
     }
 
-    /// Tells apart what can be wrong before anything is compared.
-    fn preprocess(&self, compiler: &Compiler) -> Result<Result<(), Unchecked>, Failure> {
+    /// The header, once what can be wrong before anything is compared is told apart.
+    fn preprocess(&self, compiler: &Compiler) -> Result<Result<String, Unchecked>, Failure> {
         let mut source = String::new();
         for (r#macro, family, _) in FAMILIES {
             let _ = writeln!(
@@ -325,7 +343,7 @@ impl Probe {
         Ok(if !output.status.success() {
             Err(Unchecked::Untranslatable(first_errors(&output)))
         } else if has("header present") {
-            Ok(())
+            Ok(text.into_owned())
         } else if has("header old") {
             Err(Unchecked::HeaderTooOld(self.header.to_string()))
         } else {
@@ -336,7 +354,7 @@ impl Probe {
     /// A function whose assembly has a line of text for each value.
     ///
     /// The operands are ints, because GCC refuses `%c0` for constants of 2^31 and more.
-    fn values_source(&self) -> String {
+    fn values_source(&self, preprocessed: &str) -> String {
         let mut c = format!(
             "#include <linux/ioctl.h>\n#include {}\n\
              #define VALUE(name, value) __asm__ volatile(\"\\n.ascii \\\"fuse_backing_value \" name \
@@ -351,11 +369,16 @@ impl Probe {
                 "VALUE(\"{name}.size\", sizeof(struct {name}));\n\
                  VALUE(\"{name}.align\", _Alignof(struct {name}));\n"
             );
-            for field in *fields {
-                let member = format!("((struct {name} *)0)->{field}");
+            let declared = fields_of(preprocessed, name);
+            for (position, field) in *fields {
+                let renamed = declared
+                    .get(*position)
+                    .filter(|_| !declared.contains(field));
+                let there = renamed.unwrap_or(field);
+                let member = format!("((struct {name} *)0)->{there}");
                 let _ = write!(
                     c,
-                    "VALUE(\"{name}.{field}.offset\", __builtin_offsetof(struct {name}, {field}));\n\
+                    "VALUE(\"{name}.{field}.offset\", __builtin_offsetof(struct {name}, {there}));\n\
                      VALUE(\"{name}.{field}.size\", sizeof({member}));\n\
                      VALUE(\"{name}.{field}.signed\", ((__typeof__({member}))-1) < 0);\n"
                 );
@@ -391,7 +414,7 @@ impl Probe {
         for (name, fields) in STRUCTS {
             let get = |key: &str| value(&format!("{name}.{key}")).ok_or_else(|| missing(key));
             let (size, align) = (get("size")?, get("align")?);
-            for field in *fields {
+            for (_, field) in *fields {
                 let offset = get(&format!("{field}.offset"))?;
                 let field_size = get(&format!("{field}.size"))?;
                 let signed = get(&format!("{field}.signed"))? != 0;
@@ -484,6 +507,19 @@ impl Compiler {
             .arg(source);
         command
     }
+}
+
+/// The names of a struct's fields, in their order.
+fn fields_of<'header>(preprocessed: &'header str, name: &str) -> Vec<&'header str> {
+    let start = format!("struct {name} {{");
+    let body = preprocessed.split_once(&start).map_or("", |(_, rest)| rest);
+    let body = body.split_once('}').map_or("", |(body, _)| body);
+    let declarations = body.split(';').filter(|field| !field.trim().is_empty());
+    // `uint32_t unused[6]`
+    let declarators = declarations.filter_map(|field| field.split('[').next());
+    declarators
+        .filter_map(|field| field.split_whitespace().last())
+        .collect()
 }
 
 /// The lines that `values_source` left in the assembly.

@@ -462,8 +462,8 @@ pub enum ServerReason {
     /// [`BackingTable::serve`](crate::BackingTable::serve).
     #[error("the server's choice")]
     Chosen,
-    /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). Passed through, a client could clear
-    /// `O_APPEND` and overwrite it: Linux before 7.3.4 does not check.
+    /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). Passed through, a client could overwrite
+    /// it, by a mapping or after clearing `O_APPEND`: Linux before 7.3.4 does not check.
     #[error("the file is append-only, which the kernel does not enforce in passthrough mode")]
     AppendOnly,
     /// `statx` failed, so that it is not known whether the file is append-only.

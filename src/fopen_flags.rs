@@ -25,6 +25,8 @@ bitflags! {
         const PARALLEL_DIRECT_WRITES = uapi::FOPEN_PARALLEL_DIRECT_WRITES;
         /// `FOPEN_PASSTHROUGH`: read and write the backing file. Set by this crate.
         const PASSTHROUGH = uapi::FOPEN_PASSTHROUGH;
+        /// `FOPEN_IO_URING_ZERO_COPY`: read and write through `io_uring` without a copy. Not beside passthrough.
+        const IO_URING_ZERO_COPY = uapi::FOPEN_IO_URING_ZERO_COPY;
 
         const _ = !0;
     }

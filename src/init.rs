@@ -28,6 +28,8 @@ bitflags! {
         const PASSTHROUGH = uapi::FUSE_PASSTHROUGH;
         /// `FUSE_OVER_IO_URING`: requests may travel over `io_uring`.
         const OVER_IO_URING = uapi::FUSE_OVER_IO_URING;
+        /// `FUSE_HAS_IO_URING_BUFPOOL`: the kernel has buffer pools for `io_uring`.
+        const HAS_IO_URING_BUFPOOL = uapi::FUSE_HAS_IO_URING_BUFPOOL;
 
         const _ = !0;
     }

@@ -59,6 +59,8 @@ pub const FUSE_DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 pub const FUSE_PASSTHROUGH: u64 = 1 << 37;
 /// INIT: requests may travel over `io_uring`. Linux 6.14.
 pub const FUSE_OVER_IO_URING: u64 = 1 << 41;
+/// INIT: the kernel has buffer pools for `io_uring`. Linux 7.3.
+pub const FUSE_HAS_IO_URING_BUFPOOL: u64 = 1 << 43;
 
 /// In the `open_flags` of an OPEN or CREATE request with `O_TRUNC`: clear set-user-ID and set-group-ID bits. Linux
 /// 5.11, with [`FUSE_HANDLE_KILLPRIV_V2`].
@@ -84,6 +86,9 @@ pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 /// OPEN: read and write the backing file named by `backing_id`. Linux 6.9.
 pub const FOPEN_PASSTHROUGH: u32 = 1 << 7;
+/// OPEN: reads and writes through `io_uring` copy nothing, where the server's queue permits. Linux 7.3. Refused
+/// beside [`FOPEN_PASSTHROUGH`].
+pub const FOPEN_IO_URING_ZERO_COPY: u32 = 1 << 8;
 
 /// The argument of [`FUSE_DEV_IOC_BACKING_OPEN`].
 ///
@@ -258,6 +263,7 @@ const_assert_eq!(FUSE_INIT_EXT, 0x4000_0000);
 const_assert_eq!(FUSE_DIRECT_IO_ALLOW_MMAP, 0x0010_0000_0000);
 const_assert_eq!(FUSE_PASSTHROUGH, 0x0020_0000_0000);
 const_assert_eq!(FUSE_OVER_IO_URING, 0x0200_0000_0000);
+const_assert_eq!(FUSE_HAS_IO_URING_BUFPOOL, 0x0800_0000_0000);
 const_assert_eq!(FOPEN_DIRECT_IO, 0x01);
 const_assert_eq!(FOPEN_KEEP_CACHE, 0x02);
 const_assert_eq!(FOPEN_NONSEEKABLE, 0x04);
@@ -266,6 +272,7 @@ const_assert_eq!(FOPEN_STREAM, 0x10);
 const_assert_eq!(FOPEN_NOFLUSH, 0x20);
 const_assert_eq!(FOPEN_PARALLEL_DIRECT_WRITES, 0x40);
 const_assert_eq!(FOPEN_PASSTHROUGH, 0x80);
+const_assert_eq!(FOPEN_IO_URING_ZERO_COPY, 0x0100);
 
 /// The comparison with the machine's header, written by the build script.
 #[cfg(fuse_backing_uapi_header)]

@@ -333,7 +333,7 @@ fn negotiations_of_every_named_combination() {
         .iter_names()
         .map(|(_, flag)| flag.bits())
         .collect();
-    assert_eq!(named.len(), 7);
+    assert_eq!(named.len(), 8);
     // And one flag without a name in each of the two fields.
     let bits: Vec<u64> = named.into_iter().chain([1 << 2 | 1 << 63]).collect();
     let subsets = |bits: &[u64]| -> Vec<u64> {

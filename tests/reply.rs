@@ -156,6 +156,8 @@ fn flags_beside_passthrough() {
             assert_eq!(raw(error), Errno::INVAL.raw_os_error());
         }
     }
+    // Of Linux 7.3, which accepts it without passthrough.
+    assert_eq!(FopenFlags::IO_URING_ZERO_COPY.bits(), 1 << 8);
 }
 
 /// All bits but passthrough, known or not, are sent as they came.

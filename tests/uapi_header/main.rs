@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         trials.push(mode.trial(name, &ready, move || test(&workshop.expect("ready"))));
     };
     add("true_header", true_header);
+    add("renamed_fields", renamed_fields);
     add("the_machines_header", the_machines_header);
     add(
         "looks_again_at_a_changed_header",
@@ -113,9 +114,36 @@ const MUTATIONS: &[Mutation] = &[
         says: &["the signedness of fuse_open_out.backing_id: unsigned in the header"],
     },
     Mutation {
-        name: "name_of_a_field",
-        changes: &[("int32_t\t\tbacking_id;", "int32_t\t\tbacking;")],
-        says: &["does not declare what the crate binds", "backing_id"],
+        name: "name_of_a_field_that_moved",
+        changes: &[(
+            "uint32_t\tflags;\n\tuint64_t\tpadding;\n};\n\n/* Device ioctls: */",
+            "uint64_t\tops_mask;\n\tuint32_t\tflags;\n};\n\n/* Device ioctls: */",
+        )],
+        says: &[
+            "the offset of fuse_backing_map.flags: 16 in the header",
+            "the size of fuse_backing_map: 24 in the header",
+        ],
+    },
+    Mutation {
+        name: "name_and_size_of_a_field",
+        changes: &[(
+            "uint64_t\tpadding;\n};\n\n/* Device ioctls: */",
+            "uint32_t\tops_mask;\n\tuint32_t\tmore;\n};\n\n/* Device ioctls: */",
+        )],
+        says: &["the size of fuse_backing_map.padding: 4 bytes in the header"],
+    },
+    Mutation {
+        name: "name_and_sign_of_a_field",
+        changes: &[("int32_t\t\tbacking_id;", "uint32_t\tbacking;")],
+        says: &["the signedness of fuse_open_out.backing_id: unsigned in the header"],
+    },
+    Mutation {
+        name: "field_gone",
+        changes: &[(
+            "uint64_t\tpadding;\n};\n\n/* Device ioctls: */",
+            "};\n\n/* Device ioctls: */",
+        )],
+        says: &["does not declare what the crate binds", "padding"],
     },
     Mutation {
         name: "place_in_init_out",
@@ -336,6 +364,21 @@ fn true_header(workshop: &Workshop) -> Result<(), Failed> {
         build.assert_passed();
         assert!(!build.output.contains("warning"), "{}", build.output);
     }
+    Ok(())
+}
+
+/// What is where it was, by another name. The first is on the kernel's mailing lists.
+fn renamed_fields(workshop: &Workshop) -> Result<(), Failed> {
+    let changes = [
+        (
+            "padding;\n};\n\n/* Device ioctls: */",
+            "ops_mask;\n};\n\n/* Device ioctls: */",
+        ),
+        ("int32_t\t\tbacking_id;", "int32_t\t\tbacking;"),
+        ("uint32_t\tmax_stack_depth;", "uint32_t\tdepth;"),
+    ];
+    let include = Workshop::include(&change(&workshop.header, &changes)?)?;
+    workshop.check("require", include.path())?.assert_passed();
     Ok(())
 }
 

@@ -21,7 +21,7 @@ class Missing(Exception):
 
 
 def say(text: str) -> None:
-    print(f"    {text}", flush=True)
+    print(f"    {text}", file=sys.stderr, flush=True)
 
 
 def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
@@ -181,14 +181,18 @@ def is_kernel(package: str, architecture: str) -> bool:
     return bool(re.fullmatch(name, package))
 
 
+def to_be_had(*packages: str) -> list[tuple[str, str]]:
+    """Packages with their versions."""
+    fields = (line.split("|") for line in KERNELS("apt-cache", "madison", *packages).splitlines())
+    return [(package.strip().partition(":")[0], version.strip()) for package, version, _ in fields]
+
+
 @functools.cache
 def kernels_to_be_had(architecture: str) -> dict[str, str]:
     """Debian's cloud kernels, with their versions."""
     KERNELS.update()
     names = (name for name in KERNELS("apt-cache", "pkgnames", "linux-").split() if is_kernel(name, architecture))
-    lines = KERNELS("apt-cache", "madison", *(f"{name}:{architecture}" for name in names)).splitlines()
-    fields = ([word.strip() for word in line.split("|")] for line in lines)
-    return {name.partition(":")[0]: version for name, version, _ in fields}
+    return dict(to_be_had(*(f"{name}:{architecture}" for name in names)))
 
 
 def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> list[str]:
@@ -200,6 +204,20 @@ def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> l
     if not found:
         raise Gone(f"no suite has a kernel from {least} on and below {below} for {architecture}")
     return [f"{package}:{architecture}" for package in found]
+
+
+def header() -> Path:
+    """The folder with the newest <linux/fuse.h>."""
+    name = "linux-libc-dev"
+    files = list((CACHE / "packages").glob(f"{name}_*.deb"))
+    if not files:
+        KERNELS.update()
+        newest = max((version for _, version in to_be_had(name)), key=version_of)
+        KERNELS("apt-get", "download", "-q", f"{name}={newest}")
+        files = list((CACHE / "packages").glob(f"{name}_*.deb"))
+    if not files:
+        raise Missing(f"no package {name}")
+    return unpacked(name, KERNELS) / "usr/include"
 
 
 def wheel(requirement: str) -> Path:

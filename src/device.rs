@@ -274,7 +274,7 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// [`backing_open`](Self::backing_open) does, interruptibly.
     ///
     /// The thread that answers INIT has to go on serving. Requests can arrive before mount(2) returns: with
-    /// SELinux a GETATTR does.
+    /// `SELinux` a GETATTR does.
     ///
     /// **On early releases a mount cannot be killed that waits for INIT** (CVE-2026-31713, seen on Linux 6.18.5,
     /// 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on): where nobody answers, the process that mounts stays in

@@ -24,6 +24,7 @@ TROUBLE = re.compile(
 RESULT = re.compile(r"^test result: .*?(\d+) passed; (\d+) failed; (\d+) ignored", re.MULTILINE)
 TOLD = re.compile(r"^test expect::kernel_is_as_told +\.\.\. ok$", re.MULTILINE)
 RELEASE = re.compile(r"^guest: release (\S+)", re.MULTILINE)
+BUG = re.compile(r"^\S+: CVE-.*", re.MULTILINE)
 CODE = re.compile(r"^guest: exit code (\d+)", re.MULTILINE)
 
 
@@ -38,6 +39,8 @@ class Outcome:
     told: bool = False
     # Whether its package cannot be had any more.
     gone: bool = False
+    # Bugs of the kernel that the tests met and got over.
+    bugs: list[str] = field(default_factory=list)
     # Why it is not as it has to be.
     problems: list[str] = field(default_factory=list)
 
@@ -214,6 +217,7 @@ def judge(kernel: Kernel, console: str) -> Outcome:
     if results := RESULT.findall(console):
         outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])
     outcome.told = bool(TOLD.search(console))
+    outcome.bugs = BUG.findall(console)
     outcome.problems += shortcomings(outcome)
     code = CODE.search(console)
     if not code:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -107,12 +108,17 @@ class Apt:
 
     @functools.cache
     def update(self) -> None:
-        """apt's lists, once in a run: versions move."""
+        """apt's lists: versions move, but not within an hour."""
+        updated = self.state / "updated"
+        if updated.exists() and time.time() - updated.stat().st_mtime < 3600:
+            return
         # Of several sources, some may fail; what is not found then says so itself.
         try:
             self("apt-get", "update", "-q")
         except Missing:
             say("apt-get update failed, trying with what there is")
+        else:
+            updated.touch()
 
 
 # What guests and tests are made with, of the machine's own sources.

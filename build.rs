@@ -23,20 +23,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 
-/// What is compared: of each struct size and alignment, of each field offset, size and signedness.
-/// A field is known by its name, or, where a header has renamed it, by how many there are before it.
-const STRUCTS: &[(&str, &[(usize, &str)])] = &[
-    (
-        "fuse_backing_map",
-        &[(0, "fd"), (1, "flags"), (2, "padding")],
-    ),
-    (
-        "fuse_open_out",
-        &[(0, "fh"), (1, "open_flags"), (2, "backing_id")],
-    ),
+/// What is compared: of each struct size and alignment, of its first fields offset, size and signedness.
+/// A field whose name the header does not have is renamed: it is the one with as many fields before it.
+const STRUCTS: &[(&str, &str)] = &[
+    ("fuse_backing_map", "fd flags padding"),
+    ("fuse_open_out", "fh open_flags backing_id"),
     (
         "fuse_init_out",
-        &[(3, "flags"), (10, "flags2"), (11, "max_stack_depth")],
+        "major minor max_readahead flags max_background congestion_threshold max_write \
+         time_gran max_pages map_alignment flags2 max_stack_depth",
     ),
 ];
 const CONSTANTS: &[&str] = &[
@@ -44,7 +39,6 @@ const CONSTANTS: &[&str] = &[
     "FUSE_DEV_IOC_CLONE",
     "FUSE_DEV_IOC_BACKING_OPEN",
     "FUSE_DEV_IOC_BACKING_CLOSE",
-    "FUSE_DEV_IOC_SYNC_INIT",
     "FUSE_WRITEBACK_CACHE",
     "FUSE_HANDLE_KILLPRIV",
     "FUSE_HANDLE_KILLPRIV_V2",
@@ -54,8 +48,6 @@ const CONSTANTS: &[&str] = &[
     "FUSE_INIT_EXT",
     "FUSE_DIRECT_IO_ALLOW_MMAP",
     "FUSE_PASSTHROUGH",
-    "FUSE_OVER_IO_URING",
-    "FUSE_HAS_IO_URING_BUFPOOL",
     "FOPEN_DIRECT_IO",
     "FOPEN_KEEP_CACHE",
     "FOPEN_NONSEEKABLE",
@@ -64,9 +56,8 @@ const CONSTANTS: &[&str] = &[
     "FOPEN_NOFLUSH",
     "FOPEN_PARALLEL_DIRECT_WRITES",
     "FOPEN_PASSTHROUGH",
-    "FOPEN_IO_URING_ZERO_COPY",
 ];
-/// Of those, what a header of 6.9 need not have.
+/// The same, which a header of 6.9 need not have.
 const YOUNGER_THAN_6_9: &[&str] = &[
     "FUSE_DEV_IOC_SYNC_INIT",
     "FUSE_OVER_IO_URING",
@@ -281,7 +272,7 @@ impl Probe {
         self.assertions(&values).map(Ok)
     }
 
-    /// The header, once what can be wrong before anything is compared is told apart.
+    /// The preprocessed header, or why nothing can be compared with it.
     fn preprocess(&self, compiler: &Compiler) -> Result<Result<String, Unchecked>, Failure> {
         let mut source = String::new();
         for (r#macro, family, _) in FAMILIES {
@@ -370,11 +361,11 @@ impl Probe {
                  VALUE(\"{name}.align\", _Alignof(struct {name}));\n"
             );
             let declared = fields_of(preprocessed, name);
-            for (position, field) in *fields {
-                let renamed = declared
-                    .get(*position)
-                    .filter(|_| !declared.contains(field));
-                let there = renamed.unwrap_or(field);
+            for (position, field) in fields.split(' ').enumerate() {
+                let there = match declared.get(position) {
+                    Some(renamed) if !declared.contains(&field) => renamed,
+                    _ => field,
+                };
                 let member = format!("((struct {name} *)0)->{there}");
                 let _ = write!(
                     c,
@@ -384,7 +375,7 @@ impl Probe {
                 );
             }
         }
-        for name in CONSTANTS {
+        for name in CONSTANTS.iter().chain(YOUNGER_THAN_6_9) {
             let _ = write!(c, "#ifdef {name}\nVALUE(\"{name}\", {name});\n#endif\n");
         }
         c.push_str("}\n");
@@ -414,7 +405,7 @@ impl Probe {
         for (name, fields) in STRUCTS {
             let get = |key: &str| value(&format!("{name}.{key}")).ok_or_else(|| missing(key));
             let (size, align) = (get("size")?, get("align")?);
-            for (_, field) in *fields {
+            for field in fields.split(' ') {
                 let offset = get(&format!("{field}.offset"))?;
                 let field_size = get(&format!("{field}.size"))?;
                 let signed = get(&format!("{field}.signed"))? != 0;
@@ -445,7 +436,7 @@ impl Probe {
                 format!("align_of::<{name}>() == {align}"),
             );
         }
-        for name in CONSTANTS {
+        for name in CONSTANTS.iter().chain(YOUNGER_THAN_6_9) {
             match value(name) {
                 Some(value) => assert(
                     &format!("{name}: {value:#x} in the header"),
@@ -509,16 +500,13 @@ impl Compiler {
     }
 }
 
-/// The names of a struct's fields, in their order.
+/// The names of a struct's fields, in their order: of `uint32_t unused[6];` the last word before the bracket.
 fn fields_of<'header>(preprocessed: &'header str, name: &str) -> Vec<&'header str> {
     let start = format!("struct {name} {{");
-    let body = preprocessed.split_once(&start).map_or("", |(_, rest)| rest);
-    let body = body.split_once('}').map_or("", |(body, _)| body);
-    let declarations = body.split(';').filter(|field| !field.trim().is_empty());
-    // `uint32_t unused[6]`
-    let declarators = declarations.filter_map(|field| field.split('[').next());
-    declarators
-        .filter_map(|field| field.split_whitespace().last())
+    let (_, body) = preprocessed.split_once(&start).unwrap_or_default();
+    let declarations = body.split('}').next().unwrap_or_default().split(';');
+    declarations
+        .filter_map(|field| field.split('[').next()?.split_whitespace().last())
         .collect()
 }
 

@@ -287,7 +287,7 @@ mod header {
     macro_rules! int {
         ($($t:ty)*) => { $(impl Int for $t { const SIGNED: bool = <$t>::MIN != 0; })* };
     }
-    int!(i32 u32 u64);
+    int!(u16 i32 u32 u64);
 
     const fn size<S, F>(_: fn(&S) -> &F) -> usize {
         size_of::<F>()

@@ -120,6 +120,8 @@ const MUTATIONS: &[Mutation] = &[
             "uint64_t\tops_mask;\n\tuint32_t\tflags;\n};\n\n/* Device ioctls: */",
         )],
         says: &[
+            // `padding` is looked for behind `flags`, and that is where `flags` itself is now.
+            "the offset of fuse_backing_map.padding: 16 in the header",
             "the offset of fuse_backing_map.flags: 16 in the header",
             "the size of fuse_backing_map: 24 in the header",
         ],
@@ -136,6 +138,17 @@ const MUTATIONS: &[Mutation] = &[
         name: "name_and_sign_of_a_field",
         changes: &[("int32_t\t\tbacking_id;", "uint32_t\tbacking;")],
         says: &["the signedness of fuse_open_out.backing_id: unsigned in the header"],
+    },
+    Mutation {
+        name: "name_and_place_of_a_field_of_the_same_size",
+        changes: &[(
+            "uint32_t\topen_flags;\n\tint32_t\t\tbacking_id;",
+            "int32_t\t\tbacking;\n\tuint32_t\topen_flags;",
+        )],
+        says: &[
+            "the signedness of fuse_open_out.backing_id: unsigned in the header",
+            "the offset of fuse_open_out.open_flags: 12 in the header",
+        ],
     },
     Mutation {
         name: "field_gone",
@@ -180,6 +193,20 @@ const MUTATIONS: &[Mutation] = &[
         name: "fopen_bit",
         changes: &[("FOPEN_PASSTHROUGH\t(1 << 7)", "FOPEN_PASSTHROUGH\t(1 << 8)")],
         says: &["FOPEN_PASSTHROUGH: 0x100 in the header"],
+    },
+    // Of Linux 7.3. An older header has neither.
+    Mutation {
+        name: "younger_bits",
+        changes: &[(
+            "/* Device ioctls: */\n",
+            "#undef FOPEN_IO_URING_ZERO_COPY\n#define FOPEN_IO_URING_ZERO_COPY (1 << 9)\n\
+             #undef FUSE_HAS_IO_URING_BUFPOOL\n#define FUSE_HAS_IO_URING_BUFPOOL (1ULL << 44)\n\
+             /* Device ioctls: */\n",
+        )],
+        says: &[
+            "FOPEN_IO_URING_ZERO_COPY: 0x200 in the header",
+            "FUSE_HAS_IO_URING_BUFPOOL: 0x100000000000 in the header",
+        ],
     },
     Mutation {
         name: "constant_gone",
@@ -367,7 +394,7 @@ fn true_header(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What is where it was, by another name. The first is on the kernel's mailing lists.
+/// A field at the same place, of the same type, may have another name. `ops_mask` is proposed on the kernel's lists.
 fn renamed_fields(workshop: &Workshop) -> Result<(), Failed> {
     let changes = [
         (

@@ -156,8 +156,20 @@ fn flags_beside_passthrough() {
             assert_eq!(raw(error), Errno::INVAL.raw_os_error());
         }
     }
-    // Of Linux 7.3, which accepts it without passthrough.
-    assert_eq!(FopenFlags::IO_URING_ZERO_COPY.bits(), 1 << 8);
+}
+
+/// By name, beside flags that are allowed: the error has the one that is refused alone.
+#[test]
+fn zero_copy_beside_passthrough() {
+    let zero_copy = FopenFlags::IO_URING_ZERO_COPY;
+    let id = id();
+    let flags = zero_copy | FopenFlags::PASSTHROUGH | FopenFlags::NOFLUSH;
+    let reply = OpenReply::passthrough(&id, Access::ReadOnly, 0, flags);
+    assert_eq!(reply, Err(OpenError::FlagsNotAllowed(zero_copy)));
+    assert_eq!(
+        OpenReply::server(zero_copy).unwrap().open_flags(),
+        zero_copy
+    );
 }
 
 /// All bits but passthrough, known or not, are sent as they came.

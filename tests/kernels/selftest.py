@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import guest
+import packages
 from kernels import KERNELS
 
 PASSED = "echo 'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'"
@@ -37,6 +38,18 @@ OUTCOMES = (
 )
 
 
+# Packages that there are, and those that are taken of them for a kernel with modules from 6.12 on and below 7.4.
+OLD, STUB = "linux-image-6.18.5+deb13-cloud-amd64", "linux-image-7.3.4+deb13-cloud-amd64"
+BINARY, MODULES = STUB.replace("image", "binary"), STUB.replace("image", "modules")
+CANDIDATE = "linux-binary-7.3-cloud-amd64"
+CHOICES = (
+    ("is the newest", {OLD: "6.18.5-1~bpo13+1", STUB: "7.3.4-1", BINARY: "7.3.4-1", MODULES: "7.3.4-1"}, [BINARY, MODULES]),
+    ("has lost its modules", {OLD: "6.18.5-1~bpo13+1", STUB: "7.3.4-1", BINARY: "7.3.4-1"}, [OLD]),
+    ("is a candidate", {CANDIDATE: "7.3~rc7-1~exp1", CANDIDATE.replace("binary", "modules"): "7.3~rc7-1~exp1"}, []),
+    ("is out of bounds", {"linux-image-6.1.0-56-cloud-amd64": "6.1.192-2"}, []),
+)
+
+
 def noticed(name: str, seen: list[str], problem: str | None) -> bool:
     good = any(problem in text for text in seen) if problem else not seen
     print(f"a guest that {name}: {'; '.join(seen) or 'nothing'}{'' if good else '  <- NOT NOTICED'}", flush=True)
@@ -59,5 +72,9 @@ def self_test() -> int:
         results.append(noticed(name, outcome.problems, problem))
     for name, outcome, problem in OUTCOMES:
         results.append(noticed(name, guest.unlike(kernel, outcome, 2), problem))
+    for name, known, expected in CHOICES:
+        found = packages.kernel_packages(known, "6.12", "7.4", modules=True)
+        results.append(found == expected)
+        print(f"a kernel that {name}: {' '.join(found) or 'none'}{'' if found == expected else '  <- WRONG'}")
     print(f"\n{results.count(True)} passed, {results.count(False)} failed")
     return 0 if all(results) else 1

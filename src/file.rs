@@ -81,7 +81,8 @@ impl<'path, F: AsFd> ServerFile<'path, F> {
     }
 
     /// The file's `st_dev` and `st_ino`, from a stat(2) of an fd through which this one was opened. It
-    /// spares a further open of an open inode the statx(2).
+    /// spares a further open of an open inode the statx(2), unless this one is granted more than the others. A
+    /// file that has become immutable since then is not noticed.
     pub fn identity(mut self, device: u64, inode: u64) -> Self {
         self.identity = Some(FileId { device, inode });
         self
@@ -203,7 +204,19 @@ pub(crate) struct Looked {
     pub(crate) id: FileId,
     /// Why it must not be passed through, whatever the registrar says.
     pub(crate) refusal: Option<ServerReason>,
+    /// Not known where the refusal is `Unreadable`.
     pub(crate) is_immutable: bool,
+}
+
+impl Looked {
+    /// What later opens may get of a grant without another look.
+    pub(crate) fn without_writing(&self, granted: Access) -> Access {
+        if self.is_immutable {
+            Access::ReadOnly
+        } else {
+            granted
+        }
+    }
 }
 
 /// `statx(fd)`; or fstat(2), where that is denied.

@@ -185,7 +185,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         wanted: Access,
         file: &ServerFile<'_, BorrowedFd<'_>>,
     ) -> Result<OpenFile<R, K>, OpenError> {
-        let granted = file.granted()?;
+        let mut granted = file.granted()?;
         if !granted.allows(wanted) {
             return Err(OpenError::AccessExceeded { granted, wanted });
         }
@@ -204,7 +204,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         };
         let joined = file.identity.and_then(|known| {
             shared.join(inode, |mode, is_open| {
-                is_open && admits(mode, known).is_ok()
+                is_open && admits(mode, known).is_ok() && mode.was_granted(granted)
             })
         });
         let open = if let Some(open) = joined {
@@ -214,6 +214,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
             if looked.is_immutable && wanted != Access::ReadOnly {
                 return Err(OpenError::Immutable);
             }
+            granted = looked.without_writing(granted);
             let admits = |mode: &Mode, is_open: bool| {
                 // Idle, it was not append-only when it was registered.
                 if !is_open && looked.refusal.is_some() {
@@ -235,7 +236,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// `None` when the server must open the file itself and call [`open`](Self::open): the inode is
     /// not registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
     ///
-    /// This skips the permission check and the errno of the server's own open: for `default_permissions`, say.
+    /// This skips the permission check and the errno of the server's own open: for `default_permissions`, say. A
+    /// file that has become immutable since it was opened for writing is not noticed.
     #[inline]
     pub fn share(&self, inode: &K, client_flags: impl Into<ClientFlags>) -> Option<OpenFile<R, K>> {
         let client_flags = client_flags.into();
@@ -282,7 +284,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         file: ServerFile<'_, impl AsFd + Copy>,
     ) -> Result<OpenFile<R, K>, OpenError> {
         let file = file.lend();
-        let (granted, looked) = (file.granted()?, file.look()?);
+        let looked = file.look()?;
+        let granted = looked.without_writing(file.granted()?);
         // What has this id is not closed to make room for it.
         let admits = |mode: &Mode, _| match mode {
             Mode::Passthrough(known) if known.id == *id => Ok(()),

@@ -14,6 +14,19 @@ pub(super) enum Mode {
     Server(ServerReason),
 }
 
+impl Mode {
+    /// Whether an open that looked at the file was granted this.
+    pub(super) fn was_granted(&self, access: Access) -> bool {
+        match self {
+            Self::Passthrough(registered) => registered
+                .granted(false)
+                .is_some_and(|granted| granted.allows(access)),
+            // The server reads and writes the file itself.
+            Self::Server(_) => true,
+        }
+    }
+}
+
 /// A registration, until it is closed.
 #[derive(Debug)]
 pub(super) struct Registered {

@@ -17,11 +17,12 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use fuse_backing::error::ServerReason;
+use fuse_backing::error::{OpenError, ServerReason};
 use fuse_backing::{
     Access, BackingFile, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
     ServerFile,
@@ -384,8 +385,37 @@ fn table_refuses_to_write_immutable(sandbox: &Sandbox) -> Result<(), Failed> {
         for (way, outcome) in with_table(sandbox, folder, Protection::Immutable, &[None])? {
             assert_eq!(outcome, Outcome::NotOpened(Errno::PERM), "{way:?}");
         }
-        Ok(())
+        beside_a_reader(sandbox, folder)
     })
+}
+
+/// What was granted to a reader is no way to write, whatever the server says of the file.
+fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
+    let connection = Connection::mount(sandbox, Init::passthrough(1))?;
+    let table: Table = BackingTable::new(Arc::new(connection.device()));
+    let path = folder.join("read");
+    fs::write(&path, CONTENT)?;
+    let file = File::open(&path)?;
+    let (device, inode) = (file.metadata()?.dev(), file.metadata()?.ino());
+    let open = |flags| {
+        let granting = ServerFile::new(&file).access(Access::ReadWrite);
+        table.open(&1, flags, granting.identity(device, inode))
+    };
+    // The control: while it is not immutable both are.
+    let before = (open(libc::O_RDONLY)?, open(libc::O_RDWR)?);
+    assert!(table.share(&1, libc::O_RDWR).is_some());
+    drop(before);
+
+    Protection::Immutable.protect(&file)?;
+    let reader = open(libc::O_RDONLY)?;
+    let another = open(libc::O_RDONLY)?;
+    assert!(reader.is_passthrough() && another.is_passthrough());
+    for flags in [libc::O_WRONLY, libc::O_RDWR] {
+        assert_eq!(open(flags).err(), Some(OpenError::Immutable), "{flags:#o}");
+        assert!(table.share(&1, flags).is_none(), "{flags:#o}");
+    }
+    assert!(table.share(&1, libc::O_RDONLY).is_some());
+    Ok(())
 }
 
 /// The control: the same files registered without the table, and granted without an fd of these rights.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import packages
 from kernels import Kernel
-from packages import CACHE, HERE, need, version_of
+from packages import CACHE, HERE, Missing, need, version_of
 
 # What a kernel says when something is wrong with it.
 TROUBLE = re.compile(
@@ -39,7 +39,7 @@ class Outcome:
     told: bool = False
     # Whether its package cannot be had any more.
     gone: bool = False
-    # Bugs of the kernel that the tests met and got over.
+    # Bugs of the kernel that the tests worked around.
     bugs: list[str] = field(default_factory=list)
     # Why it is not as it has to be.
     problems: list[str] = field(default_factory=list)
@@ -60,7 +60,9 @@ def image(kernel: Kernel) -> Image:
         trees = [packages.unpacked(package, packages.KERNELS) for package in found]
         # From 7.2 on it lies beside the modules.
         places = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
-        file = next(file for place in places for file in trees[0].glob(place))
+        file = next((file for place in places for file in trees[0].glob(place)), None)
+        if not file:
+            raise Missing(f"no kernel in {found[0]}")
         tree = trees[-1]
     elif kernel.wheel:
         tree = packages.wheel(kernel.wheel)

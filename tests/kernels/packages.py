@@ -78,6 +78,8 @@ class Apt:
 
     def __init__(self, name: str, sources: str = ""):
         self.state = CACHE / name
+        # Its age is that of the lists.
+        self.updated = self.state / "updated"
         self.sources = sources
 
     def __call__(self, *arguments: str) -> str:
@@ -88,6 +90,8 @@ class Apt:
             "Dir::State::status": "/var/lib/dpkg/status",
             "Dir::Cache": self.state / "cache",
             "APT::Sandbox::User": "",
+            # Else a source that fails is a warning.
+            "APT::Update::Error-Mode": "any",
             # Of no use here, and larger than the rest.
             "Acquire::Languages": "none",
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
@@ -95,7 +99,10 @@ class Apt:
         if self.sources:
             parts = self.state / "sources"
             parts.mkdir(exist_ok=True)
-            (parts / "suites.sources").write_text(self.sources)
+            file = parts / "suites.sources"
+            if not file.exists() or file.read_text() != self.sources:
+                file.write_text(self.sources)
+                self.updated.unlink(missing_ok=True)
             options |= {"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": parts}
         command: list[str | Path] = [arguments[0]]
         for name, value in options.items():
@@ -109,8 +116,7 @@ class Apt:
     @functools.cache
     def update(self) -> None:
         """apt's lists: versions move, but not within an hour."""
-        updated = self.state / "updated"
-        if updated.exists() and time.time() - updated.stat().st_mtime < 3600:
+        if self.is_current():
             return
         # Of several sources, some may fail; what is not found then says so itself.
         try:
@@ -118,7 +124,10 @@ class Apt:
         except Missing:
             say("apt-get update failed, trying with what there is")
         else:
-            updated.touch()
+            self.updated.touch()
+
+    def is_current(self) -> bool:
+        return self.updated.exists() and time.time() - self.updated.stat().st_mtime < 3600
 
 
 # What guests and tests are made with, of the machine's own sources.
@@ -143,7 +152,7 @@ def fetched(package: str, apt: Apt = TOOLS) -> Path:
         found = kept()
     if not found:
         raise Missing(f"no package {package}")
-    return found[-1]
+    return max(found, key=lambda file: (version_of(file.stem.split("_")[1]), file.name))
 
 
 def unpacked(package: str, apt: Apt = TOOLS) -> Path:
@@ -189,8 +198,10 @@ def is_kernel(package: str, architecture: str) -> bool:
 
 def to_be_had(*packages: str) -> list[tuple[str, str]]:
     """Packages with their versions."""
-    fields = (line.split("|") for line in KERNELS("apt-cache", "madison", *packages).splitlines())
-    return [(package.strip().partition(":")[0], version.strip()) for package, version, _ in fields]
+    KERNELS.update()
+    lines = KERNELS("apt-cache", "madison", *packages).splitlines() if packages else []
+    found = [re.match(r" *(\S+?)(?::\w+)? \| +(\S+) \|", line) for line in lines]
+    return [(match[1], match[2]) for match in found if match]
 
 
 @functools.cache
@@ -198,28 +209,32 @@ def kernels_to_be_had(architecture: str) -> dict[str, str]:
     """Debian's cloud kernels, with their versions."""
     KERNELS.update()
     names = (name for name in KERNELS("apt-cache", "pkgnames", "linux-").split() if is_kernel(name, architecture))
-    return dict(to_be_had(*(f"{name}:{architecture}" for name in names)))
+    # Of a name with several versions the newest is first, which is what is fetched.
+    return dict(reversed(to_be_had(*(f"{name}:{architecture}" for name in names))))
 
 
 def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> list[str]:
-    """The packages of the newest cloud kernel in these bounds: of those kept, else of those to be had."""
+    """The packages of the newest cloud kernel in these bounds that is kept; else of those to be had."""
     files = (file.stem.split("_") for file in (CACHE / "packages").glob("linux-*.deb"))
     kept = {name: version for name, version, _ in files if is_kernel(name, architecture)}
     found = kernel_packages(kept, least, below, modules)
     found = found or kernel_packages(kernels_to_be_had(architecture), least, below, modules)
     if not found:
+        if not KERNELS.is_current():
+            raise Missing("the suites' lists cannot be had")
         raise Gone(f"no suite has a kernel from {least} on and below {below} for {architecture}")
     return [f"{package}:{architecture}" for package in found]
 
 
 def header() -> Path:
-    """The folder with the newest <linux/fuse.h>."""
+    """The folder with a <linux/fuse.h>: the newest that is kept, else the newest to be had."""
     name = "linux-libc-dev"
     files = list((CACHE / "packages").glob(f"{name}_*.deb"))
     if not files:
-        KERNELS.update()
-        newest = max((version for _, version in to_be_had(name)), key=version_of)
-        KERNELS("apt-get", "download", "-q", f"{name}={newest}")
+        versions = [version for _, version in to_be_had(name)]
+        if not versions:
+            raise Missing(f"no package {name}")
+        KERNELS("apt-get", "download", "-q", f"{name}={max(versions, key=version_of)}")
         files = list((CACHE / "packages").glob(f"{name}_*.deb"))
     if not files:
         raise Missing(f"no package {name}")

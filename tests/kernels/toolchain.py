@@ -59,9 +59,12 @@ def built(target: str) -> Path:
         raise Missing(f"failed: {' '.join(command)}")
     made = [json.loads(line).get("executable") for line in done.stdout.splitlines() if line.startswith("{")]
     # A copy, which stays when the tests are built again meanwhile.
+    CACHE.mkdir(parents=True, exist_ok=True)
     tests = CACHE / f"tests-{target}"
-    shutil.copy(next(path for path in reversed(made) if path), tests)
-    return tests
+    new = tests.with_suffix(".new")
+    shutil.copy(next(path for path in reversed(made) if path), new)
+    # Another run may be executing the old one.
+    return new.replace(tests)
 
 
 def debian(architecture: str, *further: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 
 /// What is compared: of each struct size and alignment, of its first fields offset, size and signedness.
-/// A field whose name the header does not have is renamed: it is the one with as many fields before it.
+/// A field whose name the header does not have is renamed: it is found by its position.
 const STRUCTS: &[(&str, &str)] = &[
     ("fuse_backing_map", "fd flags padding"),
     ("fuse_open_out", "fh open_flags backing_id"),
@@ -500,7 +500,8 @@ impl Compiler {
     }
 }
 
-/// The names of a struct's fields, in their order: of `uint32_t unused[6];` the last word before the bracket.
+/// The names of a struct's fields, in their order: of `uint32_t unused[6];` the last word before the bracket. Each is
+/// declared by itself, and none is a struct.
 fn fields_of<'header>(preprocessed: &'header str, name: &str) -> Vec<&'header str> {
     let start = format!("struct {name} {{");
     let (_, body) = preprocessed.split_once(&start).unwrap_or_default();

@@ -273,14 +273,13 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// one that mounts, and **reads of the device and its other ioctls block until it is mounted**:
     /// [`backing_open`](Self::backing_open) does, interruptibly.
     ///
-    /// The thread that answers INIT has to go on serving. Requests can arrive before mount(2) returns: with
-    /// `SELinux` a GETATTR does.
+    /// The thread that answers INIT has to go on serving. Requests can arrive before mount(2) returns: `SELinux`
+    /// causes a GETATTR.
     ///
-    /// **On early releases a mount cannot be killed that waits for INIT** (CVE-2026-31713, seen on Linux 6.18.5,
-    /// 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on): where nobody answers, the process that mounts stays in
-    /// the state `D`, past `SIGKILL`. Writing to `abort` of the connection in fusectl frees it,
-    /// `/sys/fs/fuse/connections/N/abort`. While there is no mount to look for, N is in the `fuse_connection:`
-    /// line of the device in `/proc/PID/fdinfo/`.
+    /// **A process that waits for INIT in mount(2) cannot be killed on early releases** (CVE-2026-31713, seen on Linux
+    /// 6.18.5, 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on). Where nobody answers, it stays in the state `D`,
+    /// past `SIGKILL`. Writing to `/sys/fs/fuse/connections/N/abort` frees it. While there is no mount to look for, the
+    /// `fuse_connection:` line in `/proc/PID/fdinfo/FD` of the device has N.
     ///
     /// # Errors
     ///

@@ -516,10 +516,9 @@ pub enum OpenError {
     /// another file says so with [`forget`](crate::BackingTable::forget).
     #[error("the inode is open with another backing file")]
     DifferentFile,
-    /// `EPERM`: the client asks to write to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`), which the
-    /// server grants. Its own filesystem opens no such file for writing; Linux before 7.3.4 does not check
-    /// that in passthrough mode.
-    #[error("the client asks to write to a file that is immutable")]
+    /// `EPERM`: the server grants writing to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`), in either
+    /// mode. No filesystem opens such a file for writing. Passthrough does, before Linux 7.3.4.
+    #[error("the client asks to write to an immutable file")]
     Immutable,
     /// `EBADF`: the server's fd was opened with `O_PATH`, or with access mode 3, which is for ioctls alone.
     #[error("the fd permits neither reading nor writing (O_PATH, or access mode 3)")]

@@ -58,8 +58,8 @@
 //!   and the same id, or none is, until the last open was released. So CREATE goes through the table too.
 //! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id
 //!   is closed. The table registers an `O_PATH` fd, which is none of that.
-//! - **It does not enforce append-only and immutable**, before Linux 7.3.4. The table serves append-only files,
-//!   and refuses to open immutable ones for writing.
+//! - **It does not enforce append-only and immutable** before Linux 7.3.4; some filesystems check immutable at each
+//!   write. The table serves append-only files, and does not open immutable ones for writing.
 //! - **It needs the id after the reply was written.** Closing it right then races with the client's open.
 //! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
 //!   mount and every fd of its connection are gone; and while a client has it open or mapped through the id.

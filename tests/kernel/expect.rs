@@ -1,9 +1,8 @@
 //! What this kernel is known to do, told by `FUSE_BACKING_EXPECT` or shown by the kernel itself.
 //!
-//! Whoever chose the kernel (tests/kernels/run) tells it. The tests then assert that, so that one which is
-//! wrong about what the kernel has cannot pass for a kernel that has it not. Where the variable is unset,
-//! what the kernel shows is believed, and what it does not show is left open: both outcomes pass. The tests
-//! say at their start which it is (`summary`).
+//! tests/kernels/run chooses the kernel and tells it. The tests then assert that, so that a kernel which lacks a
+//! feature by mistake fails. Where the variable is unset, what the kernel shows is believed, and what it does
+//! not show is left open: both outcomes pass. The tests say at their start which it is (`summary`).
 //!
 //! It is `absent`, `disabled` or `present`, of passthrough, and then whichever hold of `WORDS`. A word with
 //! a question mark is left open.
@@ -80,7 +79,7 @@ const CLONE_EPERM: Word = Word {
     name: "clone-eperm",
     shown: || None,
 };
-/// Passthrough heeds that a backing file is append-only or immutable: Linux 7.3.4.
+/// Passthrough enforces that a backing file is append-only or immutable: Linux 7.3.4.
 const INODE_FLAGS: Word = Word {
     name: "inode-flags",
     shown: || None,

@@ -87,9 +87,14 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let ready = match mode {
         Mode::Off => Ok(()),
-        Mode::Auto | Mode::Require => sandbox::enter().and_then(|()| expect::ask()),
+        Mode::Auto | Mode::Require => sandbox::enter(),
     };
     if mode != Mode::Off && ready.is_ok() && !arguments.list {
+        if let Err(why) = expect::ask() {
+            eprintln!("no FUSE mount: {why}");
+            sandbox::leave();
+            return ExitCode::FAILURE;
+        }
         eprintln!("{}", expect::summary());
     }
     let tests = [

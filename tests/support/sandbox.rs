@@ -37,7 +37,7 @@ struct Watched {
     /// Whether it was told what its threads are at.
     told: bool,
     folder: PathBuf,
-    /// fusectl's `abort` of those that may be without a mount when it hangs.
+    /// fusectl's `abort` of connections, which may have no mount when the test hangs.
     connections: Vec<Arc<File>>,
 }
 
@@ -89,6 +89,14 @@ pub fn enter() -> Result<(), String> {
         .tempdir()
         .map_err(|e| format!("a scratch folder: {e}"))?
         .keep();
+    // As mountinfo has it, which the watchdog reads.
+    let root = root.canonicalize().map_err(|e| e.to_string())?;
+    if root.to_string_lossy().contains(char::is_whitespace) {
+        return Err(format!(
+            "TMPDIR has a space in its path: {}",
+            root.display()
+        ));
+    }
     mount("tmpfs", &root, "tmpfs", MountFlags::empty(), None).map_err(|e| failed("tmpfs", e))?;
     let fusectl = root.join("fusectl");
     fs::create_dir(&fusectl).map_err(|e| e.to_string())?;
@@ -137,16 +145,14 @@ fn watchdog() {
         for test in tests.iter_mut().flat_map(HashMap::values_mut) {
             let age = test.since.elapsed();
             if age > test.patience * times {
+                let aborts = test.aborts();
                 if !test.told {
                     test.told = true;
-                    eprintln!(
-                        "watchdog: {} has run for {age:.0?}\n{}",
-                        test.name,
-                        threads()
-                    );
+                    let (name, count) = (&test.name, aborts.len());
+                    eprintln!("watchdog: {name} has run for {age:.0?}\n{}", threads());
+                    eprintln!("watchdog: {name} hangs, aborting its connections: {count}");
                 }
-                for abort in test.aborts() {
-                    eprintln!("watchdog: {} hangs, aborting its connection", test.name);
+                for abort in aborts {
                     HUNG.store(true, Ordering::Relaxed);
                     let _ = abort.as_ref().write_all(b"1");
                 }
@@ -258,7 +264,7 @@ impl Sandbox {
         Ok(abort)
     }
 
-    /// A connection that another test's sandbox has.
+    /// Adds an `abort` that another sandbox has opened.
     pub fn also_watch(&self, abort: Arc<File>) {
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(test) = tests.as_mut().and_then(|tests| tests.get_mut(&self.0.key)) {

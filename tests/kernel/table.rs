@@ -668,6 +668,8 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
     /// Opens, with that of `serve`.
     const IN_A_ROUND: u32 = 9;
 
+    // A kernel that keeps a record of each allocation takes minutes for them.
+    let opens = OPENS / if fail_nth() { 20 } else { patience_times() };
     let setup = Setup::new(sandbox)?;
     let table = &setup.table;
     let (one, other) = (setup.file("1"), setup.file("2"));
@@ -695,7 +697,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
         });
         // Also when this thread panics.
         let _done = Done(&done);
-        for _ in 0..(OPENS / patience_times()).div_ceil(IN_A_ROUND) {
+        for _ in 0..opens.div_ceil(IN_A_ROUND) {
             // In turn, so that each would be another file or mode than that before.
             for (what, file) in [("one file", &one), ("another file", &other), ("one", &one)] {
                 let opened = open(1, file);

@@ -114,18 +114,20 @@ const WORDS: &[Word] = &[
 impl Word {
     /// `None`: it is left open.
     fn known(self) -> Option<bool> {
-        match told() {
-            Some(told) if told.open.iter().any(|word| word == self.name) => (self.shown)(),
-            Some(told) => Some(told.words.iter().any(|word| word == self.name)),
-            None => (self.shown)(),
+        let Some(told) = told() else {
+            return (self.shown)();
+        };
+        let is_told = |what: &str| told.words.iter().any(|word| word == what);
+        if is_told(&format!("{}?", self.name)) {
+            return (self.shown)();
         }
+        Some(is_told(self.name))
     }
 }
 
 struct Told {
     support: Support,
     words: Vec<String>,
-    open: Vec<String>,
 }
 
 fn told() -> Option<&'static Told> {
@@ -139,21 +141,13 @@ fn told() -> Option<&'static Told> {
             "absent" => Support::Absent,
             other => panic!("FUSE_BACKING_EXPECT: '{other}' is not absent, disabled or present"),
         };
-        let (open, words): (Vec<_>, Vec<_>) = words.partition(|word| word.ends_with('?'));
-        let named = |words: Vec<&str>| -> Vec<String> {
-            let names = words.into_iter().map(|word| word.trim_end_matches('?'));
-            let known = |name: &str| WORDS.iter().any(|word| word.name == name);
-            let check = |name: &str| assert!(known(name), "FUSE_BACKING_EXPECT: unknown '{name}'");
-            names
-                .inspect(|name| check(name))
-                .map(str::to_owned)
-                .collect()
-        };
-        Some(Told {
-            support,
-            words: named(words),
-            open: named(open),
-        })
+        let words: Vec<_> = words.map(str::to_owned).collect();
+        for told in &words {
+            let name = told.trim_end_matches('?');
+            let known = WORDS.iter().any(|word| word.name == name);
+            assert!(known, "FUSE_BACKING_EXPECT: unknown '{told}'");
+        }
+        Some(Told { support, words })
     })
     .as_ref()
 }

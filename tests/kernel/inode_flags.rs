@@ -1,5 +1,5 @@
 //! Files that their filesystem protects by an inode flag (ioctl_iflags(2)): append-only (`chattr +a`) and
-//! immutable (`chattr +i`). Passthrough does not heed the flags before Linux 7.3.4.
+//! immutable (`chattr +i`). Passthrough does not enforce the flags before Linux 7.3.4.
 //!
 //! On its own filesystem an append-only file opens for writing only with `O_APPEND`, fcntl(2) refuses to clear
 //! that flag, and mmap(2) refuses to map the file for writing; the write itself looks at nothing but
@@ -114,7 +114,7 @@ impl Protection {
 /// What passthrough does.
 impl Protection {
     /// From Linux 7.3.4 on.
-    fn heeded(self, way: Way) -> Outcome {
+    fn enforced(self, way: Way) -> Outcome {
         match (self, way) {
             (Self::AppendOnly, Way::Mmap) => Outcome::Refused(Errno::ACCESS),
             (Self::AppendOnly, _) => Outcome::Refused(Errno::PERM),
@@ -123,7 +123,7 @@ impl Protection {
         }
     }
 
-    fn not_heeded(self, filesystem: Filesystem, way: Way) -> Outcome {
+    fn not_enforced(self, filesystem: Filesystem, way: Way) -> Outcome {
         match (self, filesystem, way) {
             (Self::Immutable, Filesystem::Ext4, Way::Mmap) => Outcome::Refused(Errno::FAULT),
             (Self::Immutable, Filesystem::Ext4, _) => Outcome::Refused(Errno::PERM),
@@ -421,15 +421,15 @@ fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
 /// The control: the same files registered without the table, and granted without an fd of these rights.
 fn passthrough_itself(sandbox: &Sandbox) -> Result<(), Failed> {
     on_each(sandbox, |filesystem, folder| {
-        let mut heeds = expect::inode_flags();
+        let mut enforces = expect::inode_flags();
         for protection in [Protection::Immutable, Protection::AppendOnly] {
             let outcomes = without_table(sandbox, folder, protection)?;
             // Where it is not known, by whether an immutable file opens.
-            let heeds = *heeds.get_or_insert(matches!(outcomes[0].1, Outcome::NotOpened(_)));
+            let enforces = *enforces.get_or_insert(matches!(outcomes[0].1, Outcome::NotOpened(_)));
             for (way, outcome) in outcomes {
-                let expected = match heeds {
-                    true => protection.heeded(way),
-                    false => protection.not_heeded(filesystem, way),
+                let expected = match enforces {
+                    true => protection.enforced(way),
+                    false => protection.not_enforced(filesystem, way),
                 };
                 if outcome != Outcome::Unavailable {
                     assert_eq!(outcome, expected, "{filesystem:?}, {protection:?}, {way:?}");

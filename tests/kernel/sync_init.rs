@@ -13,8 +13,8 @@ use libtest_mimic::Failed;
 
 use crate::client::{self, Role};
 use crate::expect;
-use crate::fuse::{Connection, Init, attach};
-use crate::sandbox::{Sandbox, patience_times};
+use crate::fuse::{Connection, Init, attach, connection_number};
+use crate::sandbox::{Sandbox, mounted_connections, patience_times};
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
 use crate::{Needs, Test};
@@ -57,7 +57,8 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     // From here on it can be freed, whatever fails below.
     let abort = sandbox.watch(connection_of(child.id(), &fd)?)?;
     assert!(!child.ends_within(Duration::from_millis(300))?);
-    assert!(!fs::read_to_string("/proc/self/mountinfo")?.contains(mountpoint.to_str().unwrap()));
+    let folder = mountpoint.parent().ok_or("a folder of the sandbox")?;
+    assert!(mounted_connections(folder).is_empty());
 
     // A signal ends the wait, and with the last device fd the connection.
     child.kill()?;
@@ -77,6 +78,10 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     device.sync_init()?;
     let connection = Connection::serve_before_mount(sandbox, Init::passthrough(1), device)?;
+    // Which the watchdog would abort.
+    let file = connection.path("file");
+    let number = connection_number(file.parent().ok_or("the mountpoint")?)?;
+    assert_eq!(mounted_connections(folder), [number]);
     let device = connection.device();
     let id = device.backing_open(tempfile::tempfile()?)?;
     device.backing_close(id)?;

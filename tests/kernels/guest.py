@@ -12,7 +12,7 @@ from pathlib import Path
 
 import packages
 from kernels import Kernel
-from packages import CACHE, HERE, Missing, need, version_of
+from packages import CACHE, HERE, Missing, is_within, need
 
 # What a kernel says when something is wrong with it.
 TROUBLE = re.compile(
@@ -214,7 +214,7 @@ def judge(kernel: Kernel, console: str) -> Outcome:
     if found := RELEASE.search(console):
         outcome.release = found[1]
     least, below = kernel.versions
-    if not version_of(least) <= version_of(outcome.release) < version_of(below):
+    if not is_within(outcome.release, least, below):
         outcome.problems.append(f"it is Linux {outcome.release}, not from {least} on and below {below}")
     if results := RESULT.findall(console):
         outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])

@@ -48,7 +48,7 @@ KERNELS = (
     Kernel("6.16-early", expect=PRESENT, versions=("6.16", "6.16.8"), modules=("overlay",)),
     Kernel(
         "6.17",
-        expect=f"{PRESENT} regular-files-only",
+        expect=f"{PRESENT} {LATE_6_12}",
         versions=("6.17", "6.18"),
         modules=("overlay",),
     ),

@@ -171,6 +171,10 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found and "rc" not in text else ()
 
 
+def is_within(version: str, least: str, below: str) -> bool:
+    return version_of(least) <= version_of(version) < version_of(below)
+
+
 class Gone(Missing):
     """A version that no suite has any more."""
 
@@ -181,7 +185,7 @@ def kernel_packages(known: dict[str, str], least: str, below: str, modules: bool
     for package, version in known.items():
         _, kind, release = package.split("-", 2)
         number = version_of(version)
-        if not version_of(least) <= number < version_of(below):
+        if not is_within(version, least, below):
             continue
         # From 6.19 on an image is a stub, which depends on the other two.
         if kind == "image" and number < (6, 19) or kind == "binary" and not modules:
@@ -229,15 +233,11 @@ def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> l
 def header() -> Path:
     """The folder with a <linux/fuse.h>: the newest that is kept, else the newest to be had."""
     name = "linux-libc-dev"
-    files = list((CACHE / "packages").glob(f"{name}_*.deb"))
-    if not files:
+    if not any((CACHE / "packages").glob(f"{name}_*.deb")):
         versions = [version for _, version in to_be_had(name)]
         if not versions:
             raise Missing(f"no package {name}")
         KERNELS("apt-get", "download", "-q", f"{name}={max(versions, key=version_of)}")
-        files = list((CACHE / "packages").glob(f"{name}_*.deb"))
-    if not files:
-        raise Missing(f"no package {name}")
     return unpacked(name, KERNELS) / "usr/include"
 
 

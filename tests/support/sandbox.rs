@@ -55,7 +55,7 @@ impl Watched {
 }
 
 /// The numbers of the FUSE connections that are mounted in a folder.
-fn mounted_connections(folder: &Path) -> Vec<u32> {
+pub fn mounted_connections(folder: &Path) -> Vec<u32> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let connection = |line: &str| {
         let (mount, filesystem) = line.split_once(" - ")?;

@@ -662,6 +662,9 @@ fn acls(name: &str) -> Result<(), Failed> {
 
 const PAGES: u64 = 1000;
 const PAGE: u64 = 4096;
+/// Requests beside WRITE that are no GETXATTR for each: the first write's GETXATTR, and what other processes and a slow
+/// machine cause, say a GETATTR of the root by a program that lists mounts.
+const STRAY: u64 = 10;
 
 /// Opens a file, and says so. Then writes as many pages as it has, anywhere in it.
 fn write_pages(args: &[String]) -> Result<String, Box<dyn Error>> {
@@ -710,10 +713,10 @@ fn server_is_not_asked_before_a_write(name: &str) -> Result<(), Failed> {
         Ok(requests - sent)
     };
     let asked = more(Mirror::start(&sandbox, &source, Way::Plain)?, PAGES)?;
-    assert!(asked <= 1, "{asked} requests");
+    assert!(asked <= STRAY, "{asked} requests");
     if Way::Passthrough.is_passthrough()? {
         let asked = more(Mirror::start(&sandbox, &source, Way::Passthrough)?, 0)?;
-        assert!(asked <= 1, "{asked} requests");
+        assert!(asked <= STRAY, "{asked} requests");
         // The control.
         let asked = more(Mirror::start_asking(&sandbox, &source)?, 0)?;
         assert!(asked >= PAGES, "{asked} requests");

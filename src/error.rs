@@ -10,7 +10,7 @@ use std::fmt;
 use std::io;
 
 pub use rustix::fs::FileType;
-use rustix::io::Errno;
+pub use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::access::Access;

@@ -32,6 +32,14 @@ bitflags! {
     }
 }
 
+/// As FUSE libraries have them.
+impl From<u32> for FopenFlags {
+    #[inline]
+    fn from(flags: u32) -> Self {
+        Self::from_bits_retain(flags)
+    }
+}
+
 impl FopenFlags {
     /// `FOPEN_PASSTHROUGH_MASK` of the kernel's fs/fuse/iomode.c: all that may stand in a reply
     /// with `FOPEN_PASSTHROUGH`. Any other bit gives the client `EIO`.

@@ -116,7 +116,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
         inode: &K,
         client_flags: impl Into<ClientFlags>,
         file: impl Into<ServerFile<'path, T>>,
-        reply_flags: FopenFlags,
+        reply_flags: impl Into<FopenFlags>,
     ) -> Result<Opened, OpenError>
     where
         T: AsFd,
@@ -128,7 +128,12 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
 
     /// Keeps an open of the [`table`](Self::table), of which there is no reply yet: one that the table
     /// [shared](BackingTable::share) or [serves](BackingTable::serve).
-    pub fn insert(&self, open: OpenFile<R, K>, file: T, reply_flags: FopenFlags) -> Opened {
+    pub fn insert(
+        &self,
+        open: OpenFile<R, K>,
+        file: T,
+        reply_flags: impl Into<FopenFlags>,
+    ) -> Opened {
         let reply = open.reply(reply_flags);
         let (open_flags, backing_id) = (reply.open_flags(), reply.backing_id());
         let near = open.shard();

@@ -35,6 +35,14 @@ bitflags! {
     }
 }
 
+/// As FUSE libraries have them.
+impl From<u64> for InitFlags {
+    #[inline]
+    fn from(flags: u64) -> Self {
+        Self::from_bits_retain(flags)
+    }
+}
+
 impl InitFlags {
     /// The two fields of an INIT reply: `flags` and `flags2`.
     #[must_use]
@@ -108,12 +116,12 @@ impl Negotiated {
     /// # assert!(reply(InitFlags::empty(), &Handles::default()).is_err());
     /// ```
     pub fn handle_killpriv_v2(self, _registering: &impl WithoutFsetid) -> Self {
-        self.handle_killpriv_v2_while_registering_with_fsetid()
+        self.handle_killpriv_v2_with_fsetid()
     }
 
     /// The same without a witness: for a server none of whose files ever has a set-user-ID or set-group-ID bit. If
     /// files are registered with `CAP_FSETID`, **those bits stay when a stranger writes**.
-    pub fn handle_killpriv_v2_while_registering_with_fsetid(mut self) -> Self {
+    pub fn handle_killpriv_v2_with_fsetid(mut self) -> Self {
         self.flags |= self.offered & InitFlags::HANDLE_KILLPRIV_V2;
         self
     }
@@ -158,8 +166,8 @@ impl Negotiated {
 ///
 /// `process_init_reply` in `fs/fuse/inode.c`; `tests/kernel/backing_open.rs`: which replies are accepted.
 pub fn negotiate(
-    offered: InitFlags,
-    wanted: InitFlags,
+    offered: impl Into<InitFlags>,
+    wanted: impl Into<InitFlags>,
     max_stack_depth: MaxStackDepth,
 ) -> Result<Negotiated, NegotiateError> {
     let reply = reply(offered, wanted, max_stack_depth)?;
@@ -183,10 +191,11 @@ pub fn negotiate(
 /// # Ok::<(), fuse_backing::error::NegotiateError>(())
 /// ```
 pub fn reply(
-    offered: InitFlags,
-    wanted: InitFlags,
+    offered: impl Into<InitFlags>,
+    wanted: impl Into<InitFlags>,
     max_stack_depth: MaxStackDepth,
 ) -> Result<Negotiated, NegotiateError> {
+    let (offered, wanted) = (offered.into(), wanted.into());
     // INIT_EXT is not asked for: fuser strips it, and a kernel that sends bit 37 has it.
     if !offered.contains(InitFlags::PASSTHROUGH) {
         return Err(NegotiateError::NotOffered);

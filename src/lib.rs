@@ -71,7 +71,7 @@
 //!
 //! [`OpenError`](error::OpenError) answers a client, and becomes a [`std::io::Error`] with that
 //! `raw_os_error()`. All other errors become one that keeps the message, for a log. The module [`error`] has
-//! a variant for each cause; a cause that is uncertain is called unknown. [`Errno`] and
+//! a variant for each cause; a cause that is uncertain is called unknown. [`Errno`](error::Errno) and
 //! [`FileType`](error::FileType) are rustix's.
 //!
 //! # System calls
@@ -122,7 +122,7 @@ mod ioctl;
 #[cfg(test)]
 #[cfg(fuse_backing_modelled)]
 mod model;
-mod register;
+pub mod register;
 mod reply;
 pub mod rights;
 mod sync;
@@ -137,9 +137,9 @@ pub use file::ServerFile;
 pub use fopen_flags::FopenFlags;
 pub use handles::{Handle, Handles, Opened};
 pub use id::BackingId;
-pub use register::{InCallingThread, Register, WithoutFsetid};
+#[doc(inline)]
+pub use register::Register;
 pub use reply::OpenReply;
-pub use rustix::io::Errno;
 #[doc(inline)]
 pub use table::{BackingTable, OpenFile};
 

@@ -26,7 +26,7 @@ use crate::id::BackingId;
 ///
 /// ```
 /// use fuse_backing::error::{BackingCloseError, BackingError, Scope};
-/// use fuse_backing::{Access, BackingId, BackingTable, Errno, Register, ServerFile};
+/// use fuse_backing::{Access, BackingId, BackingTable, Register, ServerFile, error::Errno};
 /// use std::os::fd::BorrowedFd;
 /// use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 ///
@@ -116,7 +116,7 @@ impl<Fd: DeviceFd> InCallingThread for FuseDevice<Fd> {}
 ///
 /// ```
 /// use fuse_backing::rights::{Lowered, RegistrarThread};
-/// use fuse_backing::{BackingTable, FuseDevice, WithoutFsetid};
+/// use fuse_backing::{BackingTable, FuseDevice, register::WithoutFsetid};
 ///
 /// fn is_one<T: WithoutFsetid>() {}
 /// is_one::<BackingTable<RegistrarThread<Lowered<FuseDevice>>>>();
@@ -125,7 +125,7 @@ impl<Fd: DeviceFd> InCallingThread for FuseDevice<Fd> {}
 /// A device registers with all that the calling thread has:
 ///
 /// ```compile_fail,E0277
-/// # fn is_one<T: fuse_backing::WithoutFsetid>() {}
+/// # fn is_one<T: fuse_backing::register::WithoutFsetid>() {}
 /// is_one::<fuse_backing::BackingTable<fuse_backing::FuseDevice>>();
 /// ```
 pub trait WithoutFsetid {}

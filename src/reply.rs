@@ -66,9 +66,9 @@ impl<'id> OpenReply<'id> {
         id: &'id BackingId,
         granted: Access,
         client_flags: impl Into<ClientFlags>,
-        flags: FopenFlags,
+        flags: impl Into<FopenFlags>,
     ) -> Result<Self, OpenError> {
-        let client_flags = client_flags.into();
+        let (client_flags, flags) = (client_flags.into(), flags.into());
         let mut wanted = client_flags.access();
         if client_flags.truncates() {
             wanted = wanted.union(Access::WriteOnly);
@@ -118,7 +118,8 @@ impl OpenReply<'static> {
     /// # Errors
     ///
     /// [`OpenError::FlagsNotAllowed`] if `flags` has `PASSTHROUGH`, which needs an id.
-    pub fn server(flags: FopenFlags) -> Result<Self, OpenError> {
+    pub fn server(flags: impl Into<FopenFlags>) -> Result<Self, OpenError> {
+        let flags = flags.into();
         if flags.contains(FopenFlags::PASSTHROUGH) {
             return Err(OpenError::FlagsNotAllowed(FopenFlags::PASSTHROUGH));
         }

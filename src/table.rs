@@ -444,8 +444,8 @@ impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
     /// Passthrough mode keeps `NOFLUSH` and `PARALLEL_DIRECT_WRITES` alone: the kernel refuses others, and
     /// with `DIRECT_IO` it would ask the server to read and write ([`OpenReply::passthrough`] permits
     /// that). Server mode keeps all but `PASSTHROUGH`.
-    pub fn reply(&self, flags: FopenFlags) -> OpenReply<'_> {
-        OpenReply::unchecked(self.id(), flags.permitted(self.is_passthrough()))
+    pub fn reply(&self, flags: impl Into<FopenFlags>) -> OpenReply<'_> {
+        OpenReply::unchecked(self.id(), flags.into().permitted(self.is_passthrough()))
     }
 }
 

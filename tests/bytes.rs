@@ -295,7 +295,7 @@ fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, p
             let with_killpriv = taken | offered & HANDLE_KILLPRIV_V2;
             for more in [
                 reply.handle_killpriv_v2(&handles),
-                reply.handle_killpriv_v2_while_registering_with_fsetid(),
+                reply.handle_killpriv_v2_with_fsetid(),
             ] {
                 assert_eq!(process_init_reply(&init_out(&more)), (with_killpriv, on));
             }

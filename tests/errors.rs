@@ -14,7 +14,9 @@ use fuse_backing::error::{
     BackingCloseError, BackingError, DeviceError, FileType, NegotiateError, NotPermitted,
     OpenError, RegistrarThreadError, RightsError, Scope,
 };
-use fuse_backing::{Access, BackingFile, BackingId, Errno, FopenFlags, FuseDevice, Register};
+use fuse_backing::{
+    Access, BackingFile, BackingId, FopenFlags, FuseDevice, Register, error::Errno,
+};
 use rustix::fs::{Mode, OFlags};
 
 /// Each with whom it concerns: what may be the thread's own is not said of the connection.

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use fuse_backing::error::{BackingError, OpenError, Scope, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, Handle, Handles, ServerFile,
-    uapi,
+    Access, BackingFile, BackingId, BackingTable, FopenFlags, Handle, Handles, ServerFile,
+    error::Errno, uapi,
 };
 use registrar::Fake;
 use rustix::fs::OFlags;

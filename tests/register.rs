@@ -16,7 +16,8 @@ use std::sync::atomic::Ordering;
 
 use fuse_backing::error::{BackingError, OpenError, Scope, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FopenFlags, Handles, OpenFile, Register, ServerFile,
+    Access, BackingFile, BackingTable, FopenFlags, Handles, OpenFile, Register, ServerFile,
+    error::Errno,
 };
 use registrar::{Fake, Registration};
 use rustix::fs::{Mode, OFlags, fstat, open};

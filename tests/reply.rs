@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use fuse_backing::error::OpenError;
 use fuse_backing::{
-    Access, BackingId, ClientFlags, Errno, FopenFlags, OpenReply, uapi::fuse_open_out,
+    Access, BackingId, ClientFlags, FopenFlags, OpenReply, error::Errno, uapi::fuse_open_out,
 };
 use rustix::fs::OFlags;
 

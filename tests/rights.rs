@@ -32,8 +32,9 @@ use fuse_backing::rights::{
     ByAccess, CapabilityGuard, CapabilitySet, Lowered, RegistrarThread, may_register,
 };
 use fuse_backing::{
-    Access, BackingId, BackingTable, Errno, Handles, InCallingThread, Register, ServerFile,
-    WithoutFsetid,
+    Access, BackingId, BackingTable, Handles, Register, ServerFile,
+    error::Errno,
+    register::{InCallingThread, WithoutFsetid},
 };
 use registrar::{Fake, Registration};
 use rustix::fs::{MemfdFlags, Mode, OFlags, fstat, memfd_create, open};

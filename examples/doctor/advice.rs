@@ -1,6 +1,6 @@
 //! What failed, and what to do about it.
 
-use fuse_backing::Errno;
+use fuse_backing::error::Errno;
 use fuse_backing::error::{BackingError, DeviceError, NegotiateError, NotPermitted, Scope};
 
 pub(crate) const LOOK_INTO_THE_LOG: &str = "look into the kernel's log";

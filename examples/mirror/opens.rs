@@ -9,7 +9,7 @@ use fuse_backing::init::{InitFlags, negotiate};
 use fuse_backing::rights::{CapabilitySet, Lowered};
 use fuse_backing::{
     Access, BackingId, ClientFlags, FopenFlags, FuseDevice, Handle, Handles, Opened, Register,
-    ServerFile, WithoutFsetid,
+    ServerFile, register::WithoutFsetid,
 };
 use fuser::{INodeNo, KernelConfig};
 use rustix::fs::{Mode, OFlags, StatVfsMountFlags};

@@ -9,25 +9,10 @@ use std::ptr::null;
 
 use fuse_backing::{FuseDevice, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::fuse::{Connection, Init};
 use crate::sandbox::Sandbox;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "backing_open_arguments",
-        Needs::Passthrough,
-        backing_open_arguments,
-    ),
-    (
-        "backing_close_arguments",
-        Needs::Passthrough,
-        backing_close_arguments,
-    ),
-    ("clone_arguments", Needs::Nothing, clone_arguments),
-    ("not_a_fuse_device", Needs::Nothing, not_a_fuse_device),
-];
 
 #[repr(C)]
 struct Map {
@@ -44,6 +29,7 @@ fn ioctl<T>(device: BorrowedFd<'_>, request: u32, argument: *const T) -> Result<
     }
 }
 
+#[apply(needs_passthrough)]
 fn backing_open_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -86,6 +72,7 @@ fn backing_open_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn backing_close_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -106,6 +93,7 @@ fn backing_close_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What `clone_connection` cannot run into, since it attaches a device that it has just opened.
+#[apply(needs_nothing)]
 fn clone_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let device = connection.device();
@@ -128,6 +116,7 @@ fn clone_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What `FuseDevice::new` saves its users from taking for an old kernel.
+#[apply(needs_nothing)]
 fn not_a_fuse_device(_: &Sandbox) -> Result<(), Failed> {
     let null = std::fs::File::open("/dev/null")?;
     let map = Map {

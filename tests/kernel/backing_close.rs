@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use fuse_backing::error::{BackingError, NotPermitted, Scope};
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenReply,
-    ServerFile, uapi,
+    Access, BackingFile, BackingId, BackingTable, FopenFlags, FuseDevice, OpenReply, ServerFile,
+    error::Errno, uapi,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::client::{self, Client, Role};
 use crate::expect;
@@ -19,78 +20,6 @@ use crate::fuse::{Connection, Init, Node};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::{apart, without_cap_sys_admin};
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    ("frees_the_file", Needs::Passthrough, frees_the_file),
-    ("unknown_id", Needs::Passthrough, unknown_id),
-    (
-        "device_not_attached",
-        Needs::Passthrough,
-        device_not_attached,
-    ),
-    ("without_capability", Needs::Passthrough, without_capability),
-    ("after_abort", Needs::Passthrough, after_abort),
-    ("after_unmount", Needs::Passthrough, after_unmount),
-    ("forged_errors", Needs::Passthrough, forged_errors),
-    (
-        "misuse_dropped_id_leaks",
-        Needs::Passthrough,
-        misuse_dropped_id_leaks,
-    ),
-    ("misuse_forged_id", Needs::Passthrough, misuse_forged_id),
-    (
-        "misuse_other_connection",
-        Needs::Passthrough,
-        misuse_other_connection,
-    ),
-    (
-        "misuse_closed_twice",
-        Needs::Passthrough,
-        misuse_closed_twice,
-    ),
-    (
-        "misuse_closed_after_fork",
-        Needs::Passthrough,
-        misuse_closed_after_fork,
-    ),
-    (
-        "misuse_released_after_fork",
-        Needs::Passthrough,
-        misuse_released_after_fork,
-    ),
-    (
-        "guard_closes_on_drop",
-        Needs::Passthrough,
-        guard_closes_on_drop,
-    ),
-    ("guard_in_an_arc", Needs::Passthrough, guard_in_an_arc),
-    (
-        "guard_close_reports",
-        Needs::Passthrough,
-        guard_close_reports,
-    ),
-    (
-        "guard_drop_without_capability_leaks",
-        Needs::Passthrough,
-        guard_drop_without_capability_leaks,
-    ),
-    (
-        "guard_to_id_and_back",
-        Needs::Passthrough,
-        guard_to_id_and_back,
-    ),
-    (
-        "guard_keeps_to_its_device",
-        Needs::Passthrough,
-        guard_keeps_to_its_device,
-    ),
-    (
-        "errors_become_io_errors",
-        Needs::Passthrough,
-        errors_become_io_errors,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("close-after-fork", close_after_fork),
@@ -111,6 +40,7 @@ fn id(raw: i32) -> BackingId {
     BackingId::from_raw(raw).expect("positive")
 }
 
+#[apply(needs_passthrough)]
 fn frees_the_file(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
@@ -119,6 +49,7 @@ fn frees_the_file(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn unknown_id(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     for raw in [1, 77, i32::MAX] {
@@ -133,6 +64,7 @@ fn unknown_id(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let failed = FuseDevice::open()?.backing_close(id(1)).unwrap_err();
     expect::assert_unattached(failed.errno());
@@ -157,6 +89,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
@@ -175,6 +108,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn after_abort(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
@@ -184,6 +118,7 @@ fn after_abort(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let id = connection.device().backing_open(tmpfs.file("file", "")?)?;
@@ -193,6 +128,7 @@ fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     let device = connection.device();
@@ -233,6 +169,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What `#[must_use]` warns of. Only the end of the connection frees the file.
+#[apply(needs_passthrough)]
 fn misuse_dropped_id_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     drop(connection.device().backing_open(tmpfs.file("file", "")?)?);
@@ -247,6 +184,7 @@ fn misuse_dropped_id_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn misuse_forged_id(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
@@ -259,6 +197,7 @@ fn misuse_forged_id(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Ids of all connections start at 1: the wrong device has such an id too.
+#[apply(needs_passthrough)]
 fn misuse_other_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     let (mine, tmpfs) = setup(sandbox)?;
     let (other, others_tmpfs) = setup(sandbox)?;
@@ -277,6 +216,7 @@ fn misuse_other_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn misuse_closed_twice(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     let device = connection.device();
@@ -288,6 +228,7 @@ fn misuse_closed_twice(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The child's copy of the id and the parent's name one registration.
+#[apply(needs_passthrough)]
 fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     let device = connection.device().as_fd().try_clone_to_owned()?;
@@ -324,6 +265,7 @@ fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> 
 
 /// The same of an `OpenFile`: if the child drops its copy, the parent answers with an id that is closed. If
 /// it merely exits, nothing is.
+#[apply(needs_passthrough)]
 fn misuse_released_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let node = Node {
@@ -415,6 +357,7 @@ fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Err
     ))
 }
 
+#[apply(needs_passthrough)]
 fn guard_closes_on_drop(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
@@ -425,6 +368,7 @@ fn guard_closes_on_drop(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// As a server keeps it: beyond the function that has the device, and sent to another thread.
+#[apply(needs_passthrough)]
 fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let guard = {
@@ -438,6 +382,7 @@ fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
@@ -482,6 +427,7 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Documented: a destructor has nobody to tell.
+#[apply(needs_passthrough)]
 fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();
@@ -494,6 +440,7 @@ fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> 
 }
 
 /// It closes where it opened, and not where another file has the same id.
+#[apply(needs_passthrough)]
 fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let (mine, tmpfs) = setup(sandbox)?;
     let (other, others_tmpfs) = setup(sandbox)?;
@@ -509,6 +456,7 @@ fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// As an `io::Error`, for a log: why, and nothing that borrows the device.
+#[apply(needs_passthrough)]
 fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
     let device = connection.device();
@@ -520,6 +468,7 @@ fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn guard_to_id_and_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
     let device = connection.device();

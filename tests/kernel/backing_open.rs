@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fuse_backing::error::{BackingError, DeviceError, FileType, NotPermitted, Scope};
-use fuse_backing::{BackingId, DeviceFd, Errno, FopenFlags, FuseDevice, OpenReply, uapi};
+use fuse_backing::{BackingId, DeviceFd, FopenFlags, FuseDevice, OpenReply, error::Errno, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, memfd_create, mknodat, open};
 use rustix::mount::{MountFlags, mount};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -21,74 +22,6 @@ use crate::fuse::{Connection, Init, Node};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::{apart, without_cap_sys_admin};
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "device_not_attached",
-        Needs::Passthrough,
-        device_not_attached,
-    ),
-    ("init_not_answered", Needs::Passthrough, init_not_answered),
-    (
-        "negotiations_ignored_silently",
-        Needs::Passthrough,
-        negotiations_ignored_silently,
-    ),
-    (
-        "negotiations_accepted",
-        Needs::Passthrough,
-        negotiations_accepted,
-    ),
-    ("regular_files", Needs::Passthrough, regular_files),
-    ("other_files", Needs::Passthrough, other_files),
-    ("procfs", Needs::Passthrough, procfs),
-    ("overlayfs", Needs::Passthrough, overlayfs),
-    (
-        "files_of_other_fuse_mounts",
-        Needs::Passthrough,
-        files_of_other_fuse_mounts,
-    ),
-    ("without_capability", Needs::Passthrough, without_capability),
-    (
-        "in_a_user_namespace",
-        Needs::Passthrough,
-        in_a_user_namespace,
-    ),
-    ("after_abort", Needs::Passthrough, after_abort),
-    ("after_unmount", Needs::Passthrough, after_unmount),
-    ("ids_are_cyclic", Needs::Passthrough, ids_are_cyclic),
-    (
-        "hundred_thousand_ids",
-        Needs::Passthrough,
-        hundred_thousand_ids,
-    ),
-    (
-        "fd_may_be_closed_at_once",
-        Needs::Passthrough,
-        fd_may_be_closed_at_once,
-    ),
-    (
-        "failures_register_nothing",
-        Needs::Passthrough,
-        failures_register_nothing,
-    ),
-    ("closed_fd", Needs::Passthrough, closed_fd),
-    ("closed_device", Needs::Passthrough, closed_device),
-    ("without_proc", Needs::Passthrough, without_proc),
-    ("read_only_device", Needs::Passthrough, read_only_device),
-    (
-        "denied_in_synchronous_init",
-        Needs::SyncInit,
-        denied_in_synchronous_init,
-    ),
-    ("forged_errors", Needs::Passthrough, forged_errors),
-    (
-        "forged_success_without_id",
-        Needs::Passthrough,
-        forged_success_without_id,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("register-in-user-namespace", register_in_user_namespace),
@@ -128,6 +61,7 @@ fn assert_not_negotiated(error: Option<BackingError>) {
     );
 }
 
+#[apply(needs_passthrough)]
 fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     let refused = error(&device, tempfile::tempfile()?).expect("refused");
@@ -149,12 +83,14 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn init_not_answered(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::unanswered(sandbox, FuseDevice::open()?.into_inner())?;
     assert_not_negotiated(error(&connection.device(), tempfile::tempfile()?));
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn negotiations_ignored_silently(sandbox: &Sandbox) -> Result<(), Failed> {
     use uapi::{FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_WRITEBACK_CACHE};
     for (flags, max_stack_depth) in [
@@ -177,6 +113,7 @@ fn negotiations_ignored_silently(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn negotiations_accepted(sandbox: &Sandbox) -> Result<(), Failed> {
     for depth in [1, 2] {
         let connection = Connection::mount(sandbox, Init::passthrough(depth))?;
@@ -188,6 +125,7 @@ fn negotiations_accepted(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn regular_files(sandbox: &Sandbox) -> Result<(), Failed> {
     // 2, because the machine's scratch filesystem may be an overlay.
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
@@ -234,6 +172,7 @@ fn regular_files(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();
@@ -318,6 +257,7 @@ fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
 const TOO_DEEP: (&str, Errno, Scope) = ("StackedTooDeep", Errno::LOOP, Scope::File);
 
 /// procfs counts as stacked as deep as can be, so that nothing is stacked on it.
+#[apply(needs_passthrough)]
 fn procfs(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let (debug, errno, scope) = TOO_DEEP;
@@ -330,6 +270,7 @@ fn procfs(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn overlayfs(sandbox: &Sandbox) -> Result<(), Failed> {
     if !expect::overlayfs() {
         return assert_no_overlayfs(sandbox);
@@ -391,6 +332,7 @@ pub fn overlay(
 }
 
 /// A plain FUSE mount is no stack; one with passthrough is as deep as it negotiated.
+#[apply(needs_passthrough)]
 fn files_of_other_fuse_mounts(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let lower = |init| {
@@ -423,6 +365,7 @@ fn files_of_other_fuse_mounts(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -447,6 +390,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Root in there, all capabilities, and not enough.
+#[apply(needs_passthrough)]
 fn in_a_user_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device().as_fd().try_clone_to_owned()?;
@@ -471,6 +415,7 @@ fn register_in_user_namespace(_: &[String]) -> Result<String, Box<dyn std::error
     Ok(format!("{capable} {:?}", error(&device, file)))
 }
 
+#[apply(needs_passthrough)]
 fn after_abort(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     connection.abort()?;
@@ -478,6 +423,7 @@ fn after_abort(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     connection.unmount()?;
@@ -486,6 +432,7 @@ fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// A closed id is not handed out again soon, so that a late close or reply hits nobody else's.
+#[apply(needs_passthrough)]
 fn ids_are_cyclic(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -498,6 +445,7 @@ fn ids_are_cyclic(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn hundred_thousand_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", "content")?;
@@ -516,6 +464,7 @@ fn hundred_thousand_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn fd_may_be_closed_at_once(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -528,6 +477,7 @@ fn fd_may_be_closed_at_once(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn failures_register_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", "content")?;
@@ -560,6 +510,7 @@ impl AsFd for Closed {
     }
 }
 
+#[apply(needs_passthrough)]
 fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     assert_error(
@@ -572,6 +523,7 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// A device that is closed behind its handle's back: the backing file is not to blame for `EBADF`.
+#[apply(needs_passthrough)]
 fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let never_open = FuseDevice::new(Closed.as_fd()).unwrap_err();
     assert_eq!(
@@ -613,6 +565,7 @@ fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error:
 }
 
 /// Where the user namespace cannot be told, nothing is ruled out.
+#[apply(needs_passthrough)]
 fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let device = connection.device().as_fd().try_clone_to_owned()?;
@@ -638,6 +591,7 @@ fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Err
 }
 
 /// Whether a device is attached is asked by a write, which a read-only fd does not allow.
+#[apply(needs_passthrough)]
 fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
     let undetermined = BackingError::NotPermitted(NotPermitted::Undetermined);
     let device = FuseDevice::new(File::open("/dev/fuse")?)?;
@@ -649,6 +603,7 @@ fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
 
 /// A policy that denies the ioctl before the driver sees it, on a device whose reads block: finding
 /// out why does not.
+#[apply(needs_sync_init)]
 fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     device.sync_init()?;
@@ -666,6 +621,7 @@ fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Causes that this kernel does not have, or not on request.
+#[apply(needs_passthrough)]
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     const OPEN: u32 = uapi::FUSE_DEV_IOC_BACKING_OPEN;
     const CLOSE: u32 = uapi::FUSE_DEV_IOC_BACKING_CLOSE;
@@ -776,6 +732,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// No backing id is 0 or negative, and one that is made of it would be sent to the kernel in a reply.
 /// Between -4095 and -1 it is an errno.
+#[apply(needs_passthrough)]
 fn forged_success_without_id(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();

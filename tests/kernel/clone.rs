@@ -1,27 +1,17 @@
 //! `FUSE_DEV_IOC_CLONE`: further fds of one connection.
 
 use fuse_backing::error::{DeviceError, Scope};
-use fuse_backing::{Errno, FuseDevice, uapi};
+use fuse_backing::{FuseDevice, error::Errno, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::expect;
 use crate::fuse::{Connection, Init};
 use crate::sandbox::Sandbox;
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
-use crate::{Needs, Test};
 
-pub const TESTS: &[Test] = &[
-    ("device_not_attached", Needs::Nothing, device_not_attached),
-    ("shares_ids", Needs::Passthrough, shares_ids),
-    (
-        "keeps_the_connection",
-        Needs::Passthrough,
-        keeps_the_connection,
-    ),
-    ("forged_errors", Needs::Nothing, forged_errors),
-];
-
+#[apply(needs_nothing)]
 fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     let failed = FuseDevice::open()?.clone_connection().unwrap_err();
     expect::assert_clone_unattached(failed.errno());
@@ -40,6 +30,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn shares_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -55,6 +46,7 @@ fn shares_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn keeps_the_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -73,6 +65,7 @@ fn keeps_the_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_nothing)]
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let device = connection.device();

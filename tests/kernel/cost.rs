@@ -4,22 +4,13 @@ use std::hint::black_box;
 
 use fuse_backing::{Access, BackingFile, DeviceFd, FuseDevice, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::alloc;
 use crate::client::Role;
 use crate::fuse::{Connection, Init, mounted};
 use crate::sandbox::Sandbox;
 use crate::trace;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "one_system_call_each",
-        Needs::Passthrough,
-        one_system_call_each,
-    ),
-    ("no_allocation", Needs::Passthrough, no_allocation),
-];
 
 pub const ROLES: &[(&str, Role)] = &[("open-and-close", open_and_close)];
 
@@ -42,6 +33,7 @@ fn open_and_close(args: &[String]) -> Result<String, Box<dyn std::error::Error>>
     Ok("done".into())
 }
 
+#[apply(needs_passthrough)]
 fn one_system_call_each(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let made = trace::calls_of("open-and-close", &[mountpoint.as_os_str()])?;
@@ -58,6 +50,7 @@ fn one_system_call_each(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn no_allocation(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();

@@ -7,8 +7,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use fuse_backing::error::{DeviceError, FileType, Scope};
-use fuse_backing::{DeviceFd, Errno, FuseDevice};
+use fuse_backing::{DeviceFd, FuseDevice, error::Errno};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{CWD, Mode, OFlags, makedev, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_bind};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -17,32 +18,10 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::client::{self, Role};
 use crate::fuse::{Connection, Init};
 use crate::sandbox::Sandbox;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    ("opens_the_node", Needs::Nothing, opens_the_node),
-    ("takes_each_holder", Needs::Passthrough, takes_each_holder),
-    (
-        "takes_a_node_elsewhere",
-        Needs::Nothing,
-        takes_a_node_elsewhere,
-    ),
-    (
-        "refuses_others_and_gives_them_back",
-        Needs::Nothing,
-        refuses_others_and_gives_them_back,
-    ),
-    ("refuses_o_path", Needs::Nothing, refuses_o_path),
-    ("converts", Needs::Nothing, converts),
-    (
-        "open_says_what_is_wrong",
-        Needs::Nothing,
-        open_says_what_is_wrong,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = &[("open-device-in-broken-dev", open_device_in_broken_dev)];
 
+#[apply(needs_nothing)]
 fn opens_the_node(_: &Sandbox) -> Result<(), Failed> {
     let fd = FuseDevice::open()?.into_inner();
     let flags = rustix::fs::fcntl_getfl(&fd)?;
@@ -51,6 +30,7 @@ fn opens_the_node(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn converts(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     let raw = device.as_raw_fd();
@@ -68,6 +48,7 @@ fn converts(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn takes_each_holder(sandbox: &Sandbox) -> Result<(), Failed> {
     fn register<Fd: DeviceFd>(holder: Fd) -> i32 {
         let device = FuseDevice::new(holder).expect("a FUSE device");
@@ -90,6 +71,7 @@ fn takes_each_holder(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn takes_a_node_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let node = sandbox.folder("dev")?.join("any-name");
     mknodat(
@@ -103,6 +85,7 @@ fn takes_a_node_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let folder = sandbox.folder("files")?;
     fs::write(folder.join("file"), "")?;
@@ -151,6 +134,7 @@ fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// It is 10:229, and every ioctl on it fails with EBADF.
+#[apply(needs_nothing)]
 fn refuses_o_path(_: &Sandbox) -> Result<(), Failed> {
     let fd = open("/dev/fuse", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let refused = FuseDevice::new(fd).unwrap_err();
@@ -161,6 +145,7 @@ fn refuses_o_path(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn open_says_what_is_wrong(_: &Sandbox) -> Result<(), Failed> {
     assert_eq!(client::run("open-device-in-broken-dev", &[])?, "ok");
     Ok(())

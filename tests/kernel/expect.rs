@@ -12,16 +12,14 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use fuse_backing::{Errno, uapi};
+use fuse_backing::{error::Errno, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::mount::{FsOpenFlags, fsopen};
 use rustix::system::uname;
 
 use crate::fuse::{Connection, Init, Offer};
 use crate::sandbox::Sandbox;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[("kernel_is_as_told", Needs::Told, kernel_is_as_told)];
 
 /// What a kernel has of passthrough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -279,6 +277,7 @@ fn assert_either(eperm: Word, errno: Errno) {
 }
 
 /// By what it shows, which is what the crate goes by.
+#[apply(needs_told)]
 fn kernel_is_as_told(_: &Sandbox) -> Result<(), Failed> {
     assert!(is_told());
     assert_eq!(support(), Support::offered());

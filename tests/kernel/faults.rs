@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use fuse_backing::error::{BackingError, DeviceError, NotPermitted, Scope, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile,
-    ServerFile, uapi,
+    Access, BackingFile, BackingId, BackingTable, FopenFlags, FuseDevice, OpenFile, ServerFile,
+    error::Errno, uapi,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -25,43 +26,6 @@ use crate::fuse::{Connection, Init, attach, handshake};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    ("failing_backing_open", Needs::FailNth, failing_backing_open),
-    (
-        "failing_backing_close",
-        Needs::FailNth,
-        failing_backing_close,
-    ),
-    ("failing_clone", Needs::FailNth, failing_clone),
-    ("failing_mount", Needs::FailNth, failing_mount),
-    (
-        "table_when_opens_fail",
-        Needs::Passthrough,
-        table_when_opens_fail,
-    ),
-    (
-        "table_when_closes_fail",
-        Needs::Passthrough,
-        table_when_closes_fail,
-    ),
-    (
-        "guard_when_closes_fail",
-        Needs::Passthrough,
-        guard_when_closes_fail,
-    ),
-    (
-        "id_that_is_live_elsewhere",
-        Needs::Passthrough,
-        id_that_is_live_elsewhere,
-    ),
-    (
-        "table_with_an_id_that_is_live_elsewhere",
-        Needs::Passthrough,
-        table_with_an_id_that_is_live_elsewhere,
-    ),
-];
 
 /// A walk that is longer than this goes in circles.
 const MANY: u32 = 2000;
@@ -148,6 +112,7 @@ fn expect_want(errno: Errno, scope: Scope) -> Result<(), Failed> {
     }
 }
 
+#[apply(needs_fail_nth)]
 fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -188,6 +153,7 @@ fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// It allocates nothing, so that memory can always be given back.
+#[apply(needs_fail_nth)]
 fn failing_backing_close(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -201,6 +167,7 @@ fn failing_backing_close(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Opening the device, and attaching it.
+#[apply(needs_fail_nth)]
 fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -230,6 +197,7 @@ fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// mount(2), and what the crate says of a device whose mount has failed.
+#[apply(needs_fail_nth)]
 fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
     let mountpoint = sandbox.folder("mnt")?;
@@ -310,6 +278,7 @@ fn with<T: Send>(ioctl: u32, forged: Forged, f: impl FnOnce() -> T + Send) -> T 
 }
 
 /// What passes is of the inode's opens, and forgotten with them.
+#[apply(needs_passthrough)]
 fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: Table = BackingTable::new(Arc::new(connection.device()));
@@ -362,6 +331,7 @@ const CLOSES: [(Errno, BackingError); 4] = [
 ];
 
 /// The id is kept, known, and closed when that is possible again.
+#[apply(needs_passthrough)]
 fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: Table = BackingTable::new(Arc::new(connection.device()));
@@ -382,6 +352,7 @@ fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The guard comes back, and closes when it is dropped.
+#[apply(needs_passthrough)]
 fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -399,6 +370,7 @@ fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// An id that somebody else has, for a file that is not registered at all: nobody can tell, but each
 /// is closed once, and the second of them is told.
+#[apply(needs_passthrough)]
 fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
@@ -422,6 +394,7 @@ fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// In a table: two inodes with one id are two registrations to it, of which one cannot be closed.
+#[apply(needs_passthrough)]
 fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: Table = BackingTable::new(Arc::new(connection.device()));

@@ -9,32 +9,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fuse_backing::error::{BackingError, NotPermitted, ServerReason};
 use fuse_backing::{
-    BackingId, BackingTable, Errno, FopenFlags, FuseDevice, Handle, Handles, ServerFile,
+    BackingId, BackingTable, FopenFlags, FuseDevice, Handle, Handles, ServerFile, error::Errno,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::client::{self, Client};
 use crate::fuse::{Connection, Init, Node};
 use crate::sandbox::Sandbox;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "attached_after_the_first_open",
-        Needs::Passthrough,
-        attached_after_the_first_open,
-    ),
-    (
-        "a_forgotten_stack_depth_is_told",
-        Needs::Passthrough,
-        a_forgotten_stack_depth_is_told,
-    ),
-    (
-        "adopted_opens_go_on",
-        Needs::Passthrough,
-        adopted_opens_go_on,
-    ),
-];
 
 const CONTENT: &str = "content";
 
@@ -112,6 +94,7 @@ impl Server {
     }
 }
 
+#[apply(needs_passthrough)]
 fn attached_after_the_first_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     tmpfs.file("backing", CONTENT)?;
@@ -130,6 +113,7 @@ fn attached_after_the_first_open(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// With fuser: `add_capabilities` without `set_max_stack_depth`. The kernel says nothing of it.
+#[apply(needs_passthrough)]
 fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     tmpfs.file("backing", CONTENT)?;
@@ -163,6 +147,7 @@ fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// A server that is restarted on its device fd, while a client has the file open.
+#[apply(needs_passthrough)]
 fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
     for adopts in [true, false] {
         let tmpfs = sandbox.tmpfs()?;

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use fuse_backing::error::{OpenError, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
-    ServerFile,
+    Access, BackingFile, BackingTable, FopenFlags, FuseDevice, OpenFile, OpenReply, ServerFile,
+    error::Errno,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::mount::{MountFlags, mount_remount};
@@ -29,55 +30,26 @@ use crate::fuse::{Connection, Init, Node, OpenAnswer, mounted};
 use crate::sandbox::{Sandbox, Tmpfs, patience_times};
 use crate::seccomp::refuse;
 use crate::thread::apart;
-use crate::{Needs, Test};
 
-pub const TESTS: &[Test] = &[
-    (
-        "table_holds_no_released_writer",
-        Needs::Passthrough,
-        |sandbox| held(sandbox, Registered::ByTable),
-    ),
-    (
-        "kept_fd_holds_no_released_writer",
-        Needs::Passthrough,
-        |sandbox| held(sandbox, Registered::Kept),
-    ),
-    (
-        "table_without_path_fd_holds_a_released_writer",
-        Needs::Passthrough,
-        |sandbox| held(sandbox, Registered::WithoutPath),
-    ),
-    (
-        "own_fd_holds_a_released_writer",
-        Needs::Passthrough,
-        |sandbox| held(sandbox, Registered::OwnFd),
-    ),
-    (
-        "path_fd_of_the_server_is_not_reopened",
-        Needs::Passthrough,
-        path_fd_of_the_server_is_not_reopened,
-    ),
-    (
-        "without_statx_nothing_is_registered",
-        Needs::Passthrough,
-        without_statx_nothing_is_registered,
-    ),
-    (
-        "a_refused_statx_is_of_its_thread",
-        Needs::Passthrough,
-        a_refused_statx_is_of_its_thread,
-    ),
-    (
-        "kept_fds_are_listed",
-        Needs::Passthrough,
-        kept_fds_are_listed,
-    ),
-    (
-        "kept_fds_are_accounted",
-        Needs::Passthrough,
-        kept_fds_are_accounted,
-    ),
-];
+#[apply(needs_passthrough)]
+fn table_holds_no_released_writer(sandbox: &Sandbox) -> Result<(), Failed> {
+    held(sandbox, Registered::ByTable)
+}
+
+#[apply(needs_passthrough)]
+fn kept_fd_holds_no_released_writer(sandbox: &Sandbox) -> Result<(), Failed> {
+    held(sandbox, Registered::Kept)
+}
+
+#[apply(needs_passthrough)]
+fn table_without_path_fd_holds_a_released_writer(sandbox: &Sandbox) -> Result<(), Failed> {
+    held(sandbox, Registered::WithoutPath)
+}
+
+#[apply(needs_passthrough)]
+fn own_fd_holds_a_released_writer(sandbox: &Sandbox) -> Result<(), Failed> {
+    held(sandbox, Registered::OwnFd)
+}
 
 pub const ROLES: &[(&str, Role)] = &[
     ("close-the-writer", close_the_writer),
@@ -385,6 +357,7 @@ fn without<T: Send>(call: c_long, errno: Errno, f: impl FnOnce() -> T + Send) ->
 
 /// For servers that have such an fd of every file that the kernel knows. The control: without it the
 /// server's own fd is registered.
+#[apply(needs_passthrough)]
 fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, table, tmpfs) = setup(sandbox)?;
     let file = tmpfs.file("file", "")?;
@@ -410,6 +383,7 @@ fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed
 const FSTAT_IS_STATX: bool = cfg!(any(target_pointer_width = "32", target_arch = "mips64"));
 
 /// It is not known then whether the file is append-only.
+#[apply(needs_passthrough)]
 fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, table, tmpfs) = setup(sandbox)?;
     let file = tmpfs.file("file", "")?;
@@ -452,6 +426,7 @@ fn refused_statx(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     ))
 }
 
+#[apply(needs_passthrough)]
 fn a_refused_statx_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let ended = client::run("refused-statx", &[mountpoint.as_os_str()])?;
@@ -476,6 +451,7 @@ fn fds_of(path: &Path) -> Result<Vec<OFlags>, Failed> {
     Ok(found)
 }
 
+#[apply(needs_passthrough)]
 fn kept_fds_are_listed(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, table, tmpfs) = setup(sandbox)?;
     let path = tmpfs.path().join("file");
@@ -504,6 +480,7 @@ fn kept_fds_are_listed(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn kept_fds_are_accounted(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _, tmpfs) = setup(sandbox)?;
     let by_path = path_only_files().to_string();

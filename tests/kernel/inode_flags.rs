@@ -24,10 +24,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use fuse_backing::error::{OpenError, ServerReason};
 use fuse_backing::{
-    Access, BackingFile, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
-    ServerFile,
+    Access, BackingFile, BackingTable, FopenFlags, FuseDevice, OpenFile, OpenReply, ServerFile,
+    error::Errno,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{
     IFlags, Mode, OFlags, XattrFlags, fcntl_getfl, fcntl_setfl, fsetxattr, ioctl_getflags,
     ioctl_setflags, open,
@@ -38,22 +39,7 @@ use crate::expect;
 use crate::ext4::{self, Ext4};
 use crate::fuse::{Connection, Init, Node, OpenAnswer};
 use crate::sandbox::{Sandbox, unmount_when_idle};
-use crate::{Needs, Test};
 use way::Way;
-
-pub const TESTS: &[Test] = &[
-    (
-        "table_serves_append_only",
-        Needs::Passthrough,
-        table_serves_append_only,
-    ),
-    (
-        "table_refuses_to_write_immutable",
-        Needs::Passthrough,
-        table_refuses_to_write_immutable,
-    ),
-    ("passthrough_itself", Needs::Passthrough, passthrough_itself),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("overwrite-protected", overwrite_protected),
@@ -346,6 +332,7 @@ fn on_each(
 }
 
 /// The client's writes come to the server, whose fd appends.
+#[apply(needs_passthrough)]
 fn table_serves_append_only(sandbox: &Sandbox) -> Result<(), Failed> {
     let reasons = [Some(ServerReason::AppendOnly), None];
     on_each(sandbox, |_, folder| {
@@ -380,6 +367,7 @@ fn idle_id_is_not_used_again(sandbox: &Sandbox, folder: &Path) -> Result<(), Fai
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn table_refuses_to_write_immutable(sandbox: &Sandbox) -> Result<(), Failed> {
     on_each(sandbox, |_, folder| {
         for (way, outcome) in with_table(sandbox, folder, Protection::Immutable, &[None])? {
@@ -419,6 +407,7 @@ fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
 }
 
 /// The control: the same files registered without the table, and granted without an fd of these rights.
+#[apply(needs_passthrough)]
 fn passthrough_itself(sandbox: &Sandbox) -> Result<(), Failed> {
     on_each(sandbox, |filesystem, folder| {
         let mut enforces = expect::inode_flags();

@@ -13,37 +13,44 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fuse_backing::{Errno, FopenFlags, OpenReply, uapi};
+use fuse_backing::{FopenFlags, OpenReply, error::Errno, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::client::{Client, Role, wait_for_parent};
 use crate::fuse::{self, Init, Node, watched};
 use crate::sandbox::{Sandbox, Tmpfs};
-use crate::{Needs, Test};
 
-pub const TESTS: &[Test] = &[
-    ("before_the_reply", Needs::Passthrough, |sandbox| {
-        before_the_reply(sandbox, End::Kill)
-    }),
-    ("while_open", Needs::Passthrough, |sandbox| {
-        while_open(sandbox, End::Kill)
-    }),
-    ("aborted_before_the_reply", Needs::Passthrough, |sandbox| {
-        before_the_reply(sandbox, End::Abort)
-    }),
-    ("aborted_while_open", Needs::Passthrough, |sandbox| {
-        while_open(sandbox, End::Abort)
-    }),
-    (
-        "unmounted_before_the_reply",
-        Needs::Passthrough,
-        |sandbox| before_the_reply(sandbox, End::Unmount),
-    ),
-    ("unmounted_while_open", Needs::Passthrough, |sandbox| {
-        while_open(sandbox, End::Unmount)
-    }),
-];
+#[apply(needs_passthrough)]
+fn before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_before_the_reply(sandbox, End::Kill)
+}
+
+#[apply(needs_passthrough)]
+fn while_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_while_open(sandbox, End::Kill)
+}
+
+#[apply(needs_passthrough)]
+fn aborted_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_before_the_reply(sandbox, End::Abort)
+}
+
+#[apply(needs_passthrough)]
+fn aborted_while_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_while_open(sandbox, End::Abort)
+}
+
+#[apply(needs_passthrough)]
+fn unmounted_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_before_the_reply(sandbox, End::Unmount)
+}
+
+#[apply(needs_passthrough)]
+fn unmounted_while_open(sandbox: &Sandbox) -> Result<(), Failed> {
+    ends_while_open(sandbox, End::Unmount)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("serve", serve), ("use", use_file)];
 
@@ -176,7 +183,7 @@ impl Place {
     }
 }
 
-fn before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
+fn ends_before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
     let mut place = asked(sandbox)?;
     assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "the control");
     let since = Instant::now();
@@ -203,7 +210,7 @@ fn before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
     place.nothing_is_left(end, since)
 }
 
-fn while_open(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
+fn ends_while_open(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
     let mut place = asked(sandbox)?;
     place.server()?.proceed()?;
     assert_eq!(place.client.line()?, "open");

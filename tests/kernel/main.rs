@@ -12,6 +12,39 @@
 )]
 #![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
 
+/// `#[apply(needs_passthrough)]` before a function makes it a test that needs [`Needs::Passthrough`]; likewise the others.
+macro_rules! needs {
+    ($needs:ident, $(#[$attribute:meta])* fn $name:ident $($rest:tt)*) => {
+        $(#[$attribute])*
+        fn $name $($rest)*
+
+        inventory::submit! {
+            crate::Test {
+                file: module_path!(),
+                line: line!(),
+                name: stringify!($name),
+                needs: crate::Needs::$needs,
+                run: $name,
+            }
+        }
+    };
+}
+macro_rules! needs_nothing {
+    ($($test:tt)*) => { needs!(Nothing, $($test)*); };
+}
+macro_rules! needs_passthrough {
+    ($($test:tt)*) => { needs!(Passthrough, $($test)*); };
+}
+macro_rules! needs_sync_init {
+    ($($test:tt)*) => { needs!(SyncInit, $($test)*); };
+}
+macro_rules! needs_fail_nth {
+    ($($test:tt)*) => { needs!(FailNth, $($test)*); };
+}
+macro_rules! needs_told {
+    ($($test:tt)*) => { needs!(Told, $($test)*); };
+}
+
 #[path = "../support/alloc.rs"]
 mod alloc;
 #[path = "../support/client.rs"]
@@ -62,8 +95,16 @@ use fuse::{Connection, Init};
 use mode::Mode;
 use sandbox::Sandbox;
 
-/// A test, by its name below the file's.
-pub type Test = (&'static str, Needs, fn(&Sandbox) -> Result<(), Failed>);
+/// A function with one of the attributes `needs_*`. Its module and its own name are the test's.
+pub struct Test {
+    file: &'static str,
+    line: u32,
+    name: &'static str,
+    needs: Needs,
+    run: fn(&Sandbox) -> Result<(), Failed>,
+}
+
+inventory::collect!(Test);
 
 /// What a kernel must have for a test to be meaningful.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,36 +138,14 @@ fn main() -> ExitCode {
         }
         eprintln!("{}", expect::summary());
     }
-    let tests = [
-        ("abi", abi::TESTS),
-        ("inode_flags", inode_flags::TESTS),
-        ("backing_close", backing_close::TESTS),
-        ("backing_open", backing_open::TESTS),
-        ("clone", clone::TESTS),
-        ("cost", cost::TESTS),
-        ("device", device::TESTS),
-        ("expect", expect::TESTS),
-        ("faults", faults::TESTS),
-        ("handles", handles::TESTS),
-        ("held", held::TESTS),
-        ("killed", killed::TESTS),
-        ("passthrough", passthrough::TESTS),
-        ("property", property::TESTS),
-        ("rights::by_access", rights::by_access::TESTS),
-        ("rights::lowered", rights::lowered::TESTS),
-        ("rights::thread", rights::thread::TESTS),
-        ("sync_init", sync_init::TESTS),
-        ("table", table::TESTS),
-    ];
-    let mut trials = Vec::new();
-    for (file, tests) in tests {
-        let tests = tests.iter().filter(|test| match test.1 {
-            Needs::FailNth => expect::fail_nth(),
-            Needs::Told => expect::is_told(),
-            Needs::Nothing | Needs::Passthrough | Needs::SyncInit => true,
-        });
-        trials.extend(tests.map(|test| trial(mode, &ready, file, *test)));
-    }
+    let mut tests: Vec<_> = inventory::iter::<Test>().collect();
+    tests.sort_by_key(|test| (test.file, test.line));
+    tests.retain(|test| match test.needs {
+        Needs::FailNth => expect::fail_nth(),
+        Needs::Told => expect::is_told(),
+        Needs::Nothing | Needs::Passthrough | Needs::SyncInit => true,
+    });
+    let trials = tests.iter().map(|test| trial(mode, &ready, test)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     sandbox::leave();
     if sandbox::hung() {
@@ -154,18 +173,18 @@ fn roles() -> Vec<(&'static str, client::Role)> {
     .concat()
 }
 
-fn trial(mode: Mode, ready: &Result<(), String>, file: &str, test: Test) -> Trial {
-    let (name, needs, run) = test;
-    let name = format!("{file}::{name}");
+fn trial(mode: Mode, ready: &Result<(), String>, test: &'static Test) -> Trial {
+    let file = test.file.strip_prefix("kernel::").unwrap_or(test.file);
+    let name = format!("{file}::{}", test.name);
     mode.trial(&name.clone(), ready, move || {
         let sandbox = Sandbox::new(&name)?;
         let support = expect::support();
-        match needs {
+        match test.needs {
             Needs::Passthrough | Needs::FailNth if support != Support::Present => {
                 assert_absent(&sandbox, support)
             }
             Needs::SyncInit if !expect::sync_init() => sync_init::assert_absent(),
-            _ => run(&sandbox),
+            _ => (test.run)(&sandbox),
         }
     })
 }

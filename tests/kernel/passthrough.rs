@@ -11,99 +11,16 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use fuse_backing::error::ServerReason;
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile,
-    OpenReply, ServerFile, uapi,
+    Access, BackingFile, BackingId, BackingTable, FopenFlags, FuseDevice, OpenFile, OpenReply,
+    ServerFile, error::Errno, uapi,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{Mode, OFlags, open};
 
 use crate::client::{self, Client, Role, wait_for_parent};
 use crate::fuse::{Connection, Init, Node, OpenAnswer};
 use crate::sandbox::{Sandbox, Tmpfs};
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "reads_and_writes_pass_the_server_by",
-        Needs::Passthrough,
-        reads_and_writes_pass_the_server_by,
-    ),
-    (
-        "direct_io_comes_to_the_server",
-        Needs::Passthrough,
-        direct_io_comes_to_the_server,
-    ),
-    (
-        "server_reply_is_plain_fuse",
-        Needs::Passthrough,
-        server_reply_is_plain_fuse,
-    ),
-    (
-        "writes_ask_for_capabilities",
-        Needs::Passthrough,
-        writes_ask_for_capabilities,
-    ),
-    (
-        "access_mode_is_ignored",
-        Needs::Passthrough,
-        access_mode_is_ignored,
-    ),
-    (
-        "access_is_held_against_the_client",
-        Needs::Passthrough,
-        access_is_held_against_the_client,
-    ),
-    (
-        "read_only_mount_does_stop_writes",
-        Needs::Passthrough,
-        read_only_mount_does_stop_writes,
-    ),
-    (
-        "flags_that_the_kernel_refuses",
-        Needs::Passthrough,
-        flags_that_the_kernel_refuses,
-    ),
-    (
-        "id_closed_before_the_reply",
-        Needs::Passthrough,
-        id_closed_before_the_reply,
-    ),
-    (
-        "id_closed_while_files_are_open",
-        Needs::Passthrough,
-        id_closed_while_files_are_open,
-    ),
-    (
-        "second_id_for_an_open_inode",
-        Needs::Passthrough,
-        second_id_for_an_open_inode,
-    ),
-    (
-        "passthrough_while_open_in_server_mode",
-        Needs::Passthrough,
-        passthrough_while_open_in_server_mode,
-    ),
-    (
-        "server_mode_while_open_in_passthrough",
-        Needs::Passthrough,
-        server_mode_while_open_in_passthrough,
-    ),
-    (
-        "passthrough_after_direct_file_was_mapped",
-        Needs::Passthrough,
-        passthrough_after_direct_file_was_mapped,
-    ),
-    (
-        "direct_file_cannot_be_mapped_while_open_in_passthrough",
-        Needs::Passthrough,
-        direct_file_cannot_be_mapped_while_open_in_passthrough,
-    ),
-    (
-        "table_keeps_to_server_mode_after_direct_io",
-        Needs::Passthrough,
-        table_keeps_to_server_mode_after_direct_io,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("read", read),
@@ -272,6 +189,7 @@ fn backing_content(tmpfs: &Tmpfs) -> Result<String, Failed> {
 }
 
 /// The main job: a guard for each inode, checked replies, no READ and no WRITE.
+#[apply(needs_passthrough)]
 fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
@@ -315,6 +233,7 @@ fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> 
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let checked = |id: i32, flags| {
@@ -331,6 +250,7 @@ fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The control of `reads_and_writes_pass_the_server_by`: that READs are counted.
+#[apply(needs_passthrough)]
 fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer: Arc<Answer> = Arc::new(|_, fh, _| {
@@ -347,6 +267,7 @@ fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// The kernel wants to know of each write whether it takes capabilities from the file, until the server
 /// says that it has no extended attributes.
+#[apply(needs_passthrough)]
 fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
     const WRITES: &str = "WHAT";
     for (has_xattrs, expected) in [(true, WRITES.len() as u64), (false, 1)] {
@@ -367,6 +288,7 @@ fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// What happens without the check: a client writes through a registration that the server made with
 /// a read-only fd, or with one that cannot even be read.
+#[apply(needs_passthrough)]
 fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
     for flags in [OFlags::RDONLY, OFlags::PATH] {
         let tmpfs = sandbox.tmpfs()?;
@@ -382,6 +304,7 @@ fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The same server with the check.
+#[apply(needs_passthrough)]
 fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
@@ -404,6 +327,7 @@ fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
 
 /// What the README recommends to whoever cannot trust every reply: a file opened through a detached
 /// read-only clone of its mount.
+#[apply(needs_passthrough)]
 #[allow(unsafe_code)]
 fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -458,6 +382,7 @@ fn read_only(tree: &OwnedFd) {
 
 /// The control of `OpenError::FlagsNotAllowed`: with each of them the client gets EIO, and with
 /// each that is allowed it does not.
+#[apply(needs_passthrough)]
 fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
     for bit in 0..32 {
         let flag = 1 << bit;
@@ -481,6 +406,7 @@ fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What the borrow in `OpenReply` rules out.
+#[apply(needs_passthrough)]
 fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
@@ -500,6 +426,7 @@ fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Files that are open go on; a new open with the closed id fails.
+#[apply(needs_passthrough)]
 fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer = registered(&tmpfs.path().join("file"), OFlags::RDONLY, unchecked);
@@ -519,6 +446,7 @@ fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Why one `BackingFile` serves all opens of an inode.
+#[apply(needs_passthrough)]
 fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
@@ -575,6 +503,7 @@ fn reads(connection: &Connection) -> u64 {
 }
 
 /// The one mixture that the kernel accepts, after a plain `DIRECT_IO` open; not after a cached one.
+#[apply(needs_passthrough)]
 fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
@@ -612,6 +541,7 @@ fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed
 }
 
 /// The reverse order, which the kernel refuses in either server mode.
+#[apply(needs_passthrough)]
 fn server_mode_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
     for later in [DIRECT, CACHED] {
         let tmpfs = sandbox.tmpfs()?;
@@ -638,6 +568,7 @@ fn with_direct_mmap() -> Init {
 
 /// Why the table makes no use of the exception: a mapping puts the inode in cached mode, until the file
 /// that was mapped is released, and the server does not hear of it.
+#[apply(needs_passthrough)]
 fn passthrough_after_direct_file_was_mapped(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
@@ -656,6 +587,7 @@ fn passthrough_after_direct_file_was_mapped(sandbox: &Sandbox) -> Result<(), Fai
 }
 
 /// Nor can it be mapped then, though it goes on otherwise.
+#[apply(needs_passthrough)]
 fn direct_file_cannot_be_mapped_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let answer = first_and_later(&tmpfs, DIRECT, PASSTHROUGH);
@@ -672,6 +604,7 @@ fn direct_file_cannot_be_mapped_while_open_in_passthrough(sandbox: &Sandbox) -> 
 }
 
 /// All opens of an inode have one mode.
+#[apply(needs_passthrough)]
 fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), Failed> {
     type Opens = Mutex<Vec<OpenFile<Arc<Device>>>>;
     let tmpfs = sandbox.tmpfs()?;

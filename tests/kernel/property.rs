@@ -23,29 +23,15 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestError, TestRng, TestRunner};
 
 use crate::client::Role;
 use crate::expect::offer;
 use crate::sandbox::Sandbox;
-use crate::{Needs, Test};
 use sequence::{Case, Outcome, case, run};
 use world::{Sabotage, Tally};
-
-pub const TESTS: &[Test] = &[
-    ("no_client_sees_eio", Needs::Passthrough, no_client_sees_eio),
-    (
-        "no_client_sees_eio_at_tight_limits",
-        Needs::Passthrough,
-        no_client_sees_eio_at_tight_limits,
-    ),
-    (
-        "broken_rules_give_eio",
-        Needs::Passthrough,
-        broken_rules_give_eio,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = client::ROLES;
 
@@ -96,10 +82,12 @@ fn failed(failed: Failed) -> Wrong {
     Wrong::Rule(failed.message().unwrap_or("failed").to_owned())
 }
 
+#[apply(needs_passthrough)]
 fn no_client_sees_eio(_: &Sandbox) -> Result<(), Failed> {
     property(false, EXPECTED)
 }
 
+#[apply(needs_passthrough)]
 fn no_client_sees_eio_at_tight_limits(_: &Sandbox) -> Result<(), Failed> {
     property(true, EXPECTED_WHEN_TIGHT)
 }
@@ -194,6 +182,7 @@ fn property(tight: bool, expected: &[&str]) -> Result<(), Failed> {
 }
 
 /// The control: whatever is said above of `EIO` would be said of a kernel that accepts everything.
+#[apply(needs_passthrough)]
 fn broken_rules_give_eio(_: &Sandbox) -> Result<(), Failed> {
     const ENOUGH: usize = 5;
     const SEQUENCES: usize = 100;

@@ -17,7 +17,8 @@ use std::sync::{Arc, Mutex};
 use fuse_backing::error::{BackingCloseError, BackingError};
 use fuse_backing::rights::CapabilitySet;
 use fuse_backing::{
-    Access, BackingId, Errno, FopenFlags, FuseDevice, InCallingThread, OpenReply, Register, uapi,
+    Access, BackingId, FopenFlags, FuseDevice, OpenReply, Register, error::Errno,
+    register::InCallingThread, uapi,
 };
 use libtest_mimic::Failed;
 use rustix::thread::{CapabilitySets, capabilities};

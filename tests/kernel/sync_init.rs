@@ -8,8 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fuse_backing::error::{DeviceError, Scope};
-use fuse_backing::{Errno, FuseDevice, uapi};
+use fuse_backing::{FuseDevice, error::Errno, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
 use crate::client::{self, Role};
 use crate::expect;
@@ -17,22 +18,6 @@ use crate::fuse::{Connection, Init, attach, connection_number};
 use crate::sandbox::{Sandbox, mounted_connections, patience_times};
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "mount_waits_for_init",
-        Needs::SyncInit,
-        mount_waits_for_init,
-    ),
-    ("already_attached", Needs::SyncInit, already_attached),
-    (
-        "backing_open_waits_for_mount",
-        Needs::SyncInit,
-        backing_open_waits_for_mount,
-    ),
-    ("forged_errors", Needs::Nothing, forged_errors),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("mount-synchronously", mount_synchronously),
@@ -50,6 +35,7 @@ pub fn assert_absent() -> Result<(), Failed> {
 
 /// Without an answer to INIT mount(2) does not return. The control is
 /// `backing_open::init_not_answered`, where it does.
+#[apply(needs_sync_init)]
 fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let mut child = client::Client::start("mount-synchronously", &[mountpoint.as_os_str()])?;
@@ -113,6 +99,7 @@ fn mount_synchronously(args: &[String]) -> Result<String, Box<dyn std::error::Er
     Ok("mounted".into())
 }
 
+#[apply(needs_sync_init)]
 fn already_attached(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
     let refused = connection.device().sync_init().unwrap_err();
@@ -125,6 +112,7 @@ fn already_attached(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// In a child, because it would wait forever: a signal ends it.
+#[apply(needs_sync_init)]
 fn backing_open_waits_for_mount(_: &Sandbox) -> Result<(), Failed> {
     let result = client::run("register-before-mount", &[])?;
     assert_eq!(result, "waited: true, Interrupted Transient");
@@ -152,6 +140,7 @@ fn register_before_mount(_: &[String]) -> Result<String, Box<dyn std::error::Err
     Ok(format!("waited: {waited}, {error:?} {:?}", error.scope()))
 }
 
+#[apply(needs_nothing)]
 fn forged_errors(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
     for (errno, error) in [

@@ -21,10 +21,11 @@ use fuse_backing::error::{
 };
 use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 use fuse_backing::{
-    Access, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, Handles, OpenFile, ServerFile,
-    uapi,
+    Access, BackingId, BackingTable, FopenFlags, FuseDevice, Handles, OpenFile, ServerFile,
+    error::Errno, uapi,
 };
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::OFlags;
 use rustix::process::{Resource, getrlimit};
 
@@ -35,108 +36,6 @@ use crate::fuse::{Connection, Init, Node, handshake, mounted};
 use crate::sandbox::{Sandbox, Tmpfs, patience_times};
 use crate::thread::{apart, without_cap_sys_admin};
 use crate::trace;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "negotiated_flags_work",
-        Needs::Passthrough,
-        negotiated_flags_work,
-    ),
-    (
-        "negotiate_needs_the_capability",
-        Needs::Passthrough,
-        negotiate_needs_the_capability,
-    ),
-    (
-        "one_id_for_all_opens",
-        Needs::Passthrough,
-        one_id_for_all_opens,
-    ),
-    (
-        "a_failure_is_of_its_inode",
-        Needs::Passthrough,
-        a_failure_is_of_its_inode,
-    ),
-    (
-        "a_refusal_is_remembered",
-        Needs::Passthrough,
-        a_refusal_is_remembered,
-    ),
-    (
-        "a_missing_capability_is_of_its_thread",
-        Needs::Passthrough,
-        a_missing_capability_is_of_its_thread,
-    ),
-    (
-        "access_widens_with_proof",
-        Needs::Passthrough,
-        access_widens_with_proof,
-    ),
-    (
-        "access_reaches_the_client",
-        Needs::Passthrough,
-        access_reaches_the_client,
-    ),
-    (
-        "truncation_is_not_passed_through",
-        Needs::Passthrough,
-        truncation_is_not_passed_through,
-    ),
-    ("another_file", Needs::Passthrough, another_file),
-    ("share_says_none", Needs::Passthrough, share_says_none),
-    (
-        "serve_keeps_to_the_mode",
-        Needs::Passthrough,
-        serve_keeps_to_the_mode,
-    ),
-    ("opens_beside_share", Needs::Passthrough, opens_beside_share),
-    ("opens_beside_list", Needs::Passthrough, opens_beside_list),
-    (
-        "opens_beside_trimming",
-        Needs::Passthrough,
-        opens_beside_trimming,
-    ),
-    (
-        "opens_beside_invalidate",
-        Needs::Passthrough,
-        opens_beside_invalidate,
-    ),
-    ("limit", Needs::Passthrough, limit),
-    ("idle_ids", Needs::Passthrough, idle_ids),
-    ("forget_detaches", Needs::Passthrough, forget_detaches),
-    ("invalidate", Needs::Passthrough, invalidate),
-    ("closes_that_fail", Needs::Passthrough, closes_that_fail),
-    (
-        "closed_behind_its_back",
-        Needs::Passthrough,
-        closed_behind_its_back,
-    ),
-    (
-        "dropped_before_its_files",
-        Needs::Passthrough,
-        dropped_before_its_files,
-    ),
-    (
-        "dropped_without_capability",
-        Needs::Passthrough,
-        dropped_without_capability,
-    ),
-    (
-        "released_without_capability_and_table",
-        Needs::Passthrough,
-        released_without_capability_and_table,
-    ),
-    ("listing", Needs::Passthrough, listing),
-    ("debug", Needs::Passthrough, debug),
-    ("panicking_keys", Needs::Passthrough, panicking_keys),
-    (
-        "share_costs_nothing",
-        Needs::Passthrough,
-        share_costs_nothing,
-    ),
-    ("a_million_inodes", Needs::Passthrough, a_million_inodes),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("share-and-release", share_and_release),
@@ -199,6 +98,7 @@ fn id(open: &OpenFile<Device>) -> Option<i32> {
 }
 
 /// What `negotiate` says turns passthrough on, as far as the kernel is asked.
+#[apply(needs_passthrough)]
 fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
     let offered = InitFlags::from_bits_retain(offer().flags);
     assert!(offered.contains(InitFlags::PASSTHROUGH | InitFlags::INIT_EXT));
@@ -242,6 +142,7 @@ fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The kernel offers it to servers that could register nothing.
+#[apply(needs_passthrough)]
 fn negotiate_needs_the_capability(_: &Sandbox) -> Result<(), Failed> {
     let connection = without_cap_sys_admin(|| {
         negotiate(InitFlags::all(), InitFlags::empty(), MaxStackDepth::One)
@@ -256,6 +157,7 @@ fn negotiate_needs_the_capability(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let first = setup.open(7);
@@ -286,6 +188,7 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// And lasts until it is released.
+#[apply(needs_passthrough)]
 fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let good = setup.file("1");
@@ -323,6 +226,7 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// One that concerns the connection, for every thread.
+#[apply(needs_passthrough)]
 fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::unanswered(sandbox, FuseDevice::open()?.into_inner())?;
     let setup = Setup::on(sandbox, connection)?;
@@ -350,6 +254,7 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Other inodes are none the worse for it, if another thread opens them.
+#[apply(needs_passthrough)]
 fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let error = BackingError::NotPermitted(NotPermitted::MissingCapability);
@@ -377,6 +282,7 @@ fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let both = setup.file("1");
@@ -462,6 +368,7 @@ fn serve(
 }
 
 /// The control is `passthrough::access_mode_is_ignored`, and the claim of too much below.
+#[apply(needs_passthrough)]
 fn access_reaches_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
@@ -504,6 +411,7 @@ fn truncate(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
 
 /// Why `O_TRUNC` asks nothing of a registration: where the kernel leaves it to the server, with
 /// `FUSE_ATOMIC_O_TRUNC`, opening the backing file again does not truncate it.
+#[apply(needs_passthrough)]
 fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
     const FUSE_ATOMIC_O_TRUNC: u64 = 1 << 3;
     let tmpfs = sandbox.tmpfs()?;
@@ -519,6 +427,7 @@ fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let other = setup.file("other");
@@ -543,6 +452,7 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn share_says_none(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     assert!(setup.table.share(&1, RDONLY).is_none(), "not registered");
@@ -564,6 +474,7 @@ fn share_says_none(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn serve_keeps_to_the_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let served = setup.table.serve(&1).ok_or("nobody has it open")?;
@@ -583,6 +494,7 @@ fn serve_keeps_to_the_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let soft = getrlimit(Resource::Nofile).current.ok_or("a soft limit")?;
@@ -624,6 +536,7 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn opens_beside_share(sandbox: &Sandbox) -> Result<(), Failed> {
     // It asks to write, which no open is granted.
     sequential_opens(sandbox, |table| {
@@ -631,6 +544,7 @@ fn opens_beside_share(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
+#[apply(needs_passthrough)]
 fn opens_beside_list(sandbox: &Sandbox) -> Result<(), Failed> {
     sequential_opens(sandbox, |table| {
         for entry in &table.list() {
@@ -639,6 +553,7 @@ fn opens_beside_list(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
+#[apply(needs_passthrough)]
 fn opens_beside_trimming(sandbox: &Sandbox) -> Result<(), Failed> {
     sequential_opens(sandbox, |table| {
         table.set_idle_limit(0);
@@ -646,6 +561,7 @@ fn opens_beside_trimming(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
+#[apply(needs_passthrough)]
 fn opens_beside_invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     sequential_opens(sandbox, |table| {
         // It may well meet an open.
@@ -731,6 +647,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
     setup.tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     setup.table.set_idle_limit(2);
@@ -754,6 +671,7 @@ fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let old = setup.open(1);
@@ -794,6 +712,7 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     setup.table.set_idle_limit(1);
@@ -814,6 +733,7 @@ fn invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let cause = BackingError::NotPermitted(NotPermitted::MissingCapability);
@@ -856,6 +776,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Somebody closes a raw id that is the table's: nothing is left to be closed, and it is counted.
+#[apply(needs_passthrough)]
 fn closed_behind_its_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let open = setup.open(1);
@@ -869,6 +790,7 @@ fn closed_behind_its_back(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn dropped_before_its_files(sandbox: &Sandbox) -> Result<(), Failed> {
     let Setup {
         table,
@@ -893,6 +815,7 @@ fn dropped_before_its_files(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Ids that cannot be closed do not keep the device, and so the connection ends and closes them.
+#[apply(needs_passthrough)]
 fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let Setup {
         table,
@@ -908,6 +831,7 @@ fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// As `dropped_without_capability`, for what is released when the table is gone.
+#[apply(needs_passthrough)]
 fn released_without_capability_and_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let Setup {
         table,
@@ -922,6 +846,7 @@ fn released_without_capability_and_table(sandbox: &Sandbox) -> Result<(), Failed
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
     use std::os::unix::fs::MetadataExt;
     let started = Instant::now();
@@ -993,6 +918,7 @@ fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// For a log: figures and modes, no addresses and no device.
+#[apply(needs_passthrough)]
 fn debug(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let (open, served) = (setup.open(1), setup.table.serve(&2).ok_or("free")?);
@@ -1027,6 +953,7 @@ impl Hash for Key {
     }
 }
 
+#[apply(needs_passthrough)]
 fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: BackingTable<Device, Key> = BackingTable::new(Arc::new(connection.device()));
@@ -1089,6 +1016,7 @@ fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Erro
     Ok("done".into())
 }
 
+#[apply(needs_passthrough)]
 fn share_costs_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let made = trace::calls_of("share-and-release", &[mountpoint.as_os_str()])?;
@@ -1105,6 +1033,7 @@ fn share_costs_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What they cost in memory, and how much slower it is to open and release one more.
+#[apply(needs_passthrough)]
 fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     const FEW: u64 = 1_000;
     const ROUNDS: u64 = 51;

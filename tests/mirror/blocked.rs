@@ -10,31 +10,37 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::ask::{Asked, ask_all};
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
 use crate::identity::drop_caches;
+use crate::program;
 use crate::sandbox::{Sandbox, patience_times};
 use crate::server::{Mirror, Way, within};
-use crate::{Test, program};
 
-pub const TESTS: &[Test] = &[
-    ("two_leases", |name| {
-        leases(name, Way::Passthrough, 2)?;
-        leases(name, Way::Plain, 2)
-    }),
-    ("forty_leases", |name| leases(name, Way::Passthrough, 40)),
-    ("filesystem_that_is_stopped", |name| {
-        filesystem_that_hangs(name, End::Resumed)
-    }),
-    ("filesystem_that_is_aborted", |name| {
-        filesystem_that_hangs(name, End::Aborted)
-    }),
-    ("forgotten_after_a_hang", forgotten_after_a_hang),
-    ("releases_of_a_killed_client", releases_of_a_killed_client),
-];
+#[apply(test_case)]
+fn two_leases(name: &str) -> Result<(), Failed> {
+    leases(name, Way::Passthrough, 2)?;
+    leases(name, Way::Plain, 2)
+}
+
+#[apply(test_case)]
+fn forty_leases(name: &str) -> Result<(), Failed> {
+    leases(name, Way::Passthrough, 40)
+}
+
+#[apply(test_case)]
+fn filesystem_that_is_stopped(name: &str) -> Result<(), Failed> {
+    filesystem_that_hangs(name, End::Resumed)
+}
+
+#[apply(test_case)]
+fn filesystem_that_is_aborted(name: &str) -> Result<(), Failed> {
+    filesystem_that_hangs(name, End::Aborted)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("lease", lease), ("hold-files", hold_files)];
 
@@ -201,6 +207,7 @@ impl Hanging {
 }
 
 /// More threads than usual have served then, and wait for their turns again.
+#[apply(test_case)]
 fn forgotten_after_a_hang(name: &str) -> Result<(), Failed> {
     const COUNT: usize = 3_000;
     let hanging = Hanging::start(name, COUNT, Way::Passthrough)?;
@@ -248,6 +255,7 @@ fn hold_files(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// Its files can only be closed when the filesystem goes on. Others' are.
+#[apply(test_case)]
 fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let hanging = Hanging::start(name, 60, way)?;

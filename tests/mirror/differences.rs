@@ -8,9 +8,9 @@ use std::path::Path;
 use std::process::Command;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{FlockOperation, fcntl_lock, flock, fsync, inotify, syncfs};
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{self, Client, Role, wait_for_parent};
 use crate::place::describe;
@@ -19,14 +19,6 @@ use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 
 /// Those that show in more than one call.
-pub const TESTS: &[Test] = &[
-    ("locks_hold_on_one_side", locks_hold_on_one_side),
-    ("syncfs", syncfs_stays_in_the_kernel),
-    ("inotify", inotify_sees_one_side),
-    ("sockets", sockets_are_of_one_side),
-    ("limited_fds", limited_fds),
-];
-
 pub const ROLES: &[(&str, Role)] = &[
     ("lock", lock),
     ("sync", sync),
@@ -255,6 +247,7 @@ fn lock(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
+#[apply(test_case)]
 fn locks_hold_on_one_side(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
@@ -297,6 +290,7 @@ fn sync(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// The kernel asks no FUSE server to sync a filesystem, but virtiofs.
+#[apply(test_case)]
 fn syncfs_stays_in_the_kernel(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -338,6 +332,7 @@ fn watch(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
+#[apply(test_case)]
 fn inotify_sees_one_side(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -368,6 +363,7 @@ fn connect(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(connected.collect::<Vec<_>>().join(" "))
 }
 
+#[apply(test_case)]
 fn sockets_are_of_one_side(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -392,6 +388,7 @@ fn count(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// The server holds an fd of each file that the kernel knows.
+#[apply(test_case)]
 fn limited_fds(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;

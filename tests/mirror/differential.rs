@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::calls::{self, Section};
 use crate::client::{Client, Role};
@@ -17,16 +17,25 @@ use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 use crate::tree::{self, Detail};
 
-pub const TESTS: &[Test] = &[
-    ("tmpfs_passthrough", |name| {
-        all(name, Kind::Tmpfs, Way::Passthrough)
-    }),
-    ("tmpfs_plain", |name| all(name, Kind::Tmpfs, Way::Plain)),
-    ("scratch_passthrough", |name| {
-        all(name, Kind::Scratch, Way::Passthrough)
-    }),
-    ("scratch_plain", |name| all(name, Kind::Scratch, Way::Plain)),
-];
+#[apply(test_case)]
+fn tmpfs_passthrough(name: &str) -> Result<(), Failed> {
+    all(name, Kind::Tmpfs, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn tmpfs_plain(name: &str) -> Result<(), Failed> {
+    all(name, Kind::Tmpfs, Way::Plain)
+}
+
+#[apply(test_case)]
+fn scratch_passthrough(name: &str) -> Result<(), Failed> {
+    all(name, Kind::Scratch, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn scratch_plain(name: &str) -> Result<(), Failed> {
+    all(name, Kind::Scratch, Way::Plain)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("calls", make_calls), ("trees", compare_trees)];
 

@@ -7,9 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::mount::{UnmountFlags, unmount};
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{self, Client, Role};
 use crate::program;
@@ -17,8 +17,6 @@ use crate::sandbox::Sandbox;
 use crate::seccomp;
 use crate::server::{Mirror, Way};
 use crate::stopped::CONTENT;
-
-pub const TESTS: &[Test] = &[("nobody_writes", nobody_writes)];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("try-to-write", try_to_write),
@@ -50,6 +48,7 @@ fn try_to_write(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(fs::read_to_string(path)?)
 }
 
+#[apply(test_case)]
 fn nobody_writes(name: &str) -> Result<(), Failed> {
     let enforced = program::example("enforced")?;
     let sandbox = Sandbox::new(name)?;

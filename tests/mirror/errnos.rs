@@ -8,21 +8,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::XattrFlags;
 use rustix::mount::{MountFlags, UnmountFlags, mount_bind, mount_remount, unmount};
 
 use crate::backing::Backing;
 use crate::differential::{Made, compare, run, same_trees};
+use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 use crate::tree::Detail;
-use crate::{Test, program};
-
-pub const TESTS: &[Test] = &[
-    ("running_program", running_program),
-    ("without_direct_io", without_direct_io),
-    ("read_only_source", read_only_source),
-];
 
 const WAYS: [Way; 2] = [Way::Passthrough, Way::Plain];
 
@@ -64,6 +59,7 @@ fn count(made: &[Made], outcome: &str) -> usize {
     made.iter().filter(|made| made.plain == outcome).count()
 }
 
+#[apply(test_case)]
 fn running_program(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::new(name)?;
@@ -82,6 +78,7 @@ fn running_program(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(test_case)]
 fn without_direct_io(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::new(name)?;
@@ -101,6 +98,7 @@ fn without_direct_io(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(test_case)]
 fn read_only_source(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::new(name)?;

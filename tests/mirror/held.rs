@@ -9,16 +9,14 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
 use crate::fuse::{Connection, Init};
 use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
-
-pub const TESTS: &[Test] = &[("writer_is_not_held", writer_is_not_held)];
 
 pub const ROLES: &[(&str, Role)] = &[("close-the-writer", close_the_writer)];
 
@@ -62,6 +60,7 @@ fn runs(program: &Path) -> Result<(), Failed> {
 }
 
 /// The same is asked of a plain directory.
+#[apply(test_case)]
 fn writer_is_not_held(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;

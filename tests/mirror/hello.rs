@@ -4,18 +4,16 @@ use std::error::Error;
 use std::fs::{self, File};
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
 use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 use crate::stopped::{CONTENT, read_when_told};
-
-pub const TESTS: &[Test] = &[("serves_a_directory", serves_a_directory)];
 
 pub const ROLES: &[(&str, Role)] = &[("use-hello", use_hello)];
 
@@ -38,6 +36,7 @@ fn use_hello(args: &[String]) -> Result<String, Box<dyn Error>> {
     ))
 }
 
+#[apply(test_case)]
 fn serves_a_directory(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;

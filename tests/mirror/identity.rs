@@ -18,13 +18,13 @@ use std::sync::atomic::Ordering;
 
 use fuse_backing::{FopenFlags, OpenReply};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use nix::unistd::truncate;
 use rustix::fs::{FlockOperation, XattrFlags, flock, getxattr, setxattr};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync};
 use rustix::mount::mount_bind;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role};
 use crate::fuse::{Connection, Init, Node};
@@ -33,17 +33,30 @@ use crate::place::describe;
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::{Mirror, Way};
 
-pub const TESTS: &[Test] = &[
-    ("copied_up", |name| changes(name, 1, Layers::Together)),
-    ("copied_up_apart", |name| changes(name, 1, Layers::Apart)),
-    ("two_names", |name| changes(name, 2, Layers::Apart)),
-    ("two_names_indexed", |name| {
-        changes(name, 2, Layers::Indexed)
-    }),
-    ("three_names", |name| changes(name, 3, Layers::Together)),
-    ("equal_numbers", equal_numbers),
-    ("bind_mount", bind_mount),
-];
+#[apply(test_case)]
+fn copied_up(name: &str) -> Result<(), Failed> {
+    changes(name, 1, Layers::Together)
+}
+
+#[apply(test_case)]
+fn copied_up_apart(name: &str) -> Result<(), Failed> {
+    changes(name, 1, Layers::Apart)
+}
+
+#[apply(test_case)]
+fn two_names(name: &str) -> Result<(), Failed> {
+    changes(name, 2, Layers::Apart)
+}
+
+#[apply(test_case)]
+fn two_names_indexed(name: &str) -> Result<(), Failed> {
+    changes(name, 2, Layers::Indexed)
+}
+
+#[apply(test_case)]
+fn three_names(name: &str) -> Result<(), Failed> {
+    changes(name, 3, Layers::Together)
+}
 
 pub const ROLES: &[(&str, Role)] = &[
     ("change-each", change_each),
@@ -330,6 +343,7 @@ fn change_two(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// On a FUSE filesystem, which can report what it likes.
+#[apply(test_case)]
 fn equal_numbers(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let serve = || {
@@ -385,6 +399,7 @@ fn use_bind_mount(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
+#[apply(test_case)]
 fn bind_mount(name: &str) -> Result<(), Failed> {
     let fill = |root: &Path| {
         for folder in ["source", "plain"].map(|folder| root.join(folder)) {

@@ -9,20 +9,23 @@ use std::thread;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::io::Errno;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
-pub const TESTS: &[Test] = &[
-    ("with_passthrough", |name| killed(name, Way::Passthrough)),
-    ("without_passthrough", |name| killed(name, Way::Plain)),
-    ("while_it_is_asked", while_it_is_asked),
-    ("device_is_kept", device_is_kept),
-];
+#[apply(test_case)]
+fn with_passthrough(name: &str) -> Result<(), Failed> {
+    killed(name, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn without_passthrough(name: &str) -> Result<(), Failed> {
+    killed(name, Way::Plain)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("hold", hold), ("stat", stat)];
 
@@ -114,6 +117,7 @@ fn killed(name: &str, way: Way) -> Result<(), Failed> {
 }
 
 /// The server has the request, or is about to get it, and never answers.
+#[apply(test_case)]
 fn while_it_is_asked(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (backing, mut mirror, mut holder) = setup(&sandbox, Way::Passthrough)?;
@@ -149,6 +153,7 @@ fn wait_until_it_asks(client: &Client) -> Result<(), Failed> {
 
 /// What `Mirror::stop` relies on: an id that nobody has closed is seen while somebody has the device.
 /// And what the README says: clients of a server that is gone wait then, until they are aborted.
+#[apply(test_case)]
 fn device_is_kept(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (backing, mut mirror, mut holder) = setup(&sandbox, Way::Passthrough)?;

@@ -7,6 +7,22 @@
 #![allow(clippy::panic)]
 #![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
 
+macro_rules! test_case {
+    ($(#[$attribute:meta])* fn $name:ident $($rest:tt)*) => {
+        $(#[$attribute])*
+        fn $name $($rest)*
+
+        inventory::submit! {
+            crate::Test {
+                file: module_path!(),
+                line: line!(),
+                name: stringify!($name),
+                run: $name,
+            }
+        }
+    };
+}
+
 #[allow(dead_code, reason = "not all of it is of use here")]
 #[path = "../support/client.rs"]
 mod client;
@@ -73,8 +89,19 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use mode::Mode;
 
-/// A test, by its name below the file's. It is given its whole name, for its sandbox.
-pub type Test = (&'static str, fn(&str) -> Result<(), Failed>);
+/// A function with the attribute `#[apply(test_case)]`. Its module and its own name are the test's, which it is given
+/// for its sandbox.
+pub struct Test {
+    file: &'static str,
+    line: u32,
+    name: &'static str,
+    run: fn(&str) -> Result<(), Failed>,
+}
+
+inventory::collect!(Test);
+
+/// These take longest, and so come first.
+const LONG: &[&str] = &["mirror::numbers", "mirror::race"];
 
 fn main() -> ExitCode {
     if let Some(code) = client::play(&roles()) {
@@ -85,32 +112,15 @@ fn main() -> ExitCode {
         Mode::Off => Ok(()),
         Mode::Auto | Mode::Require => sandbox::enter(),
     };
-    // The long ones first.
     let mut trials = vec![fsx_trial(mode, ready.clone())];
-    for (file, tests) in [
-        ("numbers", numbers::TESTS),
-        ("race", race::TESTS),
-        ("blocked", blocked::TESTS),
-        ("differential", differential::TESTS),
-        ("differences", differences::TESTS),
-        ("enforced", enforced::TESTS),
-        ("errnos", errnos::TESTS),
-        ("held", held::TESTS),
-        ("hello", hello::TESTS),
-        ("identity", identity::TESTS),
-        ("killed", killed::TESTS),
-        ("mounts", mounts::TESTS),
-        ("namespaces", namespaces::TESTS),
-        ("requests", requests::TESTS),
-        ("reserve", reserve::TESTS),
-        ("setid", setid::TESTS),
-        ("stopped", stopped::TESTS),
-    ] {
-        for &(name, run) in tests {
-            let name = format!("{file}::{name}");
-            trials.push(mode.trial(&name.clone(), &ready, move || run(&name)));
-        }
-    }
+    let mut tests: Vec<_> = inventory::iter::<Test>().collect();
+    tests.sort_by_key(|test| (!LONG.contains(&test.file), test.file, test.line));
+    trials.extend(tests.iter().map(|test| {
+        let file = test.file.strip_prefix("mirror::").unwrap_or(test.file);
+        let name = format!("{file}::{}", test.name);
+        let run = test.run;
+        mode.trial(&name.clone(), &ready, move || run(&name))
+    }));
     let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
     sandbox::leave();
     if sandbox::hung() {

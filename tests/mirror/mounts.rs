@@ -11,6 +11,7 @@ use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -25,46 +26,49 @@ use crate::backing::Backing;
 use crate::client::{self, Role};
 use crate::differential::{Made, compare, run};
 use crate::place::describe;
+use crate::program;
 use crate::sandbox::{Sandbox, patience_times};
 use crate::server::{Mirror, Way, within};
-use crate::{Test, program};
 
-pub const TESTS: &[Test] = &[
-    ("read_only_known_as_writable", |name| {
-        let calls = [
-            ("look", "", "ENOENT", 1),
-            ("writable elsewhere", "", "EROFS", 8),
-            ("read-only", "ro", "EROFS", 29),
-        ];
-        all_the_same(name, read_only_folder, "ro", &calls)
-    }),
-    ("writable_known_as_read_only", |name| {
-        let calls = [("writable elsewhere", "", "EROFS", 8)];
-        all_the_same(name, read_only_folder, "ro", &calls)
-    }),
-    ("read_only_file", |name| {
-        let calls = [("single file", "", "EROFS", 5)];
-        all_the_same(name, read_only_file, "ro", &calls)
-    }),
-    ("noexec", |name| {
-        let calls = [("noexec", "", "EACCES", 2)];
-        all_the_same(name, noexec_folder, "noexec", &calls)
-    }),
-    ("nosuid_and_nodev", |name| {
-        let calls = [("nosuid", "", r#"Some(0), None, "0\n""#, 1)];
-        all_the_same(name, nosuid_folder, "nosuid", &calls)
-    }),
-    ("flags_of_the_source", flags_of_the_source),
-    ("two_mounts_of_a_filesystem", |name| {
-        let calls = [("two mounts", "", "EXDEV", 4)];
-        all_the_same(name, two_mounts, "again", &calls)
-    }),
-    ("mounted_while_it_is_served", mounted_while_it_is_served),
-    ("itself_in_the_source", itself_in_the_source),
-    ("mirror_of_the_mirror", mirror_of_the_mirror),
-    ("below_an_overlay", below_an_overlay),
-    ("on_an_overlay", on_an_overlay),
-];
+#[apply(test_case)]
+fn read_only_known_as_writable(name: &str) -> Result<(), Failed> {
+    let calls = [
+        ("look", "", "ENOENT", 1),
+        ("writable elsewhere", "", "EROFS", 8),
+        ("read-only", "ro", "EROFS", 29),
+    ];
+    all_the_same(name, read_only_folder, "ro", &calls)
+}
+
+#[apply(test_case)]
+fn writable_known_as_read_only(name: &str) -> Result<(), Failed> {
+    let calls = [("writable elsewhere", "", "EROFS", 8)];
+    all_the_same(name, read_only_folder, "ro", &calls)
+}
+
+#[apply(test_case)]
+fn read_only_file(name: &str) -> Result<(), Failed> {
+    let calls = [("single file", "", "EROFS", 5)];
+    all_the_same(name, single_file, "ro", &calls)
+}
+
+#[apply(test_case)]
+fn noexec(name: &str) -> Result<(), Failed> {
+    let calls = [("noexec", "", "EACCES", 2)];
+    all_the_same(name, noexec_folder, "noexec", &calls)
+}
+
+#[apply(test_case)]
+fn nosuid_and_nodev(name: &str) -> Result<(), Failed> {
+    let calls = [("nosuid", "", r#"Some(0), None, "0\n""#, 1)];
+    all_the_same(name, nosuid_folder, "nosuid", &calls)
+}
+
+#[apply(test_case)]
+fn two_mounts_of_a_filesystem(name: &str) -> Result<(), Failed> {
+    let calls = [("two mounts", "", "EXDEV", 4)];
+    all_the_same(name, two_mounts, "again", &calls)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("map-to-run", map_to_run)];
 
@@ -161,7 +165,7 @@ fn read_only_folder(folder: &Path) -> Result<(), Failed> {
     bind(folder, "d", "ro", MountFlags::RDONLY)
 }
 
-fn read_only_file(folder: &Path) -> Result<(), Failed> {
+fn single_file(folder: &Path) -> Result<(), Failed> {
     fs::write(folder.join("file"), "content")?;
     fs::write(folder.join("ro"), "")?;
     bind(folder, "file", "ro", MountFlags::RDONLY)
@@ -195,6 +199,7 @@ fn map_to_run(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// The mount has them too.
+#[apply(test_case)]
 fn flags_of_the_source(name: &str) -> Result<(), Failed> {
     let forbids = MountFlags::NOEXEC | MountFlags::NOSYMFOLLOW;
     for (flags, expected) in [
@@ -241,6 +246,7 @@ fn two_mounts(folder: &Path) -> Result<(), Failed> {
     bind(folder, "d", "again", MountFlags::empty())
 }
 
+#[apply(test_case)]
 fn mounted_while_it_is_served(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let pair = Pair::new(name, way, |folder| {
@@ -285,6 +291,7 @@ enum Entry {
     Propagation,
 }
 
+#[apply(test_case)]
 fn itself_in_the_source(name: &str) -> Result<(), Failed> {
     for (entry, way) in [
         (Entry::Bind, Way::Passthrough),
@@ -377,6 +384,7 @@ fn enter_itself(name: &str, entry: Entry, way: Way) -> Result<(), Failed> {
 }
 
 /// Two mirrors that are in each other's source: each step down takes threads of both.
+#[apply(test_case)]
 fn mirror_of_the_mirror(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::patient(name, 20 * SECOND)?;
@@ -457,6 +465,7 @@ fn overlay(
 }
 
 /// Fails where a mirror can be a lower layer only if it was asked to leave room for that.
+#[apply(test_case)]
 fn below_an_overlay(name: &str) -> Result<(), Failed> {
     for (depth, mounts) in [(None, false), (Some("2"), false), (Some("1"), true)] {
         let sandbox = Sandbox::new(name)?;
@@ -482,6 +491,7 @@ fn below_an_overlay(name: &str) -> Result<(), Failed> {
 }
 
 /// Depth 1 leaves no room for an overlay below: such files are served without passthrough.
+#[apply(test_case)]
 fn on_an_overlay(name: &str) -> Result<(), Failed> {
     for (depth, without_passthrough) in [(None, false), (Some("1"), true)] {
         let sandbox = Sandbox::new(name)?;

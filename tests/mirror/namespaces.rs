@@ -7,25 +7,24 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
-pub const TESTS: &[Test] = &[
-    ("root_of_another_user_namespace", |name| {
-        compare(name, 0o6777, &["unshare", "-Ur", "truncate", "-s", "1"])
-    }),
-    ("group_is_changed", |name| {
-        let owner = ["setpriv", "--reuid=1000", "--regid=1000", "--groups=3000"];
-        compare(name, 0o2747, &[&owner[..], &["chgrp", "3000"]].concat())
-    }),
-    ("server_in_a_user_namespace", server_in_a_user_namespace),
-    ("server_that_cannot_take_ids", server_that_cannot_take_ids),
-];
+#[apply(test_case)]
+fn root_of_another_user_namespace(name: &str) -> Result<(), Failed> {
+    compare(name, 0o6777, &["unshare", "-Ur", "truncate", "-s", "1"])
+}
+
+#[apply(test_case)]
+fn group_is_changed(name: &str) -> Result<(), Failed> {
+    let owner = ["setpriv", "--reuid=1000", "--regid=1000", "--groups=3000"];
+    compare(name, 0o2747, &[&owner[..], &["chgrp", "3000"]].concat())
+}
 
 /// What a command leaves of a file's mode: through the mirror as without. 1000 is its owner, 2000 its group.
 fn compare(name: &str, mode: u32, command: &[&str]) -> Result<(), Failed> {
@@ -55,6 +54,7 @@ fn compare(name: &str, mode: u32, command: &[&str]) -> Result<(), Failed> {
 }
 
 /// There nothing can be registered, and no groups be given up.
+#[apply(test_case)]
 fn server_in_a_user_namespace(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (source, mountpoint) = (sandbox.folder("source")?, sandbox.folder("mnt")?);
@@ -82,6 +82,7 @@ fn server_in_a_user_namespace(name: &str) -> Result<(), Failed> {
 }
 
 /// It makes nothing that would be root's.
+#[apply(test_case)]
 fn server_that_cannot_take_ids(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;

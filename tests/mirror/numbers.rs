@@ -16,9 +16,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::mount::{MountFlags, mount};
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::Role;
 use crate::ext4::{self, Ext4};
@@ -26,12 +26,6 @@ use crate::identity::{WAYS, drop_caches, lines, read, same};
 use crate::program;
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::Mirror;
-
-pub const TESTS: &[Test] = &[
-    ("kernel_forgets_meanwhile", kernel_forgets_meanwhile),
-    ("are_the_sources", are_the_sources),
-    ("are_used_again", are_used_again),
-];
 
 pub const ROLES: &[(&str, Role)] = &[("list-numbers", list_numbers), ("reuse", reuse)];
 
@@ -129,6 +123,7 @@ fn succeeded(outcome: &str) {
     assert!(outcome.contains(": exit status: 0:"), "{outcome}");
 }
 
+#[apply(test_case)]
 fn kernel_forgets_meanwhile(name: &str) -> Result<(), Failed> {
     if program::in_path("git").is_none() {
         return Err("there is no git: apt-get install git".into());
@@ -223,6 +218,7 @@ impl Numbers {
 
 const MOUNTS: [char; 2] = ['x', 'y'];
 
+#[apply(test_case)]
 fn are_the_sources(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::new(name)?;
@@ -380,6 +376,7 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 /// Where the lowest number that is free is taken.
+#[apply(test_case)]
 fn are_used_again(name: &str) -> Result<(), Failed> {
     if !ext4::is_supported()? {
         return Ok(());

@@ -8,17 +8,22 @@ use std::path::Path;
 use std::thread;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 
-pub const TESTS: &[Test] = &[
-    ("one_inode", |name| race(name, 1)),
-    ("many_inodes", |name| race(name, 64)),
-];
+#[apply(test_case)]
+fn one_inode(name: &str) -> Result<(), Failed> {
+    race(name, 1)
+}
+
+#[apply(test_case)]
+fn many_inodes(name: &str) -> Result<(), Failed> {
+    race(name, 64)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("race", open_and_close)];
 

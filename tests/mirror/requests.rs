@@ -8,18 +8,12 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{self, Role};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
-
-pub const TESTS: &[Test] = &[
-    ("spared", spared),
-    ("appended_in_the_source_is_read", appended_in_the_source),
-    ("kept_for_a_second", kept_for_a_second),
-];
 
 pub const ROLES: &[(&str, Role)] = &[("reopen", reopen), ("append", append), ("sizes", sizes)];
 
@@ -34,6 +28,7 @@ fn reopen(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
+#[apply(test_case)]
 fn spared(name: &str) -> Result<(), Failed> {
     // Three LOOKUP, OPEN and RELEASE. A tick during which attributes are kept can end in between. The control has a
     // GETATTR after each LOOKUP and before the read, the READ, and the server's own read(2).
@@ -74,6 +69,7 @@ fn append(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(missed.to_string())
 }
 
+#[apply(test_case)]
 fn appended_in_the_source(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
@@ -101,6 +97,7 @@ fn sizes(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(format!("{before} {at_once} {}", size()?))
 }
 
+#[apply(test_case)]
 fn kept_for_a_second(name: &str) -> Result<(), Failed> {
     for (args, expected) in [(&[][..], "1 6 6"), (&["--ttl", "1"][..], "1 1 6")] {
         let sandbox = Sandbox::new(name)?;

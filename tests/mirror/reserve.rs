@@ -14,24 +14,41 @@ use std::path::Path;
 use std::ptr::null_mut;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{FallocateFlags, fallocate, statvfs, syncfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap};
 
-use crate::Test;
 use crate::client::{self, Role};
 use crate::ext4::{self, Ext4};
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::{Mirror, Way};
 use crate::setid::{OWNER_ID, become_writer};
 
-pub const TESTS: &[Test] = &[
-    ("write", |name| stays(name, "write", &BOTH)),
-    ("fallocate", |name| stays(name, "fallocate", &BOTH)),
-    ("mkdir", |name| stays(name, "mkdir", &BOTH)),
-    ("map", |name| stays(name, "map", &[Way::Passthrough])),
-    ("map_plain", |name| stays(name, "map", &[Way::Plain])),
-];
+#[apply(test_case)]
+fn by_write(name: &str) -> Result<(), Failed> {
+    stays(name, "write", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_fallocate(name: &str) -> Result<(), Failed> {
+    stays(name, "fallocate", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_mkdir(name: &str) -> Result<(), Failed> {
+    stays(name, "mkdir", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_map(name: &str) -> Result<(), Failed> {
+    stays(name, "map", &[Way::Passthrough])
+}
+
+#[apply(test_case)]
+fn by_map_plain(name: &str) -> Result<(), Failed> {
+    stays(name, "map", &[Way::Plain])
+}
 
 pub const ROLES: &[(&str, Role)] = &[("fill", fill)];
 

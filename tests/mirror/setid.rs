@@ -15,13 +15,13 @@ use std::path::Path;
 use std::ptr::null_mut;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{FallocateFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap};
 use rustix::pipe::{PipeFlags, SpliceFlags};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::calls::{GROUP, MASK, NAMED_USER, NOBODY, OTHERS, OWNER, acl};
 use crate::client::{self, Client, Role, wait_for_parent};
@@ -30,17 +30,6 @@ use crate::place::describe;
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::{Mirror, Way};
 use crate::thread::become_user;
-
-pub const TESTS: &[Test] = &[
-    ("changes_on_tmpfs", changes_on_tmpfs),
-    ("changes_on_ext4", changes_on_ext4),
-    ("set_while_a_stranger_writes", set_while_a_stranger_writes),
-    ("acl", acls),
-    (
-        "server_is_not_asked_before_a_write",
-        server_is_not_asked_before_a_write,
-    ),
-];
 
 pub const ROLES: &[(&str, Role)] = &[
     ("change-all", change_all),
@@ -462,6 +451,7 @@ fn compare(
     }
 }
 
+#[apply(test_case)]
 fn changes_on_tmpfs(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -469,6 +459,7 @@ fn changes_on_tmpfs(name: &str) -> Result<(), Failed> {
     backing.unmount_when_idle()
 }
 
+#[apply(test_case)]
 fn changes_on_ext4(name: &str) -> Result<(), Failed> {
     if !ext4::is_supported()? {
         return Ok(());
@@ -554,6 +545,7 @@ fn written_after_set(
     Ok(left)
 }
 
+#[apply(test_case)]
 fn set_while_a_stranger_writes(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -631,6 +623,7 @@ fn modes_after_acl(
     Ok(modes)
 }
 
+#[apply(test_case)]
 fn acls(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -700,6 +693,7 @@ fn requests(mirror: &Mirror, source: &Path) -> Result<u64, Failed> {
 }
 
 /// For `security.capability`, by GETXATTR. The mirror reads nothing but requests, one at a time.
+#[apply(test_case)]
 fn server_is_not_asked_before_a_write(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;

@@ -8,18 +8,23 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::process::Signal;
 
-use crate::Test;
 use crate::backing::Backing;
 use crate::client::{Client, Role, wait_for_parent};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
-pub const TESTS: &[Test] = &[
-    ("server_is_not_asked", |name| read(name, Way::Passthrough)),
-    ("server_is_asked_without", |name| read(name, Way::Plain)),
-];
+#[apply(test_case)]
+fn server_is_not_asked(name: &str) -> Result<(), Failed> {
+    read(name, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn server_is_asked_without(name: &str) -> Result<(), Failed> {
+    read(name, Way::Plain)
+}
 
 pub const ROLES: &[(&str, Role)] = &[("read-later", read_later)];
 

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use fuse_backing::error::{BackingCloseError, BackingError, Scope};
-use fuse_backing::{Access, BackingId, Errno, Register};
+use fuse_backing::{Access, BackingId, Register, error::Errno};
 use rustix::fs::{OFlags, fcntl_getfl, fstat};
 
 /// Stands for the kernel.

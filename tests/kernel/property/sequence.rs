@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
-use fuse_backing::{Errno, FuseDevice};
+use fuse_backing::{FuseDevice, error::Errno};
 use proptest::prelude::*;
 
 use super::client::{Answer, MAPPED, Puppet, hex, open_command};

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use fuse_backing::Errno;
+use fuse_backing::error::Errno;
 
 use super::Wrong;
 use super::world::{Device, World, name_of};

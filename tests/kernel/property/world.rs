@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use fuse_backing::error::{BackingError, NotPermitted, OpenError, ServerReason};
 use fuse_backing::{
-    Access, BackingId, BackingTable, Errno, FopenFlags, FuseDevice, OpenFile, OpenReply,
-    ServerFile, uapi,
+    Access, BackingId, BackingTable, FopenFlags, FuseDevice, OpenFile, OpenReply, ServerFile,
+    error::Errno, uapi,
 };
 
 use super::model::{FileId, Model, Thread, Uid, rows};

@@ -8,9 +8,10 @@ use std::path::Path;
 
 use fuse_backing::error::{BackingError, OpenError, RegistrarThreadError, ServerReason};
 use fuse_backing::rights::{ByAccess, CapabilitySet, Lowered, RegistrarThread};
-use fuse_backing::{Access, BackingTable, Errno, OpenFile, Register, ServerFile};
+use fuse_backing::{Access, BackingTable, OpenFile, Register, ServerFile, error::Errno};
 use landlock::RulesetError;
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use rustix::fs::{MemfdFlags, OFlags, memfd_create};
 use rustix::mount::{MountFlags, mount};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -22,20 +23,6 @@ use crate::expect;
 use crate::fuse::Init;
 use crate::sandbox::Sandbox;
 use crate::thread::apart;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    ("tmpfs", Needs::Passthrough, on_tmpfs),
-    ("unlinked", Needs::Passthrough, unlinked),
-    ("overlayfs", Needs::Passthrough, on_overlayfs),
-    (
-        "other_mount_namespace",
-        Needs::Passthrough,
-        other_mount_namespace,
-    ),
-    ("memfd", Needs::Passthrough, memfd),
-    ("in_a_table", Needs::Passthrough, in_a_table),
-];
 
 type Thread = RegistrarThread<Lowered<Device>>;
 
@@ -108,10 +95,12 @@ fn content(file: &File) -> Result<String, Failed> {
     ))?)
 }
 
+#[apply(needs_passthrough)]
 fn on_tmpfs(sandbox: &Sandbox) -> Result<(), Failed> {
     holds_clients_to_the_grant(sandbox, &mut sandbox.tmpfs()?.file("file", "")?)
 }
 
+#[apply(needs_passthrough)]
 fn unlinked(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let mut file = tmpfs.file("file", "")?;
@@ -119,6 +108,7 @@ fn unlinked(sandbox: &Sandbox) -> Result<(), Failed> {
     holds_clients_to_the_grant(sandbox, &mut file)
 }
 
+#[apply(needs_passthrough)]
 fn on_overlayfs(sandbox: &Sandbox) -> Result<(), Failed> {
     if !expect::overlayfs() {
         return assert_no_overlayfs(sandbox);
@@ -135,6 +125,7 @@ fn created(path: &Path) -> Result<File, Failed> {
 }
 
 /// On a mount that only that namespace has.
+#[apply(needs_passthrough)]
 #[allow(unsafe_code)]
 fn other_mount_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
     let folder = sandbox.folder("elsewhere")?;
@@ -152,6 +143,7 @@ fn other_mount_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Landlock does not restrict it, so that nothing but its refusal holds clients to a grant.
+#[apply(needs_passthrough)]
 fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
     let mut file = File::from(memfd_create("memfd", MemfdFlags::CLOEXEC)?);
     file.write_all(CONTENT.as_bytes())?;
@@ -188,6 +180,7 @@ fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The first open decides for how much the inode is registered, until it is released.
+#[apply(needs_passthrough)]
 fn in_a_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", CONTENT)?;

@@ -9,8 +9,9 @@ use std::sync::Mutex;
 
 use fuse_backing::error::{BackingCloseError, BackingError, RightsError};
 use fuse_backing::rights::{CapabilityGuard, CapabilitySet, Lowered, RegistrarThread};
-use fuse_backing::{Access, BackingId, Errno, InCallingThread, Register, uapi};
+use fuse_backing::{Access, BackingId, Register, error::Errno, register::InCallingThread, uapi};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use nix::unistd::setfsuid;
 use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
 use rustix::thread::{CapabilitySets, configure_capability_in_ambient_set, set_capabilities};
@@ -21,91 +22,6 @@ use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{refuse, refuse_next};
 use crate::thread::apart;
 use crate::trace::{self, Call};
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "setid_bits_after_a_strangers_write",
-        Needs::Passthrough,
-        setid_bits_after_a_strangers_write,
-    ),
-    (
-        "file_capabilities_after_a_strangers_write",
-        Needs::Passthrough,
-        file_capabilities_after_a_strangers_write,
-    ),
-    (
-        "around_each_leaves_the_thread_as_it_was",
-        Needs::Passthrough,
-        around_each_leaves_the_thread_as_it_was,
-    ),
-    (
-        "fsetid_cannot_be_kept",
-        Needs::Passthrough,
-        fsetid_cannot_be_kept,
-    ),
-    (
-        "for_good_lowers_the_thread",
-        Needs::Passthrough,
-        for_good_lowers_the_thread,
-    ),
-    ("system_calls", Needs::Passthrough, system_calls),
-    (
-        "raised_in_a_thread_that_is_lowered_for_good",
-        Needs::Passthrough,
-        raised_in_a_thread_that_is_lowered_for_good,
-    ),
-    (
-        "raised_before_the_thread_is_lowered_for_good",
-        Needs::Passthrough,
-        raised_before_the_thread_is_lowered_for_good,
-    ),
-    (
-        "guards_in_one_another",
-        Needs::Nothing,
-        guards_in_one_another,
-    ),
-    (
-        "given_up_under_a_guard",
-        Needs::Nothing,
-        given_up_under_a_guard,
-    ),
-    (
-        "raised_to_what_is_not_permitted",
-        Needs::Nothing,
-        raised_to_what_is_not_permitted,
-    ),
-    (
-        "thread_that_changes_its_ids_is_lowered_again",
-        Needs::Passthrough,
-        thread_that_changes_its_ids_is_lowered_again,
-    ),
-    (
-        "lowering_that_is_refused",
-        Needs::Passthrough,
-        lowering_that_is_refused,
-    ),
-    (
-        "restoring_that_is_refused",
-        Needs::Passthrough,
-        restoring_that_is_refused,
-    ),
-    (
-        "restoring_that_is_refused_once",
-        Needs::Passthrough,
-        restoring_that_is_refused_once,
-    ),
-    (
-        "dropped_guard_that_cannot_restore",
-        Needs::Nothing,
-        dropped_guard_that_cannot_restore,
-    ),
-    (
-        "registrar_that_panics",
-        Needs::Nothing,
-        registrar_that_panics,
-    ),
-];
 
 const NONE: CapabilitySet = CapabilitySet::empty();
 const ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
@@ -164,6 +80,7 @@ fn executable(tmpfs: &Tmpfs, mode: u32) -> Result<File, Failed> {
     Ok(file)
 }
 
+#[apply(needs_passthrough)]
 fn setid_bits_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Failed> {
     const SETID: u32 = SUID | SGID | 0o777;
     let fresh = || -> Result<_, Failed> {
@@ -190,6 +107,7 @@ fn setid_bits_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// These go whatever the registrar may do.
+#[apply(needs_passthrough)]
 fn file_capabilities_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Failed> {
     const NAME: &str = "security.capability";
     // `vfs_cap_data` of VFS_CAP_REVISION_2, effective: CAP_NET_RAW is permitted.
@@ -229,6 +147,7 @@ fn noting(sandbox: &Sandbox) -> Result<(Connection, Noting, File), Failed> {
     Ok((connection, noting, tempfile::tempfile()?))
 }
 
+#[apply(needs_passthrough)]
 fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
@@ -257,6 +176,7 @@ fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Fail
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     for make in [Lowered::around_each, Lowered::for_good] {
@@ -272,6 +192,7 @@ fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn for_good_lowers_the_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
@@ -312,6 +233,7 @@ pub(super) fn register(args: &[String]) -> Result<String, Box<dyn std::error::Er
     Ok("done".into())
 }
 
+#[apply(needs_passthrough)]
 fn system_calls(sandbox: &Sandbox) -> Result<(), Failed> {
     use libc::{SYS_capget, SYS_capset, SYS_ioctl};
     let each = [SYS_capget, SYS_capset, SYS_ioctl, SYS_capset];
@@ -330,6 +252,7 @@ fn system_calls(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     let lowered = Lowered::for_good(&noting, NONE);
@@ -355,6 +278,7 @@ fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), 
 }
 
 /// What a guard promises holds while it lives, whether or not there was something to change.
+#[apply(needs_passthrough)]
 fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     let lowered = Lowered::for_good(&noting, NONE);
@@ -370,6 +294,7 @@ fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(),
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn guards_in_one_another(_: &Sandbox) -> Result<(), Failed> {
     apart(|| {
         let before = sets();
@@ -389,6 +314,7 @@ fn guards_in_one_another(_: &Sandbox) -> Result<(), Failed> {
 }
 
 /// What the thread gives up itself does not come back, at once or later. All else does.
+#[apply(needs_nothing)]
 fn given_up_under_a_guard(_: &Sandbox) -> Result<(), Failed> {
     for is_refused in [false, true] {
         apart(|| {
@@ -416,6 +342,7 @@ fn given_up_under_a_guard(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn raised_to_what_is_not_permitted(_: &Sandbox) -> Result<(), Failed> {
     apart(|| {
         set(|sets| {
@@ -431,6 +358,7 @@ fn raised_to_what_is_not_permitted(_: &Sandbox) -> Result<(), Failed> {
 }
 
 /// At setfsuid(2) to 0 the kernel makes permitted capabilities effective.
+#[apply(needs_passthrough)]
 fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     let registered = |lowered: &Lowered<&Noting>| {
@@ -469,6 +397,7 @@ fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(),
     Ok(())
 }
 
+#[apply(needs_passthrough)]
 fn lowering_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", CONTENT)?;
@@ -505,6 +434,7 @@ fn lowering_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
 const NOT_RESTORED: RightsError = RightsError::NotRestored(Errno::PERM);
 
 /// Nothing stays registered, and nobody goes on as if the thread had its rights.
+#[apply(needs_passthrough)]
 fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", CONTENT)?;
@@ -540,6 +470,7 @@ fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// The next registration pays what the thread is owed.
+#[apply(needs_passthrough)]
 fn restoring_that_is_refused_once(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let file = tmpfs.file("file", CONTENT)?;
@@ -561,6 +492,7 @@ fn restoring_that_is_refused_once(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn dropped_guard_that_cannot_restore(_: &Sandbox) -> Result<(), Failed> {
     apart(|| {
         let before = sets();
@@ -592,6 +524,7 @@ impl Register for Panicking<'_> {
     }
 }
 
+#[apply(needs_nothing)]
 fn registrar_that_panics(_: &Sandbox) -> Result<(), Failed> {
     let file = tempfile::tempfile()?;
     let seen = Mutex::new(NONE);

@@ -10,8 +10,11 @@ use std::time::{Duration, Instant};
 
 use fuse_backing::error::{BackingError, RegistrarThreadError, Scope, ServerReason};
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
-use fuse_backing::{Access, BackingId, BackingTable, Errno, FuseDevice, Register, ServerFile};
+use fuse_backing::{
+    Access, BackingId, BackingTable, FuseDevice, Register, ServerFile, error::Errno,
+};
 use libtest_mimic::Failed;
+use macro_rules_attribute::apply;
 use nix::unistd::setfsuid;
 use rustix::fs::{OFlags, statvfs};
 use rustix::process::{Pid, getppid};
@@ -24,56 +27,6 @@ use crate::fuse::{Connection, Init};
 use crate::sandbox::{Sandbox, patience_times, unmount_when_idle};
 use crate::seccomp::kill_at;
 use crate::thread::apart;
-use crate::{Needs, Test};
-
-pub const TESTS: &[Test] = &[
-    (
-        "registers_with_what_it_has",
-        Needs::Passthrough,
-        registers_with_what_it_has,
-    ),
-    (
-        "reserved_blocks_need_another_fsuid",
-        Needs::Passthrough,
-        reserved_blocks_need_another_fsuid,
-    ),
-    (
-        "preparation_that_fails",
-        Needs::Nothing,
-        preparation_that_fails,
-    ),
-    (
-        "preparation_that_panics",
-        Needs::Nothing,
-        preparation_that_panics,
-    ),
-    (
-        "killed_in_the_preparation",
-        Needs::Nothing,
-        killed_in_the_preparation,
-    ),
-    (
-        "killed_when_it_registers",
-        Needs::Passthrough,
-        killed_when_it_registers,
-    ),
-    (
-        "killed_when_it_closes",
-        Needs::Passthrough,
-        killed_when_it_closes,
-    ),
-    (
-        "registrar_that_panics",
-        Needs::Passthrough,
-        registrar_that_panics,
-    ),
-    ("table_goes_on", Needs::Passthrough, table_goes_on),
-    (
-        "open_outlives_its_table",
-        Needs::Passthrough,
-        open_outlives_its_table,
-    ),
-];
 
 /// A thread that is dead is missed within half a second.
 const SOON: Duration = Duration::from_secs(5);
@@ -105,6 +58,7 @@ fn register(registrar: &impl Register, file: &File) -> Result<BackingId, Backing
     registrar.register(file.as_fd(), Access::ReadWrite)
 }
 
+#[apply(needs_passthrough)]
 fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let noting = Arc::new(Noting::new(connection.device()));
@@ -124,6 +78,7 @@ fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 /// Of ext4, as a stranger fills it. What is left, of what is reserved.
+#[apply(needs_passthrough)]
 fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
     type Registering = fn(Device) -> Box<dyn Register + Send>;
     if !ext4::is_supported()? {
@@ -177,6 +132,7 @@ fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn preparation_that_fails(_: &Sandbox) -> Result<(), Failed> {
     let registrar = Arc::new(FuseDevice::open()?);
     let refused = RegistrarThread::spawn(Arc::clone(&registrar), || Err(Errno::NOSYS));
@@ -188,6 +144,7 @@ fn preparation_that_fails(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(needs_nothing)]
 fn preparation_that_panics(_: &Sandbox) -> Result<(), Failed> {
     let registrar = Arc::new(FuseDevice::open()?);
     let refused = RegistrarThread::spawn(Arc::clone(&registrar), panics::<Result<(), Errno>>);
@@ -199,6 +156,7 @@ fn panics<T>() -> T {
     resume_unwind(Box::new("a registrar thread that panics"))
 }
 
+#[apply(needs_nothing)]
 fn killed_in_the_preparation(_: &Sandbox) -> Result<(), Failed> {
     let start = Instant::now();
     let refused = RegistrarThread::spawn(FuseDevice::open()?, || {
@@ -266,21 +224,25 @@ fn last_registration(thread: &RegistrarThread<Noting<Afterwards>>, _: BackingId)
     assert_eq!(register(thread, &file()), Err(DIED));
 }
 
+#[apply(needs_passthrough)]
 fn killed_when_it_registers(sandbox: &Sandbox) -> Result<(), Failed> {
     dies(sandbox, kills(), last_registration)
 }
 
+#[apply(needs_passthrough)]
 fn killed_when_it_closes(sandbox: &Sandbox) -> Result<(), Failed> {
     dies(sandbox, kills(), |thread, id| {
         assert_eq!(thread.unregister(id).unwrap_err().cause(), DIED);
     })
 }
 
+#[apply(needs_passthrough)]
 fn registrar_that_panics(sandbox: &Sandbox) -> Result<(), Failed> {
     dies(sandbox, panics_at_the_second(), last_registration)
 }
 
 /// In server mode, and says so.
+#[apply(needs_passthrough)]
 fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let backing = tmpfs.file("file", CONTENT)?;
@@ -322,6 +284,7 @@ fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
+#[apply(needs_passthrough)]
 fn open_outlives_its_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let backing = tmpfs.file("file", CONTENT)?;

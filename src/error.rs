@@ -1,9 +1,99 @@
-//! The errors: one enum for each kind of failure, one variant for each cause.
+//! Errors: which one answers a client, which one is for a log, and what to do about each.
 //!
-//! [`OpenError`] answers a client: it converts to an [`io::Error`] that has the errno as `raw_os_error()`,
-//! which is what FUSE libraries send. The errors of other calls convert to an `io::Error` that holds them, for
-//! a log. All but [`RegistrarThreadError`] convert to an [`Errno`]. The enums are `non_exhaustive`; their
-//! variants are not.
+//! There is one enum for each kind of failure, and one variant for each cause. A cause that is uncertain is called
+//! unknown. The enums are `non_exhaustive`; their variants are not.
+//!
+//! # Which error goes where
+//!
+//! | error | from | for |
+//! |---|---|---|
+//! | [`OpenError`] | [`Handles::open`], [`BackingTable::open`], [`OpenReply`], [`Access::of`] | the client: answer its OPEN with this errno |
+//! | [`ServerReason`] | [`BackingTable::on_server_mode`], [`OpenFile::server_reason`] | a log: the open succeeded, without passthrough |
+//! | [`BackingError`] | registering a file and closing its id | a log |
+//! | [`NegotiateError`], [`NotPermitted`] | [`negotiate`], [`may_register`] | a log: serve without passthrough |
+//! | [`DeviceError`] | [`FuseDevice`] | a log |
+//! | [`RightsError`], [`RegistrarThreadError`] | [`rights`] | a log |
+//!
+//! `?` converts an [`OpenError`] into an [`io::Error`] whose `raw_os_error()` is the errno to answer with: FUSE
+//! libraries send that. It converts the errors of other calls into an `io::Error` that holds them, for a log: that has
+//! their message and the kind of their errno, but no raw errno. ([`RegistrarThreadError`] becomes the error of the
+//! thread's start or of its preparation.) [`OpenError`], [`BackingError`], [`DeviceError`], [`NegotiateError`],
+//! [`RightsError`] and [`Returned`] also convert into an [`Errno`].
+//!
+//! # Registering and closing
+//!
+//! The kernel answers the server with an errno. [`BackingError`] names the cause behind it:
+//!
+//! | errno | error | what to do |
+//! |---|---|---|
+//! | `EPERM` | [`NotPermitted(MissingCapability)`](NotPermitted::MissingCapability) | Run with `CAP_SYS_ADMIN`. Capabilities belong to threads: call from one that has it. |
+//! | | [`NotPermitted(NotInInitialUserNamespace)`](NotPermitted::NotInInitialUserNamespace) | Passthrough is impossible in a rootless container. |
+//! | | [`NotAttached`](BackingError::NotAttached) | Mount first. |
+//! | | [`NotPermitted(NotNegotiatedOrDenied)`](NotPermitted::NotNegotiatedOrDenied) | Answer INIT with what [`negotiate`] returns; with fuser, call `add_capabilities` *and* `set_max_stack_depth`. If INIT is right, a security module or seccomp denies the call. |
+//! | | [`NotPermitted(Undetermined)`](NotPermitted::Undetermined) | Mount `/proc`, which is needed to tell the causes apart. |
+//! | `ENOTTY` | [`UnsupportedKernel`](BackingError::UnsupportedKernel) | Use Linux 6.9 or newer. [`FuseDevice::new`] has ruled out that the fd is another file. |
+//! | `EOPNOTSUPP` | [`DisabledInKernel`](BackingError::DisabledInKernel) | Use a kernel with `CONFIG_FUSE_PASSTHROUGH=y`. |
+//! | `EBADF` | [`PathOnlyFd`](BackingError::PathOnlyFd) | Use Linux 6.12 or newer for `O_PATH` fds. |
+//! | `ELOOP` | [`StackedTooDeep`](BackingError::StackedTooDeep) | Negotiate [depth 2](crate::init::MaxStackDepth::Two) for files on overlayfs. No depth permits files of `/proc`. |
+//! | `EISDIR`, `EINVAL` | [`NotRegularFile`](BackingError::NotRegularFile) | Serve directories, pipes and devices without passthrough. Do not rely on this error: older kernels do not give it. |
+//! | `ENOENT` at closing | [`UnknownId`](BackingError::UnknownId) | Nothing: the id was closed before, or belongs to another connection. |
+//!
+//! # What to do next
+//!
+//! [`BackingError::scope`] says what the error means for the next attempt. A [`BackingTable`] acts on it: after
+//! [`Scope::Connection`] it registers nothing until [`BackingTable::reset`]; after any other scope it tries again at the
+//! next open that follows the inode's last release.
+//!
+//! | scope | what to do |
+//! |---|---|
+//! | [`Scope::File`] | Serve this file without passthrough. |
+//! | [`Scope::Thread`] | Let another thread try. |
+//! | [`Scope::Connection`] | Stop trying, until the cause is removed. |
+//! | [`Scope::Transient`] | Try again. |
+//!
+//! # A bare `EIO` at a client's open
+//!
+//! If the kernel does not accept an OPEN reply, the *client* gets a bare `EIO`, and the server gets no error. So look
+//! first whether the server has sent the `EIO`: [`OpenError::DifferentFile`] has that errno. If not, the cause is one
+//! of these:
+//!
+//! | cause | what rules it out |
+//! |---|---|
+//! | The reply has flags beside `FOPEN_PASSTHROUGH` other than `DIRECT_IO`, `NOFLUSH` and `PARALLEL_DIRECT_WRITES`. | [`OpenReply`] |
+//! | The id was closed before the reply was written, or right after it. | [`BackingTable`] |
+//! | The inode is open with another id, even if that is an id of the same file. | [`BackingTable`] |
+//! | The inode has passthrough and plain opens at the same time. (A passthrough open after plain `DIRECT_IO` ones works, as long as no client has mapped such a file `MAP_SHARED`.) | [`BackingTable`], if OPEN and CREATE are both answered from it |
+//! | The kernel cannot reopen the backing file as the client asks: it is a running executable, its filesystem does not know `O_DIRECT`, or its mount is read-only. | The server opens the file with the client's flags first, and gets the true errno. |
+//! | The registrar's Landlock domain forbids what the client asks for. | Nothing: this is what [`ByAccess`](crate::rights::ByAccess) is for. |
+//!
+//! [`BackingTable`] cannot know that a number now names another file. Tell it with [`BackingTable::forget`] or
+//! [`BackingTable::invalidate`].
+//!
+//! # When passthrough is unavailable
+//!
+//! Nothing fails: the table answers opens in server mode, and files are served, slowly. To see why:
+//!
+//! - [`BackingTable::on_server_mode`] calls the server once for each cause that is not its own choice.
+//! - [`BackingTable::stats`] counts the opens in server mode by cause, in [`TableStats::served`].
+//! - [`BackingTable::list`] shows the cause for each inode.
+//!
+//! [`Handles::open`]: crate::Handles::open
+//! [`BackingTable`]: crate::BackingTable
+//! [`BackingTable::open`]: crate::BackingTable::open
+//! [`BackingTable::on_server_mode`]: crate::BackingTable::on_server_mode
+//! [`BackingTable::stats`]: crate::BackingTable::stats
+//! [`BackingTable::list`]: crate::BackingTable::list
+//! [`BackingTable::reset`]: crate::BackingTable::reset
+//! [`BackingTable::forget`]: crate::BackingTable::forget
+//! [`BackingTable::invalidate`]: crate::BackingTable::invalidate
+//! [`TableStats::served`]: crate::table::TableStats::served
+//! [`OpenFile::server_reason`]: crate::OpenFile::server_reason
+//! [`OpenReply`]: crate::OpenReply
+//! [`FuseDevice`]: crate::FuseDevice
+//! [`FuseDevice::new`]: crate::FuseDevice::new
+//! [`negotiate`]: crate::init::negotiate
+//! [`may_register`]: crate::rights::may_register
+//! [`rights`]: crate::rights
 
 use std::convert::Infallible;
 use std::fmt;
@@ -16,7 +106,7 @@ use thiserror::Error;
 use crate::access::Access;
 use crate::fopen_flags::FopenFlags;
 
-/// What an error means for the next attempt.
+/// What an error means for the next attempt, see [the guide](self#what-to-do-next).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Scope {
@@ -24,41 +114,49 @@ pub enum Scope {
     File,
     /// Every attempt on this connection fails like this one until the cause is removed.
     Connection,
-    /// Every attempt of the *calling thread* fails like this one. Another thread may succeed, since
+    /// Every attempt of the *calling thread* fails like this one. Another thread may succeed:
     /// capabilities belong to threads.
     Thread,
-    /// The same call may succeed when it is made again.
+    /// The same call may succeed later.
     Transient,
 }
 
-/// Why `EPERM`. The kernel has one errno for all of these; a look at the calling thread tells them apart.
+/// Why the kernel answered `EPERM`. It has one errno for all of these causes; the crate looks at the calling thread
+/// and the device to tell them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum NotPermitted {
-    /// The calling thread is in a user namespace of its own. The kernel asks for `CAP_SYS_ADMIN` in
-    /// the *initial* user namespace: rootless containers cannot have passthrough.
-    #[error("the thread is not in the initial user namespace, where it needs CAP_SYS_ADMIN")]
+    /// The calling thread is not in the *initial* user namespace, in which the kernel requires `CAP_SYS_ADMIN`.
+    /// Rootless containers cannot have passthrough.
+    #[error(
+        "the calling thread needs CAP_SYS_ADMIN in the initial user namespace, \
+         but is in another one (a rootless container cannot have passthrough)"
+    )]
     NotInInitialUserNamespace,
     /// The calling thread has no effective `CAP_SYS_ADMIN`. Another thread of the process may have it.
-    #[error("the calling thread has no effective CAP_SYS_ADMIN")]
-    MissingCapability,
-    /// Neither of these, and the device is attached: a security module or seccomp denies it, or passthrough
-    /// was not negotiated. That is: INIT is not answered yet, or its reply lacks `FUSE_INIT_EXT` or
-    /// `FUSE_PASSTHROUGH`, or has a `max_stack_depth` other than 1 and 2, or has `FUSE_WRITEBACK_CACHE`.
     #[error(
-        "passthrough was not negotiated (the INIT reply needs INIT_EXT, PASSTHROUGH, \
-         max_stack_depth 1 or 2, and no WRITEBACK_CACHE), or a security policy denies it"
+        "the calling thread has no effective CAP_SYS_ADMIN: \
+         run as root, or call from a thread that has it"
+    )]
+    MissingCapability,
+    /// The thread has the capability and the device is attached, so one of two causes remains. Either passthrough was
+    /// not [negotiated](crate::init): INIT is not answered yet, or its reply lacks `FUSE_INIT_EXT` or
+    /// `FUSE_PASSTHROUGH`, has a `max_stack_depth` other than 1 and 2, or has `FUSE_WRITEBACK_CACHE`. Or a security
+    /// module or seccomp denies the call.
+    #[error(
+        "passthrough was not negotiated (the INIT reply needs FUSE_INIT_EXT, FUSE_PASSTHROUGH, \
+         max_stack_depth 1 or 2, and no FUSE_WRITEBACK_CACHE), or a security policy denies it"
     )]
     NotNegotiatedOrDenied,
-    /// Not known: `/proc` is unavailable, or a policy hides the thread's namespace or capabilities, or the
-    /// state of the device.
+    /// The cause is unknown: `/proc` is unavailable, or a policy hides the thread's namespace, its capabilities, or
+    /// the state of the device.
     #[error("cannot determine why: /proc is unavailable or a policy hides it")]
     Undetermined,
 }
 
 impl NotPermitted {
-    /// User namespaces belong to processes, capabilities to threads. Only a server's own seccomp filter would
-    /// deny it to some of its threads.
+    /// User namespaces belong to processes, capabilities to threads. `NotNegotiatedOrDenied` counts for the
+    /// connection: only a server's own seccomp filter would deny the call to some of its threads.
     fn scope(self) -> Scope {
         match self {
             Self::NotInInitialUserNamespace | Self::NotNegotiatedOrDenied => Scope::Connection,
@@ -71,30 +169,36 @@ impl NotPermitted {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum NegotiateError {
-    /// The kernel does not offer it: older than Linux 6.9, or built without `CONFIG_FUSE_PASSTHROUGH`.
+    /// The kernel does not offer passthrough: it is older than Linux 6.9, or built without
+    /// `CONFIG_FUSE_PASSTHROUGH`.
     #[error("the kernel does not offer passthrough (needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)")]
     NotOffered,
-    /// The server wants `WRITEBACK_CACHE` as well, with which the kernel leaves
-    /// passthrough off.
-    #[error("passthrough and WRITEBACK_CACHE exclude each other")]
+    /// The server wants `FUSE_WRITEBACK_CACHE` as well, with which the kernel leaves passthrough off.
+    #[error("passthrough and FUSE_WRITEBACK_CACHE exclude each other: ask for one of them")]
     WritebackCacheWanted,
-    /// The server wants `HANDLE_KILLPRIV`, with which set-user-ID and set-group-ID bits survive writes in
-    /// passthrough mode unless registrations are made without `CAP_FSETID`, and which spares no request.
-    #[error("HANDLE_KILLPRIV is of no use with passthrough; HANDLE_KILLPRIV_V2 is")]
-    HandleKillprivWanted,
-    /// The server wants `HANDLE_KILLPRIV_V2`, for which it takes a witness, see
-    /// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2).
+    /// The server wants `FUSE_HANDLE_KILLPRIV`. With it, set-user-ID and set-group-ID bits survive writes in
+    /// passthrough mode unless files are registered without `CAP_FSETID`, and it spares no request.
     #[error(
-        "HANDLE_KILLPRIV_V2 needs a registrar without CAP_FSETID: use Negotiated::handle_killpriv_v2"
+        "FUSE_HANDLE_KILLPRIV is of no use with passthrough: \
+         use FUSE_HANDLE_KILLPRIV_V2, by Negotiated::handle_killpriv_v2"
+    )]
+    HandleKillprivWanted,
+    /// The server wants `FUSE_HANDLE_KILLPRIV_V2` among its flags. It must call
+    /// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) instead, which asks for a
+    /// registrar without `CAP_FSETID`.
+    #[error(
+        "FUSE_HANDLE_KILLPRIV_V2 needs a registrar without CAP_FSETID: \
+         call Negotiated::handle_killpriv_v2 instead"
     )]
     HandleKillprivV2Wanted,
-    /// This thread could register nothing.
+    /// The calling thread may not register backing files.
     #[error("registering backing files is not permitted: {0}")]
     NotPermitted(NotPermitted),
 }
 
 impl NegotiateError {
-    /// `EOPNOTSUPP` for `NotOffered`, `EPERM` for `NotPermitted`, else `EINVAL`. No system call gave them.
+    /// `EOPNOTSUPP` for `NotOffered`, `EPERM` for `NotPermitted`, otherwise `EINVAL`. None of them is from a system
+    /// call.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match self {
@@ -111,17 +215,17 @@ impl NegotiateError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Error)]
 #[non_exhaustive]
 pub enum RightsError {
-    /// `capget` or `capset` failed; the thread has what it had. `EPERM`: it is not permitted such a capability,
-    /// or a policy denies the call.
-    #[error("the thread's capabilities were not changed: {0}")]
+    /// capget(2) or capset(2) failed, and the thread's capabilities are unchanged. `EPERM`: the capability is not among
+    /// the thread's permitted ones, or a policy denies the call.
+    #[error("the calling thread's capabilities could not be changed: {0}")]
     NotChanged(Errno),
-    /// `capset` failed when restoring: the thread keeps the changed capabilities.
-    #[error("the thread's capabilities could not be restored: {0}")]
+    /// capset(2) failed at restoring: the thread keeps the changed capabilities.
+    #[error("the calling thread keeps its changed capabilities, restoring them failed: {0}")]
     NotRestored(Errno),
 }
 
 impl RightsError {
-    /// The errno that the kernel gave.
+    /// The errno that the kernel returned.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
@@ -130,7 +234,7 @@ impl RightsError {
     }
 }
 
-/// A [`RegistrarThread`](crate::rights::RegistrarThread) could not be started. `E` is the error of the server's own
+/// Starting a [`RegistrarThread`](crate::rights::RegistrarThread) failed. `E` is the error of the server's own
 /// preparation.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -141,8 +245,8 @@ pub enum RegistrarThreadError<E> {
     /// The preparation failed.
     #[error("preparing the registrar thread failed: {0}")]
     Prepare(E),
-    /// The preparation panicked, or the thread was killed in it.
-    #[error("the registrar thread died while it was prepared")]
+    /// The preparation panicked, or the thread was killed during it.
+    #[error("the registrar thread panicked or was killed while it was being prepared")]
     Died,
 }
 
@@ -165,8 +269,8 @@ impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<RegistrarThreadErro
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum BackingError {
-    /// `ENOTTY`: the kernel is older than 6.9. ([`FuseDevice`](crate::FuseDevice) has ruled out an
-    /// fd that is not a FUSE device.)
+    /// `ENOTTY`: the kernel is older than 6.9. [`FuseDevice`](crate::FuseDevice) has ruled out an fd that is not a FUSE
+    /// device.
     #[error("the kernel does not support FUSE passthrough (needs Linux 6.9)")]
     UnsupportedKernel,
     /// `ENOSYS`: an emulator, such as qemu-user, or a seccomp profile refuses the ioctl.
@@ -175,83 +279,89 @@ pub enum BackingError {
     /// `EOPNOTSUPP`: the kernel was built without `CONFIG_FUSE_PASSTHROUGH`.
     #[error("the kernel was built without CONFIG_FUSE_PASSTHROUGH")]
     DisabledInKernel,
-    /// `EOPNOTSUPP` at registering, 6.9 to 6.11: the file has no `read_iter` or `write_iter`, which
-    /// passthrough uses.
-    #[error("the file's filesystem does not support passthrough reads and writes")]
+    /// `EOPNOTSUPP` at registering, Linux 6.9 to 6.11: the file has no `read_iter` or `write_iter`, which passthrough
+    /// uses.
+    #[error("the file's filesystem has no read_iter or write_iter, which passthrough needs")]
     FileNotSupported,
-    /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first
-    /// releases with passthrough `EINVAL`.
-    #[error("the device is not attached to a FUSE mount")]
+    /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first releases with
+    /// passthrough `EINVAL`.
+    #[error("the device is not attached to a FUSE connection: mount it first")]
     NotAttached(Errno),
-    /// `EPERM`, and why. An id that was to be closed is still registered; a thread that has the capability
-    /// can close it.
+    /// `EPERM`, and why. If the call was a close, the id is still registered; a thread that has the capability can
+    /// close it.
     #[error("not permitted: {0}")]
     NotPermitted(NotPermitted),
-    /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8 and 6.17 on
-    /// refuse all others; before 6.12 some are refused, with `EOPNOTSUPP`.
-    #[error("a backing file must be a regular file, this is {}", kind_of_file(*.file_type))]
+    /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8, 6.17 and later refuse all
+    /// others; before 6.12 some are refused, with `EOPNOTSUPP`.
+    #[error("only a regular file can be a backing file (this is {})", kind_of_file(*.file_type))]
     NotRegularFile {
-        /// What the backing fd is.
+        /// The type of the file.
         file_type: FileType,
         /// The raw errno.
         errno: Errno,
     },
-    /// `ELOOP`: the file's filesystem is stacked as deep as the connection's `max_stack_depth`, or
-    /// deeper. With depth 1, files on overlayfs and on another passthrough mount; with depth 2, on
-    /// stacks of these; at any depth, files of `/proc`. On Android also where passthrough was not negotiated.
-    #[error("the file's filesystem is stacked too deep for the negotiated max_stack_depth")]
+    /// `ELOOP`: the file's filesystem is stacked as deep as the connection's
+    /// [`max_stack_depth`](crate::init::MaxStackDepth), or deeper. Depth 1 excludes files on overlayfs and on another
+    /// passthrough mount, depth 2 those on stacks of these. Files of `/proc` are excluded at any depth. Android answers
+    /// `ELOOP` also if passthrough was not negotiated.
+    #[error(
+        "the file's filesystem is stacked too deep for the negotiated max_stack_depth \
+         (overlayfs needs 2)"
+    )]
     StackedTooDeep,
-    /// `EBADF`, 6.9 to 6.11: an `O_PATH` fd.
+    /// `EBADF`, Linux 6.9 to 6.11: the backing fd was opened with `O_PATH`.
     #[error("the backing fd was opened with O_PATH, which needs Linux 6.12")]
     PathOnlyFd,
     /// `EBADF`: the backing fd was closed behind its owner's back.
-    #[error("the backing fd is not open")]
+    #[error("the backing fd is not open: something else has closed it")]
     BadFd,
-    /// `ENOENT` at closing: the connection has no such id. It was closed before, is another connection's, or
-    /// was made up. Trying again is of no use.
-    #[error("the connection has no such id")]
+    /// `ENOENT` at closing: the connection has no such id. It was closed before, belongs to another connection, or was
+    /// made up. Do not try again.
+    #[error("the connection has no such backing id (closed before, or of another connection)")]
     UnknownId,
-    /// `ENOMEM`.
+    /// `ENOMEM`: the kernel could not allocate memory.
     #[error("the kernel is out of memory")]
     OutOfMemory,
     /// `ENOSPC`: all ids of the connection are in use.
-    #[error("the connection has no backing ids left")]
+    #[error("all backing ids of the connection are in use")]
     OutOfIds,
     /// `EINTR`: a signal arrived while the call waited for the mount to complete, see
     /// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init).
-    #[error("interrupted by a signal while waiting for the mount")]
+    #[error("a signal interrupted the call while it waited for the mount: try again")]
     Interrupted,
-    /// The kernel, or a seccomp supervisor in its place, reported success with an id that is not positive.
-    /// Nothing was registered under it.
+    /// The kernel, or a seccomp supervisor that answers for it, reported success with an id that is not positive.
+    /// Nothing was registered under that id.
     #[error("the ioctl returned {0}, which is not a backing id")]
     InvalidId(i32),
-    /// The calling thread's capabilities could not be [lowered](crate::rights::Lowered), or restored. Nothing stays
+    /// [Lowering](crate::rights::Lowered) or restoring the calling thread's capabilities failed. Nothing stays
     /// registered, unless closing fails as well.
     #[error(transparent)]
     Rights(#[from] RightsError),
-    /// For less than reading and writing, by [`ByAccess`](crate::rights::ByAccess): Landlock does not restrict memfds
-    /// and System V shared memory.
+    /// [`ByAccess`](crate::rights::ByAccess) was asked to register a memfd or System V shared memory for less than
+    /// reading and writing. Landlock does not restrict these.
     #[error(
-        "the kernel cannot enforce read-only or write-only access to this file (Landlock ignores memfds)"
+        "the kernel cannot enforce read-only or write-only access to this file \
+         (Landlock ignores memfds and System V shared memory)"
     )]
     NotEnforceable,
-    /// The [`Register`](crate::Register) refuses, not the kernel: its policy, its limit, or its end. An id
-    /// that was to be closed may still be registered.
-    #[error("the registrar refuses: {errno}")]
+    /// The [registrar](crate::Register) refused, not the kernel: because of its policy or its limit, or because it has
+    /// ended. If the call was a close, the id may still be registered.
+    #[error("the registrar refused: {errno}")]
     Registrar {
-        /// What it gives as the reason.
+        /// The registrar's reason.
         errno: Errno,
         /// What it means for the next attempt.
         scope: Scope,
     },
-    /// An errno whose cause is not known.
-    #[error("unknown cause: {0}")]
+    /// The kernel returned an errno whose cause is unknown.
+    #[error("the kernel returned an error of unknown cause: {0}")]
     Other(Errno),
 }
 
 impl BackingError {
-    /// The errno that the kernel gave. Where it gave none: `EPROTO` for [`InvalidId`](Self::InvalidId),
-    /// `EOPNOTSUPP` for [`NotEnforceable`](Self::NotEnforceable).
+    /// The errno that the kernel returned, or that the [`Registrar`](Self::Registrar) gave. The kernel returns none for
+    /// [`InvalidId`](Self::InvalidId), which is `EPROTO` here, and [`NotEnforceable`](Self::NotEnforceable), which is
+    /// `EOPNOTSUPP`.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
@@ -276,7 +386,7 @@ impl BackingError {
         }
     }
 
-    /// What it means for the next attempt. An unknown cause counts for the file.
+    /// What the error means for the next attempt. An unknown cause is taken for the file's.
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self {
@@ -302,11 +412,10 @@ impl BackingError {
     }
 }
 
-/// A call failed, and returns what it was given.
+/// The error of a call that gives back what it was given.
 ///
-/// `?` turns it into an [`io::Error`] that holds the cause. Where `?` is to make another error, say a
-/// `Box<dyn Error>`, of one that holds something borrowed, take the cause alone:
-/// `map_err(|failed| failed.cause())`.
+/// `?` turns it into an [`io::Error`] that holds the cause. If `T` borrows and `?` must make another error, such as
+/// `Box<dyn Error>`, keep the cause alone: `map_err(|failed| failed.cause())`.
 #[derive(Error)]
 #[error("{cause}")]
 pub struct Returned<T, E> {
@@ -314,25 +423,24 @@ pub struct Returned<T, E> {
     cause: E,
 }
 
-/// Closing a backing id failed: `T` is a [`BackingId`](crate::BackingId) or a
-/// [`BackingFile`](crate::BackingFile).
+/// Closing a backing id failed. `T` is a [`BackingId`](crate::BackingId) or a [`BackingFile`](crate::BackingFile).
 pub type BackingCloseError<T> = Returned<T, BackingError>;
 
 /// [`FuseDevice::new`](crate::FuseDevice::new) refused an fd.
 pub type NotFuseDevice<Fd> = Returned<Fd, DeviceError>;
 
 impl<T, E: Copy> Returned<T, E> {
-    /// A [`Register`](crate::Register) gives back with it what it could not close.
+    /// For an implementation of [`Register`](crate::Register), which gives back the id that it could not close.
     pub fn new(inner: T, cause: E) -> Self {
         Self { inner, cause }
     }
 
-    /// Why it failed.
+    /// Why the call failed.
     pub fn cause(&self) -> E {
         self.cause
     }
 
-    /// That of the cause.
+    /// The errno of the cause.
     pub fn errno(&self) -> Errno
     where
         Errno: From<E>,
@@ -346,7 +454,7 @@ impl<T, E: Copy> Returned<T, E> {
     }
 }
 
-// Without a bound on `T`, so that `unwrap` and `?` work whatever it is.
+// Has no bound on `T`, so that `unwrap` and `?` work for every `T`.
 impl<T, E: fmt::Debug> fmt::Debug for Returned<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.cause.fmt(f)
@@ -365,37 +473,36 @@ impl<T, E: Into<Self>> From<Returned<T, E>> for Errno {
     }
 }
 
-/// An fd is not a FUSE device, or [`FuseDevice::open`](crate::FuseDevice::open),
-/// [`clone_connection`](crate::FuseDevice::clone_connection) or [`sync_init`](crate::FuseDevice::sync_init)
-/// failed.
+/// The fd is not a FUSE device, or [`FuseDevice::open`](crate::FuseDevice::open),
+/// [`clone_connection`](crate::FuseDevice::clone_connection) or [`sync_init`](crate::FuseDevice::sync_init) failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum DeviceError {
     /// `ENOENT` at opening: there is no `/dev/fuse`.
     #[error("there is no /dev/fuse: load the fuse module, or give the container the device")]
     Missing,
-    /// `ENODEV` or `ENXIO` at opening: the node is there, the kernel has no driver for it.
-    #[error("the kernel has no driver behind /dev/fuse")]
+    /// `ENODEV` or `ENXIO` at opening: the node exists, but the kernel has no driver for it.
+    #[error("the kernel has no driver behind /dev/fuse: load the fuse module")]
     NoDriver(Errno),
-    /// At opening: `EACCES`, by the node's permissions, or `EPERM`, by a device cgroup.
-    #[error("access to /dev/fuse is denied: {0}")]
+    /// The node's permissions (`EACCES`) or a device cgroup (`EPERM`) deny opening it.
+    #[error("opening /dev/fuse is denied, by its permissions or a device cgroup: {0}")]
     Denied(Errno),
-    /// It is not a character device.
+    /// The fd is not a character device.
     #[error("not a FUSE device: not a character device (it is {})", kind_of_file(*.0))]
     NotCharacterDevice(FileType),
-    /// It is another character device than 10:229.
+    /// The fd is another character device than 10:229.
     #[error("not a FUSE device: it is the character device {major}:{minor}, not 10:229")]
     OtherDevice {
-        /// Its major number.
+        /// The device's major number.
         major: u32,
-        /// Its minor number.
+        /// The device's minor number.
         minor: u32,
     },
-    /// It is `/dev/fuse`, opened with `O_PATH`.
-    #[error("the fd was opened with O_PATH, which permits no ioctl")]
+    /// The fd is `/dev/fuse`, opened with `O_PATH`.
+    #[error("the FUSE device was opened with O_PATH, which permits no ioctl: use O_RDWR")]
     PathOnly,
-    /// It is fd 0, 1 or 2, which safe code can make name another file.
-    #[error("the fd is standard input, output or error: duplicate it")]
+    /// The fd is 0, 1 or 2, which safe code can redirect to another file.
+    #[error("the fd is 0, 1 or 2 (standard input, output or error): pass a duplicate of it")]
     StandardStream,
     /// `ENOTTY`: the kernel is older than the ioctl.
     #[error("the kernel does not support this ioctl (needs Linux {needs})")]
@@ -406,11 +513,12 @@ pub enum DeviceError {
     /// `ENOSYS`: an emulator or a seccomp profile refuses the ioctl.
     #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
     Unimplemented,
-    /// The device to be cloned is not attached to a connection. `EPERM`, in older releases `EINVAL`.
-    #[error("the device is not attached to a FUSE mount")]
+    /// The device to be cloned is not attached to a connection: it was not mounted yet. `EPERM`, in older releases
+    /// `EINVAL`.
+    #[error("the device is not attached to a FUSE connection: mount it first")]
     NotAttached(Errno),
     /// `EINVAL` from `sync_init`: the device is attached to a connection already.
-    #[error("the device is attached to a FUSE mount already")]
+    #[error("the device is attached to a FUSE connection already: call sync_init before mount(2)")]
     AlreadyAttached,
     /// Any other errno.
     #[error("opening or setting up the FUSE device failed: {0}")]
@@ -418,7 +526,7 @@ pub enum DeviceError {
 }
 
 impl DeviceError {
-    /// The errno that the kernel gave, or would have given for an ioctl on the fd; `EINVAL` for fds 0 to 2.
+    /// The errno that the kernel returned, or would have returned for an ioctl on the fd; `EINVAL` for fds 0 to 2.
     #[must_use]
     pub fn errno(&self) -> Errno {
         match *self {
@@ -435,7 +543,8 @@ impl DeviceError {
             | Self::Other(errno) => errno,
         }
     }
-    /// What it means for the next attempt.
+
+    /// What the error means for the next attempt.
     #[must_use]
     pub fn scope(&self) -> Scope {
         match self.errno() {
@@ -445,40 +554,44 @@ impl DeviceError {
     }
 }
 
-/// Why an open is in server mode.
+/// Why an open is in server mode. The open itself succeeded; the reason is for a log, see
+/// [the guide](self#when-passthrough-is-unavailable).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ServerReason {
-    /// The table has no registrar yet: [`BackingTable::attach`](crate::BackingTable::attach).
-    #[error("the device is not attached to the table yet")]
+    /// The table has no registrar: call [`BackingTable::attach`](crate::BackingTable::attach).
+    #[error("the table has no registrar yet: call BackingTable::attach")]
     NoRegistrar,
-    /// Registering the file failed; or was not tried, since it failed for another one with
-    /// [`Scope::Connection`]. See [`BackingTable::reset`](crate::BackingTable::reset).
+    /// Registering the file failed. Or it was not tried, because registering another file failed with
+    /// [`Scope::Connection`]: [`BackingTable::reset`](crate::BackingTable::reset) makes the table try again.
     #[error("registering a backing file failed: {0}")]
     Refused(BackingError),
-    /// The table's limit on ids was reached, and none was idle.
-    #[error("the limit on backing ids is reached")]
+    /// The table's [limit](crate::BackingTable::set_limit) on ids was reached, and none was idle.
+    #[error("the table's limit on backing ids is reached (BackingTable::set_limit)")]
     LimitReached,
-    /// [`BackingTable::serve`](crate::BackingTable::serve).
+    /// The server called [`BackingTable::serve`](crate::BackingTable::serve).
     #[error("the server's choice")]
     Chosen,
-    /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). Passed through, a client could overwrite
-    /// it, by a mapping or after clearing `O_APPEND`: Linux before 7.3.4 does not check.
-    #[error("the file is append-only, which the kernel does not enforce in passthrough mode")]
+    /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). In passthrough mode a client could overwrite it, by
+    /// a mapping or after clearing `O_APPEND`: Linux before 7.3.4 does not check.
+    #[error(
+        "the file is append-only, which Linux before 7.3.4 does not enforce in passthrough mode"
+    )]
     AppendOnly,
-    /// `statx` failed, so that it is not known whether the file is append-only.
-    #[error("cannot read the file's attributes: {0}")]
+    /// statx(2) failed, so it is unknown whether the file is append-only.
+    #[error("cannot tell whether the file is append-only, because statx failed: {0}")]
     Unreadable(Errno),
-    /// There is no fd for [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds), by `EMFILE` mostly.
-    #[error("cannot keep an fd with the backing id: {0}")]
+    /// [`BackingTable::set_keep_fds`](crate::BackingTable::set_keep_fds) asks for an fd, and there is none: `EMFILE` in
+    /// most cases.
+    #[error("cannot keep an fd with the backing id (BackingTable::set_keep_fds): {0}")]
     NoFd(Errno),
 }
 
-/// An open is refused; answer the client with its [`errno`](Self::errno).
+/// An open was refused. Answer the client with its [`errno`](Self::errno).
 ///
 /// # Examples
 ///
-/// `?` in a function that returns an [`io::Result`] gives the client the errno:
+/// `?` in a function that returns an [`io::Result`] keeps the errno for the client:
 ///
 /// ```
 /// use fuse_backing::{FopenFlags, Handles, Opened};
@@ -501,33 +614,41 @@ pub enum OpenError {
         /// What the client's open flags ask for.
         wanted: Access,
     },
-    /// `EBUSY`: the inode is open and registered for less than the client asks for, by a registrar that
-    /// [enforces](crate::Register::enforces_grant) it. Give the first open the
-    /// [`grant`](crate::ServerFile::grant) of all.
-    #[error("the client asks for {wanted} access, the open inode is registered for {registered}")]
+    /// `EBUSY`: the inode is open, and was registered for less than the client asks for by a registrar that
+    /// [enforces](crate::Register::enforces_grant) its grant. Give the first open a
+    /// [`grant`](crate::ServerFile::grant) that covers all later ones.
+    #[error(
+        "the client asks for {wanted} access, the open inode is registered for {registered} \
+         (ServerFile::grant sets this)"
+    )]
     GrantExceeded {
-        /// What it is registered for.
+        /// What the inode is registered for.
         registered: Access,
         /// What the client's open flags ask for.
         wanted: Access,
     },
-    /// `EIO`: the inode is open and registered with another file than this one, by `st_dev` and `st_ino`.
-    /// All opens of an inode have one id, and so one file. A server that gives the number of an inode to
-    /// another file says so with [`forget`](crate::BackingTable::forget).
-    #[error("the inode is open with another backing file")]
+    /// `EIO`: the inode is open, and registered with another file, by `st_dev` and `st_ino`. All opens of an inode have
+    /// one id, and so one file. Call [`BackingTable::forget`](crate::BackingTable::forget) before giving the number of
+    /// an inode to another file. [`adopt`](crate::BackingTable::adopt) also returns this for an inode that is open with
+    /// another id or in server mode.
+    #[error(
+        "the inode is open with another backing file \
+         (BackingTable::forget frees its number for a new file)"
+    )]
     DifferentFile,
-    /// `EPERM`: the server grants writing to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`), in either
-    /// mode. No filesystem opens such a file for writing. Passthrough does, before Linux 7.3.4.
+    /// `EPERM`, in either mode: the client asks to write to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`). No
+    /// filesystem opens such a file for writing. Passthrough does, before Linux 7.3.4.
     #[error("the client asks to write to an immutable file")]
     Immutable,
-    /// `EBADF`: the server's fd was opened with `O_PATH`, or with access mode 3, which is for ioctls alone.
-    #[error("the fd permits neither reading nor writing (O_PATH, or access mode 3)")]
+    /// `EBADF`: the server's fd was opened with `O_PATH`, or with access mode 3, which permits ioctls alone.
+    #[error("the server's fd permits neither reading nor writing (O_PATH, or access mode 3)")]
     NoAccess,
-    /// `EINVAL`: the kernel refuses these flags in such a reply.
-    #[error("the kernel refuses these flags in such a reply: {0:?}")]
+    /// `EINVAL`: the kernel refuses these flags in a reply of this mode, see
+    /// [`OpenReply::passthrough`](crate::OpenReply::passthrough) and [`OpenReply::server`](crate::OpenReply::server).
+    #[error("the kernel refuses these flags in an OPEN or CREATE reply of this mode: {0:?}")]
     FlagsNotAllowed(FopenFlags),
-    /// `fcntl`, `statx` or `fstat` of the server's fd failed.
-    #[error("cannot examine the backing file: {0}")]
+    /// fcntl(2), statx(2) or fstat(2) of the server's fd failed.
+    #[error("cannot examine the server's fd, because fcntl, statx or fstat failed: {0}")]
     Unreadable(Errno),
 }
 
@@ -563,7 +684,7 @@ macro_rules! into_errno {
     )* };
 }
 
-/// An [`io::Error`] of the errno's kind that holds the error. It cannot have a raw errno as well.
+/// Makes an [`io::Error`] of the errno's kind that holds the error. Such an `io::Error` has no raw errno.
 macro_rules! into_io_error {
     ($($error:ty)*) => { $(
         impl From<$error> for io::Error {

@@ -1,4 +1,69 @@
-//! Negotiating passthrough in INIT.
+//! Negotiation: turning passthrough on in INIT.
+//!
+//! # What the kernel offers
+//!
+//! INIT is the first request of a connection. The kernel sets `FUSE_PASSTHROUGH` in it (Linux 6.9 with
+//! `CONFIG_FUSE_PASSTHROUGH`), together with `FUSE_INIT_EXT`, which says that the upper 32 flags in `flags2` are valid.
+//! It offers passthrough to every server, also to one that may not use it: registering needs `CAP_SYS_ADMIN` in the
+//! initial user namespace.
+//!
+//! # What the reply must have
+//!
+//! | in the INIT reply | needed |
+//! |---|---|
+//! | `FUSE_INIT_EXT` | yes: without it the kernel ignores `flags2` |
+//! | `FUSE_PASSTHROUGH` | yes |
+//! | `max_stack_depth` | 1 or 2 |
+//! | `FUSE_WRITEBACK_CACHE` | no: it excludes passthrough |
+//!
+//! **The kernel silently accepts an unusable reply**, and refuses every registration later with `EPERM`, which is
+//! [`NotNegotiatedOrDenied`](crate::error::NotPermitted::NotNegotiatedOrDenied). [`negotiate`] works out a reply that
+//! has all of this, or says why passthrough is unavailable: the kernel does not offer it, the server wants flags that
+//! exclude it, or this thread may not register. A server whose files are registered by another thread or process calls
+//! [`reply`], which does not look at the calling thread.
+//!
+//! # `max_stack_depth`
+//!
+//! | [`MaxStackDepth`] | backing files can be on | what can be stacked on this mount |
+//! |---|---|---|
+//! | [`One`](MaxStackDepth::One) | filesystems that are not stacked | an overlayfs, or another passthrough mount |
+//! | [`Two`](MaxStackDepth::Two) | also overlayfs, and a passthrough mount of depth 1 | nothing |
+//!
+//! Other files get [`StackedTooDeep`](crate::error::BackingError::StackedTooDeep). libfuse's
+//! `max_backing_stack_depth` counts one less than the kernel's `max_stack_depth`.
+//!
+//! # `FUSE_HANDLE_KILLPRIV_V2`
+//!
+//! Without this flag the kernel asks the server for `security.capability` before each write, and small writes take ten
+//! times as long. With it, the server promises to clear set-user-ID and set-group-ID bits. In passthrough mode only the
+//! filesystem of the backing file can clear them, and it does so only if the file was registered without `CAP_FSETID`.
+//! So [`Negotiated::handle_killpriv_v2`] takes a witness: a registrar, table or handles that are [`WithoutFsetid`]. The
+//! guide in [`rights`](crate::rights) lists the requests that the server must then handle differently.
+//!
+//! # With fuser
+//!
+//! Call `add_capabilities` *and* `set_max_stack_depth`: if either is missing, passthrough stays off. [`negotiate`]
+//! takes fuser's flags as a `u64`.
+//!
+//! ```
+//! use fuse_backing::init::{MaxStackDepth, negotiate};
+//! use std::io::{Error, Result};
+//!
+//! /// Called by `Filesystem::init`.
+//! fn init(config: &mut fuser::KernelConfig) -> Result<()> {
+//!     let reply = match negotiate(config.capabilities().bits(), 0, MaxStackDepth::One) {
+//!         Ok(reply) => reply,
+//!         Err(why) => {
+//!             eprintln!("serving without passthrough: {why}");
+//!             return Ok(());
+//!         }
+//!     };
+//!     let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
+//!     config.add_capabilities(flags).map_err(|flags| Error::other(format!("{flags:?}")))?;
+//!     config.set_max_stack_depth(reply.max_stack_depth).map_err(|_| Error::other("max_stack_depth"))?;
+//!     Ok(())
+//! }
+//! ```
 
 use bitflags::bitflags;
 
@@ -8,10 +73,9 @@ use crate::rights::may_register;
 use crate::uapi;
 
 bitflags! {
-    /// The 64 flags of INIT, `flags | flags2 << 32`: what the kernel offers, and what the server
-    /// answers.
+    /// The 64 flags of INIT, `flags | flags2 << 32`: what the kernel offers, and what the server answers.
     ///
-    /// Only those are named that have to do with passthrough; all others are kept as they come.
+    /// Only flags that concern passthrough have a name here. All others are kept.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct InitFlags: u64 {
         /// `FUSE_WRITEBACK_CACHE`: excludes passthrough.
@@ -22,7 +86,7 @@ bitflags! {
         const HANDLE_KILLPRIV_V2 = uapi::FUSE_HANDLE_KILLPRIV_V2;
         /// `FUSE_INIT_EXT`: `flags2` is valid.
         const INIT_EXT = uapi::FUSE_INIT_EXT;
-        /// `FUSE_DIRECT_IO_ALLOW_MMAP`: shared mmap of direct files.
+        /// `FUSE_DIRECT_IO_ALLOW_MMAP`: allows shared mmap of files opened with `FOPEN_DIRECT_IO`.
         const DIRECT_IO_ALLOW_MMAP = uapi::FUSE_DIRECT_IO_ALLOW_MMAP;
         /// `FUSE_PASSTHROUGH`: backing files may be registered.
         const PASSTHROUGH = uapi::FUSE_PASSTHROUGH;
@@ -35,7 +99,7 @@ bitflags! {
     }
 }
 
-/// As FUSE libraries have them.
+/// The flags as FUSE libraries have them.
 impl From<u64> for InitFlags {
     #[inline]
     fn from(flags: u64) -> Self {
@@ -46,13 +110,13 @@ impl From<u64> for InitFlags {
 impl InitFlags {
     /// The two fields of an INIT reply: `flags` and `flags2`.
     #[must_use]
-    #[allow(clippy::cast_possible_truncation, reason = "the halves")]
+    #[allow(clippy::cast_possible_truncation, reason = "splits into two halves")]
     pub fn to_fields(self) -> (u32, u32) {
         (self.bits() as u32, (self.bits() >> 32) as u32)
     }
 
-    /// From the two fields of an INIT request: `flags`, and `flags2`, which counts only if the kernel
-    /// says [`INIT_EXT`](Self::INIT_EXT). Else it has sent none.
+    /// From the two fields of an INIT request: `flags` and `flags2`. `flags2` is ignored unless `flags` has
+    /// [`INIT_EXT`](Self::INIT_EXT): the kernel has sent none then.
     #[must_use]
     pub fn from_fields(flags: u32, flags2: u32) -> Self {
         let low = Self::from_bits_retain(flags.into());
@@ -64,25 +128,24 @@ impl InitFlags {
     }
 }
 
-/// How deeply stacked the filesystems may be that backing files are on: the `max_stack_depth` of the
-/// INIT reply.
+/// The `max_stack_depth` of the INIT reply: how deeply the filesystems of backing files may be stacked, see
+/// [the guide](self#max_stack_depth).
 ///
-/// With other depths the kernel silently leaves passthrough off. libfuse's option of a similar name counts
-/// one less.
+/// With other depths than these two the kernel silently leaves passthrough off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum MaxStackDepth {
-    /// 1: files on filesystems that are not stacked. This mount may then be a layer of an overlayfs,
-    /// or have the backing files of another passthrough mount.
+    /// 1: backing files are on filesystems that are not stacked. This mount can be a layer of an overlayfs, or hold the
+    /// backing files of another passthrough mount.
     #[default]
     One = 1,
-    /// 2: also files on overlayfs, and on a passthrough mount of depth 1. Nothing can be stacked on
-    /// this mount.
+    /// 2: backing files can also be on overlayfs, and on a passthrough mount of depth 1. Nothing can be stacked on this
+    /// mount.
     Two = 2,
 }
 
-/// What to answer to INIT, so that passthrough is on. See [`negotiate`].
+/// The INIT reply that turns passthrough on, from [`negotiate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "passthrough is on if the INIT reply has these"]
+#[must_use = "passthrough is off unless the INIT reply has these"]
 #[non_exhaustive]
 pub struct Negotiated {
     /// All 64 flags of the reply.
@@ -93,16 +156,16 @@ pub struct Negotiated {
 }
 
 impl Negotiated {
-    /// Answers `HANDLE_KILLPRIV_V2` as well, if the kernel offers it: small writes then cost a tenth, since the kernel
-    /// no longer asks for `security.capability` before each.
+    /// Adds `HANDLE_KILLPRIV_V2` to the reply, if the kernel offers it. Small writes then cost a tenth: the kernel no
+    /// longer asks for `security.capability` before each.
     ///
-    /// It promises that the server clears set-user-ID and set-group-ID bits, so files must be registered without
-    /// `CAP_FSETID`. Pass the registrar, table or handles that register them. The server must also handle some
-    /// requests differently: see [`rights`](crate::rights).
+    /// The flag promises that the server clears set-user-ID and set-group-ID bits, so files must be registered without
+    /// `CAP_FSETID`. Pass the registrar, table or handles that register them. The server must also handle some requests
+    /// differently, see [`rights`](crate::rights).
     ///
     /// # Examples
     ///
-    /// In the INIT of a server that attaches its registrar later:
+    /// INIT of a server that attaches its registrar later:
     ///
     /// ```
     /// use fuse_backing::error::NegotiateError;
@@ -119,7 +182,7 @@ impl Negotiated {
         self.handle_killpriv_v2_with_fsetid()
     }
 
-    /// The same without a witness: for a server none of whose files ever has a set-user-ID or set-group-ID bit. If
+    /// The same without a witness, for a server none of whose files ever has a set-user-ID or set-group-ID bit. If
     /// files are registered with `CAP_FSETID`, **those bits stay when a stranger writes**.
     pub fn handle_killpriv_v2_with_fsetid(mut self) -> Self {
         self.flags |= self.offered & InitFlags::HANDLE_KILLPRIV_V2;
@@ -127,15 +190,14 @@ impl Negotiated {
     }
 }
 
-/// Works out the INIT reply that turns passthrough on, or says why there is none.
+/// Works out the INIT reply that turns passthrough on, or says why passthrough is unavailable.
 ///
-/// - `offered`: the kernel's flags.
-/// - `wanted`: all that the server wants besides; what was not offered of it is left out of the
-///   reply. `HANDLE_KILLPRIV_V2` takes a witness, see [`Negotiated::handle_killpriv_v2`].
+/// - `offered`: the flags of the INIT request.
+/// - `wanted`: the other flags that the server wants. Those that the kernel does not offer are left out of the reply.
+///   For `HANDLE_KILLPRIV_V2` call [`Negotiated::handle_killpriv_v2`] instead.
 ///
-/// The kernel silently accepts an unusable INIT reply, and refuses every registration
-/// later with `EPERM`. It offers passthrough to servers that will never be permitted to use it:
-/// whether *this thread* is, is checked here ([`may_register`]).
+/// This checks whether the *calling thread* may register ([`may_register`]): the kernel offers passthrough to servers
+/// that may not.
 ///
 /// # Errors
 ///
@@ -143,8 +205,8 @@ impl Negotiated {
 ///
 /// # Examples
 ///
-/// A server that writes the bytes itself, with the request's `flags` and `flags2`. With fuser: see
-/// `examples/hello.rs`.
+/// A server that writes the protocol's bytes itself, from the request's `flags` and `flags2`. (With fuser: see
+/// [the guide](self#with-fuser).)
 ///
 /// ```
 /// use fuse_backing::error::NegotiateError;
@@ -164,7 +226,7 @@ impl Negotiated {
 ///
 /// # References
 ///
-/// `process_init_reply` in `fs/fuse/inode.c`; `tests/kernel/backing_open.rs`: which replies are accepted.
+/// `process_init_reply` in `fs/fuse/inode.c`; `tests/kernel/backing_open.rs` shows which replies are accepted.
 pub fn negotiate(
     offered: impl Into<InitFlags>,
     wanted: impl Into<InitFlags>,
@@ -175,11 +237,11 @@ pub fn negotiate(
     Ok(reply)
 }
 
-/// [`negotiate`] without asking whether this thread may register: for a registrar in another thread or process.
+/// [`negotiate`] without the check of the calling thread, for a registrar in another thread or process.
 ///
 /// # Errors
 ///
-/// [`NegotiateError`], but not [`NotPermitted`](NegotiateError::NotPermitted).
+/// [`NegotiateError`], except [`NotPermitted`](NegotiateError::NotPermitted).
 ///
 /// # Examples
 ///
@@ -196,7 +258,7 @@ pub fn reply(
     max_stack_depth: MaxStackDepth,
 ) -> Result<Negotiated, NegotiateError> {
     let (offered, wanted) = (offered.into(), wanted.into());
-    // INIT_EXT is not asked for: fuser strips it, and a kernel that sends bit 37 has it.
+    // Does not look for INIT_EXT in `offered`: fuser strips it, and a kernel that sends bit 37 has it.
     if !offered.contains(InitFlags::PASSTHROUGH) {
         return Err(NegotiateError::NotOffered);
     }

@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-/// Reading, writing, or both: what a server grants through a registration, and what a client's open
-/// asks for. The kernel does not compare the two, see
-/// [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
+/// Reading, writing, or both: what a server grants through a registration, and what a client's open asks for. The
+/// kernel does not compare the two, see [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// Reading.
@@ -16,7 +15,7 @@ pub enum Access {
 }
 
 impl Access {
-    /// Grants as bits that add up, for [`from_bits`](Self::from_bits).
+    /// One bit for reading, one for writing.
     pub(crate) const fn bits(self) -> u8 {
         self as u8
     }
@@ -30,12 +29,12 @@ impl Access {
         }
     }
 
-    /// Both grants together.
+    /// All that either of the two permits.
     pub(crate) fn union(self, other: Self) -> Self {
         Self::from_bits(self.bits() | other.bits()).unwrap_or(Self::ReadWrite)
     }
 
-    /// Whether granting this is granting all that is `wanted`.
+    /// Whether this access includes all of `wanted`.
     #[must_use]
     pub fn allows(self, wanted: Self) -> bool {
         self == Self::ReadWrite || self == wanted

@@ -12,15 +12,15 @@ use crate::register::Register;
 
 /// A registered backing file, closed on drop.
 ///
-/// `R` is who registers, see [`Register`]: a `&FuseDevice`, or an `Arc<FuseDevice>`.
+/// `R` is the [registrar](Register): a `&FuseDevice`, an `Arc<FuseDevice>`, or another one.
 ///
-/// Keep it from before the OPEN reply is written until the last RELEASE of the inode, and use one
-/// for all opens of an inode: the kernel refuses a second id for an inode that is open, even one of
-/// the same file. [`BackingTable`](crate::BackingTable) does that.
+/// Keep the guard from before the OPEN reply is written until the last RELEASE of the inode, and use one guard for all
+/// opens of an inode: the kernel refuses a second id for an inode that is open, even an id of the same file.
+/// [`BackingTable`](crate::BackingTable) does that.
 ///
-/// Drop ignores a failing close, which happens to a thread without `CAP_SYS_ADMIN`; the file then
-/// stays registered as long as the connection lives. [`close`](Self::close) reports it. After fork(2) the
-/// process that drops its copy first closes the id for both.
+/// Drop ignores a close that fails, as it does in a thread without `CAP_SYS_ADMIN`. The file then stays registered for
+/// the life of the connection. [`close`](Self::close) reports the error. After fork(2) the process that drops its copy
+/// first closes the id for both.
 ///
 /// # Examples
 ///
@@ -28,7 +28,7 @@ use crate::register::Register;
 /// # fn f(device: fuse_backing::FuseDevice) -> std::io::Result<()> {
 /// use fuse_backing::{Access, BackingFile, FopenFlags, OpenReply};
 ///
-/// // The server opens the file itself, with the client's flags: the errno is the true one.
+/// // The server opens the file itself, with the client's flags, and so gets the true errno.
 /// let client_flags = 0; // O_RDONLY
 /// let file = std::fs::File::open("/srv/data/file")?;
 /// let granted = Access::of(&file)?;
@@ -41,7 +41,7 @@ use crate::register::Register;
 /// # Ok(()) }
 /// ```
 ///
-/// It cannot outlive the device it borrows, and is closed once:
+/// A guard cannot outlive the device that it borrows:
 ///
 /// ```compile_fail,E0505
 /// # fn f(device: fuse_backing::FuseDevice, id: fuse_backing::BackingId) {
@@ -50,6 +50,8 @@ use crate::register::Register;
 /// let closed = backing.close();
 /// # }
 /// ```
+///
+/// It is closed once:
 ///
 /// ```compile_fail,E0382
 /// # fn f(backing: fuse_backing::BackingFile<std::sync::Arc<fuse_backing::FuseDevice>>) {
@@ -68,23 +70,23 @@ pub struct BackingFile<R: Register> {
 assert_eq_size!(BackingFile<&FuseDevice>, (usize, i32, bool));
 
 impl<R: Register> BackingFile<R> {
-    /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file as
-    /// [`FuseDevice::backing_open`] does, which has the requirements and the security note.
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file. [`FuseDevice::backing_open`] has the
+    /// requirements and the security note.
     ///
-    /// `grant` is the most that will ever be granted through this id: it matters to a registrar that
+    /// `grant` is the most that will ever be granted through this id. It matters to a registrar that
     /// [enforces](Register::enforces_grant) it.
     ///
     /// # Errors
     ///
-    /// [`BackingError`]; nothing stays registered.
+    /// [`BackingError`]. Nothing stays registered.
     #[inline]
     pub fn open(registrar: R, fd: impl AsFd, grant: Access) -> Result<Self, BackingError> {
         let id = registrar.register(fd.as_fd(), grant)?;
         Ok(Self::from_id(registrar, id))
     }
 
-    /// Guards an id that is registered already, with the connection of *this* registrar: one that
-    /// [`into_id`](Self::into_id) gave up, or that a predecessor on the same device fd handed over.
+    /// Guards an id that is already registered with the connection of *this* registrar: one that
+    /// [`into_id`](Self::into_id) returned, or that a predecessor on the same device fd handed over.
     #[inline]
     pub fn from_id(registrar: R, id: BackingId) -> Self {
         Self {
@@ -94,13 +96,13 @@ impl<R: Register> BackingFile<R> {
         }
     }
 
-    /// The id, to be named in replies.
+    /// The id, for replies.
     #[inline]
     pub fn id(&self) -> &BackingId {
         &self.id
     }
 
-    /// Gives up the guard: the file stays registered, and closing the id is the caller's.
+    /// Gives up the guard. The file stays registered, and the caller must close the id.
     ///
     /// # Examples
     ///
@@ -117,13 +119,13 @@ impl<R: Register> BackingFile<R> {
         self.id.alias()
     }
 
-    /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Closes as drop does, and reports the error.
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Closes the id as drop does, and reports the error.
     ///
     /// # Errors
     ///
-    /// [`BackingCloseError`] gives the guard back. It is still registered, and dropping it tries once
-    /// more. After [`UnknownId`](BackingError::UnknownId) nothing is left to close: neither
-    /// dropping it nor closing it again makes a call, because the number may be another file's by then.
+    /// [`BackingCloseError`] gives the guard back. The file is still registered, and dropping the guard tries once more.
+    /// After [`UnknownId`](BackingError::UnknownId) nothing is left to close: neither dropping the guard nor closing it
+    /// again makes a call, because the number may be another file's by then.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
         self.unregister()
@@ -135,7 +137,7 @@ impl<R: Register> BackingFile<R> {
         if !self.registered {
             return Err(BackingError::UnknownId);
         }
-        // Not to be closed twice, also where the registrar panics.
+        // First, so that the drop after a panic of the registrar does not close the id twice.
         self.registered = false;
         self.registrar
             .unregister(self.id.alias())
@@ -149,7 +151,7 @@ impl<R: Register> BackingFile<R> {
 impl<R: Register> Drop for BackingFile<R> {
     #[inline]
     fn drop(&mut self) {
-        // A destructor has nobody to tell; `close` reports.
+        // Drop cannot report an error; `close` does.
         let _ = self.unregister();
     }
 }

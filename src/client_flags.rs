@@ -6,7 +6,7 @@ use crate::access::Access;
 
 /// The flags of an OPEN or CREATE request: the `flags` of `fuse_open_in`.
 ///
-/// Made of an `i32` or `u32`, as FUSE libraries have them (in fuser inside `OpenFlags`), or of rustix's
+/// Converts from the `i32` or `u32` that FUSE libraries have (in fuser, inside `OpenFlags`), and from rustix's
 /// [`OFlags`].
 ///
 /// # Examples
@@ -23,8 +23,8 @@ use crate::access::Access;
 pub struct ClientFlags(OFlags);
 
 impl ClientFlags {
-    /// What a client can do with an open of these flags; access mode 3 is both. `O_TRUNC` adds nothing: the
-    /// server's own open with these flags has truncated the file, or failed.
+    /// What a client can do with an open of these flags. Access mode 3 counts as reading and writing. `O_TRUNC` adds
+    /// nothing: the server's own open with these flags has truncated the file, or failed.
     #[must_use]
     pub fn access(self) -> Access {
         match self.0 & OFlags::ACCMODE {

@@ -18,11 +18,11 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 
 /// A file descriptor known to be `/dev/fuse`.
 ///
-/// A FUSE *connection* is what a mount and its server share. A device fd is attached to one when it
-/// is handed to mount(2), and stays so for good; [`clone_connection`](Self::clone_connection) attaches further ones.
+/// A FUSE *connection* is what a mount and its server share. mount(2) attaches a device fd to a new connection, for the
+/// life of the fd. [`clone_connection`](Self::clone_connection) attaches further fds.
 ///
-/// `Fd` is what holds the fd, see [`DeviceFd`]; dropping the handle drops it. [`new`](Self::new) checks it
-/// once: a `DeviceFd` cannot come to name another file.
+/// `Fd` holds the fd, see [`DeviceFd`], and is dropped with the `FuseDevice`. [`new`](Self::new) checks the fd once: a
+/// `DeviceFd` always names the same file.
 ///
 /// # Examples
 ///
@@ -31,22 +31,22 @@ const DEVICE_NUMBER: (u32, u32) = (10, 229);
 /// // The fd that the server handed to mount(2), or got from fusermount3.
 /// let device = fuse_backing::FuseDevice::new(server_device)?;
 /// let id = device.backing_open(std::fs::File::open("/srv/data/file")?)?;
-/// // ... answer OPEN with FOPEN_PASSTHROUGH and id.as_raw(), and after its last RELEASE:
+/// // ... answer OPEN with FOPEN_PASSTHROUGH and id.as_raw(), and after the last RELEASE:
 /// device.backing_close(id)?;
 /// # Ok(()) }
 /// ```
 #[derive(Clone, Debug)]
 pub struct FuseDevice<Fd: DeviceFd = OwnedFd> {
-    // `check` has passed for it.
+    // Has passed `check`.
     fd: Fd,
 }
 
-/// What a [`FuseDevice`] can hold: an [`OwnedFd`], a [`File`], a [`BorrowedFd`], or a reference,
+/// A holder of an fd that a [`FuseDevice`] can have: an [`OwnedFd`], a [`File`], a [`BorrowedFd`], or a reference,
 /// [`Arc`], [`Rc`] or [`Box`] of one of these.
 ///
-/// The trait is sealed: an arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant
-/// for `/dev/fuse` would reach another driver. (So [`FuseDevice::new`] refuses fds 0 to 2.) Lend the fd of
-/// another holder:
+/// The trait is sealed: an arbitrary [`AsFd`] could name another fd at each call, and an ioctl meant for `/dev/fuse`
+/// would reach another driver. ([`FuseDevice::new`] refuses fds 0 to 2 for the same reason.) Borrow the fd of any other
+/// holder:
 ///
 /// ```no_run
 /// # fn f(session: impl std::os::fd::AsFd) -> std::io::Result<()> {
@@ -59,8 +59,7 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// Only for types whose `as_fd` names the same open file for as long as the value lives, by the
-/// rules of I/O safety.
+/// Only for types whose `as_fd` names the same open file for as long as the value lives, by the rules of I/O safety.
 macro_rules! device_fd {
     ($([$($generics:tt)*] $holder:ty,)*) => { $(
         impl<$($generics)*> sealed::Sealed for $holder {}
@@ -81,16 +80,16 @@ device_fd! {
 assert_not_impl_any!(std::io::Stdin: DeviceFd);
 
 assert_impl_all!(FuseDevice<OwnedFd>: Send, Sync);
-// Nothing beside the fd: no lock, no cache, no state that could disagree with the kernel's.
+// The fd alone: no lock, no cache, no state that could disagree with the kernel's.
 assert_eq_size!(FuseDevice<OwnedFd>, OwnedFd);
 
 impl FuseDevice<OwnedFd> {
-    /// `open("/dev/fuse", O_RDWR | O_CLOEXEC)` — Opens a device that is not attached to a connection yet. Its fd
-    /// goes into mount(2)'s data: `fd=N,rootmode=40000,user_id=0,group_id=0`.
+    /// `open("/dev/fuse", O_RDWR | O_CLOEXEC)` — Opens a device that is not attached to a connection yet. Its fd goes
+    /// into mount(2)'s data: `fd=N,rootmode=40000,user_id=0,group_id=0`.
     ///
     /// # Errors
     ///
-    /// [`DeviceError`]: no such node, no driver behind it, no permission, or another file at that path.
+    /// [`DeviceError`]: there is no such node, or no driver for it; it may not be opened; or it is another file.
     pub fn open() -> Result<Self, DeviceError> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC;
         let fd = open("/dev/fuse", flags, Mode::empty()).map_err(|errno| match errno {
@@ -106,11 +105,12 @@ impl FuseDevice<OwnedFd> {
 impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `fstat(fd)`, `fcntl(fd, F_GETFL)` — Takes an fd that must be the character device 10:229.
     ///
-    /// The first [`backing_open`](Self::backing_open) shows whether it is attached, and passthrough negotiated.
+    /// The first [`backing_open`](Self::backing_open) shows whether the device is attached and passthrough was
+    /// negotiated.
     ///
     /// # Errors
     ///
-    /// [`NotFuseDevice`] gives the fd back and says what it is instead. It is an [`std::io::Error`] by `?`.
+    /// [`NotFuseDevice`] gives the fd back and says what it is instead. `?` converts it into an [`std::io::Error`].
     ///
     /// # Examples
     ///
@@ -135,15 +135,16 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
         self.fd
     }
 
-    /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file with the connection, to
-    /// be read and written by the kernel.
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_OPEN, {fd})` — Registers a file with the connection, for the kernel to read
+    /// and write.
     ///
-    /// The id that comes back goes into OPEN and CREATE replies, see [`OpenReply`].
-    /// [`BackingFile::open`] is the same with a guard that closes the id.
+    /// The id goes into OPEN and CREATE replies, see [`OpenReply`]. [`BackingFile::open`] returns a guard that closes
+    /// the id.
     ///
-    /// `fd` may be closed at once: the kernel takes its own reference, which neither `RLIMIT_NOFILE` nor lsof
-    /// knows of. Until the id is closed, the file stays open as `fd` is: a writer (`ETXTBSY`, no leases, no
-    /// read-only remount) with its flock(2). An `O_PATH` fd holds none of that, and passes through as well.
+    /// `fd` may be closed at once: the kernel takes its own reference, which neither `RLIMIT_NOFILE` nor lsof knows of.
+    /// Until the id is closed, the file stays open as `fd` is. An fd that can write keeps the file busy (`ETXTBSY`, no
+    /// leases, no read-only remount), and any fd keeps its flock(2). An `O_PATH` fd keeps none of that, and passes
+    /// through as well.
     ///
     /// # Requirements
     ///
@@ -151,21 +152,20 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// - The connection's INIT reply had `FUSE_INIT_EXT` and `FUSE_PASSTHROUGH`, not
     ///   `FUSE_WRITEBACK_CACHE`, and a `max_stack_depth` of 1 or 2.
     /// - The calling *thread* has `CAP_SYS_ADMIN` in the initial user namespace.
-    /// - `fd`, which may be an `O_PATH` fd from Linux 6.12 on, is a regular file on a filesystem of a lower
-    ///   stack depth than `max_stack_depth`.
+    /// - `fd` is a regular file on a filesystem of a lower stack depth than `max_stack_depth`. From Linux 6.12 on it may
+    ///   be an `O_PATH` fd.
     ///
     /// # Security
     ///
-    /// **The access mode of `fd` restricts nothing.** At each open the kernel opens the file's path
-    /// again, with the *client's* flags, the credentials of the thread that registered it, and no
-    /// permission check: a client that opens the FUSE file for writing writes to a file that was
-    /// registered through a read-only or `O_PATH` fd. Hold the client's flags against an
-    /// [`Access`](crate::Access), as [`OpenReply::passthrough`] does. For lower credentials see
+    /// **The access mode of `fd` restricts nothing.** At each open the kernel opens the file's path again, with the
+    /// *client's* flags, the credentials of the thread that registered it, and no permission check: a client that opens
+    /// the FUSE file for writing writes to a file that was registered through a read-only or `O_PATH` fd. Compare the
+    /// client's flags with an [`Access`](crate::Access), as [`OpenReply::passthrough`] does. For lower credentials see
     /// [`rights`](crate::rights).
     ///
     /// # Errors
     ///
-    /// [`BackingError`], one variant for each cause; nothing stays registered.
+    /// [`BackingError`], one variant for each cause. Nothing stays registered.
     ///
     /// # Examples
     ///
@@ -201,17 +201,17 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
 
     /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Gives a backing id back.
     ///
-    /// Files that are open through the id go on working; a later OPEN reply with it gives the client
-    /// `EIO`. So close after the *last* RELEASE of the inode, not after the reply: the
-    /// kernel looks the id up only when it has read the reply.
+    /// Files that are open through the id go on working. A later OPEN reply with the id gives the client `EIO`. So close
+    /// it after the *last* RELEASE of the inode, not after the reply: the kernel looks the id up only when it has read
+    /// the reply.
     ///
-    /// Works after the connection was aborted or unmounted. It needs the same capability as registering: a
-    /// server that drops `CAP_SYS_ADMIN` closes nothing any more.
+    /// This works after the connection was aborted or unmounted. It needs the same capability as registering: a server
+    /// that has dropped `CAP_SYS_ADMIN` can close nothing.
     ///
     /// # Errors
     ///
-    /// [`BackingCloseError`] has the [cause](BackingCloseError::cause), and gives the id back: another thread
-    /// may still have the capability.
+    /// [`BackingCloseError`] has the [cause](BackingCloseError::cause), and gives the id back: another thread may have
+    /// the capability.
     ///
     /// # Examples
     ///
@@ -235,16 +235,16 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
             .map_err(|errno| BackingCloseError::new(id, diagnose::close(device, errno)))
     }
 
-    /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — A further device fd, attached to
-    /// the same connection.
+    /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — Opens a further device fd and attaches it to the same
+    /// connection.
     ///
-    /// Each clone has a queue of its own of requests in process: threads that answer them contend less.
-    /// Backing ids belong to the connection: any of its fds opens and closes them. The connection, and with
-    /// it every id, lives until the mount *and* all of its device fds are gone.
+    /// Each clone has its own queue of requests in process, so threads that answer them contend less. Backing ids belong
+    /// to the connection: any of its fds can register and close them. The connection, and with it every id, lives until
+    /// the mount *and* all device fds of the connection are gone.
     ///
     /// # Errors
     ///
-    /// [`DeviceError`]: this needs Linux 4.2, and a device that is attached to a connection, that is, was mounted.
+    /// [`DeviceError`]: this needs Linux 4.2, and a device that is attached to a connection, which mount(2) does.
     ///
     /// # Examples
     ///
@@ -265,21 +265,19 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
         Ok(device)
     }
 
-    /// `ioctl(device, FUSE_DEV_IOC_SYNC_INIT)` — Makes the mount(2) that will be given this device
-    /// wait until INIT was answered.
+    /// `ioctl(device, FUSE_DEV_IOC_SYNC_INIT)` — Makes the mount(2) of this device wait until INIT was answered.
     ///
-    /// Without it mount(2) returns at once, and a registration made before the INIT reply was
-    /// written fails with `EPERM`. With it the server must answer INIT from another thread than the
-    /// one that mounts, and **reads of the device and its other ioctls block until it is mounted**:
-    /// [`backing_open`](Self::backing_open) does, interruptibly.
+    /// Without it mount(2) returns at once, and a registration made before the INIT reply was written fails with
+    /// `EPERM`. With it the server must answer INIT from another thread than the one that mounts. **Reads of the device
+    /// and its other ioctls block until it is mounted**: [`backing_open`](Self::backing_open) does, interruptibly.
     ///
-    /// The thread that answers INIT has to go on serving. Requests can arrive before mount(2) returns: `SELinux`
-    /// causes a GETATTR.
+    /// The thread that answers INIT must go on serving. Requests can arrive before mount(2) returns: `SELinux` causes a
+    /// GETATTR.
     ///
     /// **A process that waits for INIT in mount(2) cannot be killed on early releases** (CVE-2026-31713, seen on Linux
-    /// 6.18.5, 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on). Where nobody answers, it stays in the state `D`,
-    /// past `SIGKILL`. Writing to `/sys/fs/fuse/connections/N/abort` frees it. While there is no mount to look for, the
-    /// `fuse_connection:` line in `/proc/PID/fdinfo/FD` of the device has N.
+    /// 6.18.5, 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on). If INIT is never answered, the process stays in
+    /// state `D`, even after `SIGKILL`. Writing to `/sys/fs/fuse/connections/N/abort` frees it. Until the mount is
+    /// visible, the `fuse_connection:` line in `/proc/PID/fdinfo/FD` of the device has N.
     ///
     /// # Errors
     ///
@@ -291,7 +289,7 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// use fuse_backing::{FuseDevice, error::DeviceError};
     ///
     /// match FuseDevice::open()?.sync_init() {
-    ///     // Before Linux 6.18: the mount completes before INIT, as it always did.
+    ///     // Before Linux 6.18, mount(2) returns before INIT was answered.
     ///     Ok(()) | Err(DeviceError::UnsupportedKernel { .. }) => {}
     ///     Err(e) => return Err(e),
     /// }
@@ -324,7 +322,7 @@ impl<Fd: DeviceFd> AsRawFd for FuseDevice<Fd> {
     }
 }
 
-/// [`FuseDevice::new`].
+/// The same as [`FuseDevice::new`].
 impl TryFrom<OwnedFd> for FuseDevice<OwnedFd> {
     type Error = NotFuseDevice<OwnedFd>;
 
@@ -333,7 +331,7 @@ impl TryFrom<OwnedFd> for FuseDevice<OwnedFd> {
     }
 }
 
-/// [`FuseDevice::into_inner`].
+/// The same as [`FuseDevice::into_inner`].
 impl From<FuseDevice<OwnedFd>> for OwnedFd {
     fn from(device: FuseDevice<OwnedFd>) -> Self {
         device.fd
@@ -341,7 +339,7 @@ impl From<FuseDevice<OwnedFd>> for OwnedFd {
 }
 
 fn check(fd: BorrowedFd<'_>) -> Result<(), DeviceError> {
-    // Safe functions redirect these, whoever owns them.
+    // Safe functions can redirect these to another file, even if this fd is owned.
     if fd.as_raw_fd() <= 2 {
         return Err(DeviceError::StandardStream);
     }

@@ -4,19 +4,19 @@ use std::num::NonZeroI32;
 
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
-/// What the kernel knows a backing file by: 1 ..= `i32::MAX`, one table of ids for each connection.
+/// The kernel's number for a backing file, 1 ..= `i32::MAX`. Each connection has a table of its own.
 ///
-/// A token to be closed once: it cannot be copied, and
+/// It is a token that is closed once: it cannot be copied, and
 /// [`FuseDevice::backing_close`](crate::FuseDevice::backing_close) consumes it.
 ///
 /// What the type does not rule out (`tests/kernel/backing_close.rs` shows each):
 ///
 /// - **Dropping it leaks the registration**: the file, and the mount it is on, stay pinned until the
 ///   FUSE mount and every fd of its connection are gone. [`BackingFile`](crate::BackingFile) closes it.
-/// - **It is not tied to its connection.** Ids of all connections start at 1, so one that is closed
-///   on the wrong device closes another file there. A [`BackingFile`](crate::BackingFile) knows its device.
+/// - **It is not tied to its connection.** The ids of every connection start at 1, so closing an id on the wrong device
+///   closes another file there. A [`BackingFile`](crate::BackingFile) knows its device.
 /// - **[`from_raw`](Self::from_raw) can forge one**, or make a second one for the same registration.
-/// - **After fork(2) there are two**, in two processes, for one registration; only one may close it.
+/// - **After fork(2) two processes have a token** for one registration, and only one of them may close it.
 ///
 /// # Examples
 ///
@@ -37,7 +37,7 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 #[must_use = "dropping a BackingId leaves the file registered; close it, or use BackingFile"]
 #[repr(transparent)]
 pub struct BackingId(
-    // Positive: `from_raw` is the only place that makes one.
+    // Positive: only `from_raw` makes one.
     NonZeroI32,
 );
 
@@ -46,8 +46,8 @@ assert_impl_all!(BackingId: Send, Sync);
 assert_eq_size!(Option<BackingId>, i32);
 
 impl BackingId {
-    /// Takes a raw id, as the kernel returned it or a predecessor of this process handed it over; `None` unless
-    /// it is positive. Nothing else is checked.
+    /// Takes a raw id that the kernel returned, or that a predecessor of this process handed over. `None` unless it is
+    /// positive. Nothing else is checked.
     #[inline]
     #[must_use]
     pub const fn from_raw(raw: i32) -> Option<Self> {
@@ -57,21 +57,21 @@ impl BackingId {
         }
     }
 
-    /// The id as the `backing_id` of a reply has it.
+    /// The id for the `backing_id` of a reply.
     #[inline]
     #[must_use]
     pub const fn as_raw(&self) -> i32 {
         self.0.get()
     }
 
-    /// The raw id, which is the caller's to close.
+    /// The raw id. The caller must close it.
     #[inline]
-    #[must_use = "the raw id is all that can close the registration"]
+    #[must_use = "only the raw id can close the registration"]
     pub const fn into_raw(self) -> i32 {
         self.0.get()
     }
 
-    /// A second token for the same registration.
+    /// A second token for the same registration. The caller must ensure that only one of them is closed.
     pub(crate) const fn alias(&self) -> Self {
         Self(self.0)
     }

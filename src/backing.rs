@@ -123,9 +123,9 @@ impl<R: Register> BackingFile<R> {
     ///
     /// # Errors
     ///
-    /// [`BackingCloseError`] gives the guard back. The file is still registered, and dropping the guard tries once more.
-    /// After [`UnknownId`](BackingError::UnknownId) nothing is left to close: neither dropping the guard nor closing it
-    /// again makes a call, because the number may be another file's by then.
+    /// [`BackingCloseError`] gives the guard back. The file is still registered, and dropping the guard tries once
+    /// more. After [`UnknownId`](BackingError::UnknownId) nothing is left to close: neither dropping the guard nor
+    /// closing it again makes a call, because the number may be another file's by then.
     #[inline]
     pub fn close(mut self) -> Result<(), BackingCloseError<Self>> {
         self.unregister()

@@ -142,9 +142,8 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// the id.
     ///
     /// `fd` may be closed at once: the kernel takes its own reference, which neither `RLIMIT_NOFILE` nor lsof knows of.
-    /// Until the id is closed, the file stays open as `fd` is. An fd that can write keeps the file busy (`ETXTBSY`, no
-    /// leases, no read-only remount), and any fd keeps its flock(2). An `O_PATH` fd keeps none of that, and passes
-    /// through as well.
+    /// Until the id is closed, the file stays open as `fd` is: with its flock(2), and as a writer if it can write
+    /// (`ETXTBSY`, no leases, no read-only remount). An `O_PATH` fd keeps none of that, and passes through as well.
     ///
     /// # Requirements
     ///
@@ -152,8 +151,8 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// - The connection's INIT reply had `FUSE_INIT_EXT` and `FUSE_PASSTHROUGH`, not
     ///   `FUSE_WRITEBACK_CACHE`, and a `max_stack_depth` of 1 or 2.
     /// - The calling *thread* has `CAP_SYS_ADMIN` in the initial user namespace.
-    /// - `fd` is a regular file on a filesystem of a lower stack depth than `max_stack_depth`. From Linux 6.12 on it may
-    ///   be an `O_PATH` fd.
+    /// - `fd` is a regular file on a filesystem of a lower stack depth than `max_stack_depth`. From Linux 6.12 on it
+    ///   may be an `O_PATH` fd.
     ///
     /// # Security
     ///
@@ -199,11 +198,11 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
         }
     }
 
-    /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Gives a backing id back.
+    /// `ioctl(device, FUSE_DEV_IOC_BACKING_CLOSE, &id)` — Closes a backing id.
     ///
-    /// Files that are open through the id go on working. A later OPEN reply with the id gives the client `EIO`. So close
-    /// it after the *last* RELEASE of the inode, not after the reply: the kernel looks the id up only when it has read
-    /// the reply.
+    /// Files that are open through the id go on working. A later OPEN reply with the id gives the client `EIO`. So
+    /// close it after the *last* RELEASE of the inode, not after the reply: the kernel looks the id up only when it has
+    /// read the reply.
     ///
     /// This works after the connection was aborted or unmounted. It needs the same capability as registering: a server
     /// that has dropped `CAP_SYS_ADMIN` can close nothing.
@@ -238,9 +237,9 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     /// `ioctl(open("/dev/fuse"), FUSE_DEV_IOC_CLONE, &device)` — Opens a further device fd and attaches it to the same
     /// connection.
     ///
-    /// Each clone has its own queue of requests in process, so threads that answer them contend less. Backing ids belong
-    /// to the connection: any of its fds can register and close them. The connection, and with it every id, lives until
-    /// the mount *and* all device fds of the connection are gone.
+    /// Each clone has its own queue of requests in process, so threads that answer them contend less. Backing ids
+    /// belong to the connection: any of its fds can register and close them. The connection, and with it every id,
+    /// lives until the mount *and* all device fds of the connection are gone.
     ///
     /// # Errors
     ///

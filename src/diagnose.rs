@@ -1,7 +1,7 @@
-//! What an ambiguous errno means on this machine.
+//! Finds the cause behind an ambiguous errno.
 //!
-//! Only ever called when an ioctl has failed: these look at the device, the backing fd and the
-//! calling thread. Where they cannot be certain they say so.
+//! After a failed ioctl, these functions look at the device, the backing fd and the calling thread. If they cannot be
+//! certain, they report an unknown cause. [`registering_permitted`] is also called before there is an ioctl.
 
 use std::os::fd::BorrowedFd;
 
@@ -33,7 +33,7 @@ pub(crate) fn open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>, errno: Errno
             errno,
         },
         Errno::LOOP => BackingError::StackedTooDeep,
-        // Of the device, if that was closed behind its owner's back.
+        // The device itself was closed behind its owner's back.
         Errno::BADF if fcntl_getfl(device).is_err() => BackingError::Other(errno),
         Errno::BADF => match fcntl_getfl(backing) {
             Ok(flags) if flags.contains(OFlags::PATH) => BackingError::PathOnlyFd,
@@ -42,7 +42,7 @@ pub(crate) fn open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>, errno: Errno
         },
         Errno::NOMEM => BackingError::OutOfMemory,
         Errno::NOSPC => BackingError::OutOfIds,
-        errno => either(device, errno),
+        errno => open_or_close(device, errno),
     }
 }
 
@@ -51,12 +51,12 @@ pub(crate) fn close(device: BorrowedFd<'_>, errno: Errno) -> BackingError {
     match errno {
         Errno::NOENT => BackingError::UnknownId,
         Errno::OPNOTSUPP => BackingError::DisabledInKernel,
-        errno => either(device, errno),
+        errno => open_or_close(device, errno),
     }
 }
 
-/// What means the same from both ioctls.
-fn either(device: BorrowedFd<'_>, errno: Errno) -> BackingError {
+/// Errnos that have the same causes at registering and closing.
+fn open_or_close(device: BorrowedFd<'_>, errno: Errno) -> BackingError {
     match errno {
         Errno::NOTTY => BackingError::UnsupportedKernel,
         Errno::NOSYS => BackingError::Unimplemented,
@@ -81,9 +81,11 @@ pub(crate) fn clone(source: BorrowedFd<'_>, errno: Errno) -> DeviceError {
     }
 }
 
-/// A write that is too short for any reply is refused before it is looked at: `EINVAL` on a device
-/// that is, or was, attached and `EPERM` on one that never was (`fuse_dev_write` in fs/fuse/dev.c).
-/// A read would tell the same, but waits on a device that is in synchronous INIT.
+/// Whether the device is, or was, attached to a connection. `None` if that is unknown.
+///
+/// It writes one byte, which is too short for any reply. The kernel refuses that without looking at it: with `EINVAL`
+/// on a device that is or was attached, with `EPERM` on one that never was (`fuse_dev_write` in fs/fuse/dev.c). A read
+/// would show the same, but blocks on a device that is in synchronous INIT.
 fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
     match write(device, &[0_u8; 1]) {
         Err(Errno::INVAL) => Some(true),
@@ -92,9 +94,12 @@ fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
     }
 }
 
-/// The kernel asks for the option in each of the two ioctls, and then refuses id 0, which no file
-/// has, before it looks anything up. Between the two it asks for the capability, which whoever got
-/// `EOPNOTSUPP` for a file has.
+/// Whether the kernel has `CONFIG_FUSE_PASSTHROUGH`. `None` if that is unknown. To be called after registering failed
+/// with `EOPNOTSUPP`.
+///
+/// It closes id 0, which no file has. The kernel first checks the option (`EOPNOTSUPP`), then the capability, and then
+/// refuses id 0 (`EINVAL`) before it looks anything up. The capability check passes: a caller without the capability
+/// does not get `EOPNOTSUPP` for a file.
 fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
     match ioctl::backing_close(device, 0) {
         Err(Errno::OPNOTSUPP) => Some(false),
@@ -104,7 +109,7 @@ fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
 }
 
 fn not_permitted(device: BorrowedFd<'_>) -> NotPermitted {
-    // Its kernels ask for no capability: whatever says so is a policy, or another kernel.
+    // Android's kernels require no capability, so a policy or another kernel has answered EPERM.
     if cfg!(target_os = "android") {
         return NotPermitted::Undetermined;
     }
@@ -117,11 +122,11 @@ fn not_permitted(device: BorrowedFd<'_>) -> NotPermitted {
     }
 }
 
-/// Whether everything could be looked at.
+/// Whether both the user namespace and the capabilities of the thread are known.
 pub(crate) struct Certain(bool);
 
-/// Whether the calling thread lacks what the kernel asks of whoever registers, as far as that can be
-/// told; where it cannot, the kernel's own answer will come.
+/// Whether the calling thread may register: it needs `CAP_SYS_ADMIN` in the initial user namespace. What cannot be
+/// determined counts as present, because the kernel checks it anyway.
 pub(crate) fn registering_permitted() -> Result<Certain, NotPermitted> {
     let initial = in_initial_user_namespace();
     if initial == Some(false) {
@@ -136,14 +141,14 @@ pub(crate) fn registering_permitted() -> Result<Certain, NotPermitted> {
     }
 }
 
-/// `None` where `/proc` is not there to ask.
+/// `None` if `/proc` is unavailable.
 fn in_initial_user_namespace() -> Option<bool> {
     /// `PROC_USER_INIT_INO` of the kernel's `include/linux/proc_ns.h`, the same on every machine.
     const INITIAL: u64 = 0xEFFF_FFFD;
     const NSFS_MAGIC: u64 = 0x6e73_6673;
     const PATH: &str = "/proc/thread-self/ns/user";
 
-    // Whatever is mounted at /proc, only nsfs has these inode numbers.
+    // Something else may be mounted at /proc: the inode number means this only on nsfs.
     #[allow(
         clippy::cast_sign_loss,
         reason = "the type differs between targets, the magic fits all"
@@ -160,7 +165,7 @@ fn in_initial_user_namespace() -> Option<bool> {
     Some(u64::from(stat.st_ino) == INITIAL)
 }
 
-/// `None` if it cannot be looked at. Some files have no type, such as an eventfd.
+/// `None` if fstat(2) fails. Some files, such as an eventfd, have the type `Unknown`.
 fn file_type(fd: BorrowedFd<'_>) -> Option<FileType> {
     let stat = fstat(fd).ok()?;
     Some(FileType::from_raw_mode(stat.st_mode))

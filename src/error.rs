@@ -41,8 +41,8 @@
 //! # What to do next
 //!
 //! [`BackingError::scope`] says what the error means for the next attempt. A [`BackingTable`] acts on it: after
-//! [`Scope::Connection`] it registers nothing until [`BackingTable::reset`]; after any other scope it tries again at the
-//! next open that follows the inode's last release.
+//! [`Scope::Connection`] it registers nothing until [`BackingTable::reset`]; after any other scope it tries again at
+//! the next open that follows the inode's last release.
 //!
 //! | scope | what to do |
 //! |---|---|

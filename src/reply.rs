@@ -1,4 +1,4 @@
-//! [`OpenReply`]: the two fields of an OPEN or CREATE reply that decide about passthrough, checked.
+//! [`OpenReply`]: the fields of an OPEN or CREATE reply that decide about passthrough, checked.
 
 use std::marker::PhantomData;
 
@@ -9,16 +9,15 @@ use crate::fopen_flags::FopenFlags;
 use crate::id::BackingId;
 use crate::uapi;
 
-/// The `open_flags` and the `backing_id` of an OPEN or CREATE reply, in a combination that the
-/// kernel accepts. With any other the client gets a bare `EIO`, and the server no error.
+/// The `open_flags` and the `backing_id` of an OPEN or CREATE reply, in a combination that the kernel accepts. Any
+/// other gives the client a bare `EIO`, and the server no error.
 ///
-/// A single reply cannot know the mode of the inode: every open of it is answered with the same id, or none
-/// is, until its last open was released. [`BackingTable`](crate::BackingTable) keeps to that.
+/// A single reply cannot know the mode of the inode: until the last open of an inode is released, either all of its
+/// opens are answered with the same id, or none is. [`BackingTable`](crate::BackingTable) ensures that.
 ///
 /// # Examples
 ///
-/// A server that writes the bytes itself. The reply borrows the id, so that it cannot be closed before the
-/// reply is made:
+/// A server that writes the protocol's bytes itself:
 ///
 /// ```no_run
 /// # use fuse_backing::{Access, BackingFile, FopenFlags, FuseDevice, OpenReply};
@@ -30,6 +29,8 @@ use crate::uapi;
 /// send(&reply.to_fuse_open_out(fh).to_bytes());
 /// # Ok(()) }
 /// ```
+///
+/// The reply borrows the id, so that the id cannot be closed before the reply is made:
 ///
 /// ```compile_fail,E0505
 /// # use fuse_backing::{Access, BackingFile, FopenFlags, FuseDevice, OpenReply};
@@ -50,18 +51,18 @@ pub struct OpenReply<'id> {
 impl<'id> OpenReply<'id> {
     /// A reply with passthrough: the kernel reads and writes the backing file.
     ///
-    /// - `id`: registered with the connection that the reply goes to, until the last RELEASE of the inode.
-    ///   That is the server's to ensure; otherwise the client gets `EIO`, or another file.
-    /// - `granted`: what the server grants through this registration, most often
-    ///   [`Access::of`] the fd that was registered.
-    /// - `client_flags`: of the OPEN or CREATE request. `O_TRUNC` counts as asking to write, since the
-    ///   kernel's own open never truncates. Clear it if the server's open has truncated the file.
-    /// - `flags`: what to set beside `FOPEN_PASSTHROUGH`.
+    /// - `id`: must be registered with the connection that the reply goes to, until the last RELEASE of the inode. The
+    ///   server must ensure that; otherwise the client gets `EIO`, or another file.
+    /// - `granted`: what the server grants through this registration, usually [`Access::of`] the fd that was
+    ///   registered.
+    /// - `client_flags`: those of the OPEN or CREATE request. `O_TRUNC` counts as asking to write, because the kernel's
+    ///   own open never truncates. Clear it if the server's open has truncated the file.
+    /// - `flags`: the flags to set beside `FOPEN_PASSTHROUGH`.
     ///
     /// # Errors
     ///
-    /// [`OpenError::AccessExceeded`]; [`OpenError::FlagsNotAllowed`] for flags other than `DIRECT_IO`, `NOFLUSH`,
-    /// `PARALLEL_DIRECT_WRITES` and `PASSTHROUGH`.
+    /// [`OpenError::AccessExceeded`] if the client asks for more than `granted`. [`OpenError::FlagsNotAllowed`] for
+    /// flags other than `DIRECT_IO`, `NOFLUSH`, `PARALLEL_DIRECT_WRITES` and `PASSTHROUGH`.
     pub fn passthrough(
         id: &'id BackingId,
         granted: Access,
@@ -83,7 +84,8 @@ impl<'id> OpenReply<'id> {
         Ok(Self::unchecked(Some(id), flags))
     }
 
-    /// Without an id: a reply without passthrough. `flags` are permitted with it.
+    /// A reply with passthrough if there is an id, otherwise without. The caller must pass only `flags` that this mode
+    /// permits.
     pub(crate) fn unchecked(id: Option<&'id BackingId>, flags: FopenFlags) -> Self {
         let mode = id.map_or(FopenFlags::empty(), |_| FopenFlags::PASSTHROUGH);
         Self {
@@ -99,7 +101,7 @@ impl<'id> OpenReply<'id> {
         self.open_flags
     }
 
-    /// The reply's `backing_id`; `None` without passthrough: the kernel's field is 0 then.
+    /// The reply's `backing_id`. `None` without passthrough: the field must be 0 then.
     #[must_use]
     pub fn backing_id(&self) -> Option<i32> {
         self.backing_id
@@ -113,7 +115,7 @@ impl<'id> OpenReply<'id> {
 }
 
 impl OpenReply<'static> {
-    /// A reply without passthrough: reads and writes come to the server.
+    /// A reply without passthrough: reads and writes go to the server.
     ///
     /// # Errors
     ///

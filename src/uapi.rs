@@ -1,11 +1,11 @@
-//! The kernel's names, verbatim: what `<linux/fuse.h>` says about passthrough.
+//! The constants and structs of `<linux/fuse.h>` that concern passthrough, under the kernel's names.
 //!
-//! For servers that write the protocol's bytes, and filters of system calls by ioctl number. Most servers
+//! They are for servers that write the protocol's bytes, and for filters of system calls by ioctl number. Most servers
 //! need none of them.
 //!
-//! Sizes, offsets, signedness and numbers are asserted in this file at compile time, for every
-//! target, against the values measured on Linux 6.12 and 6.18. With `FUSE_BACKING_UAPI_CHECK=require` the build
-//! also compares them with `<linux/fuse.h>`, see the README. Else no C compiler is asked for.
+//! Sizes, offsets, signedness and numbers are asserted in this file at compile time, for every target, against the
+//! values measured on Linux 6.12 and 6.18. With `FUSE_BACKING_UAPI_CHECK=require` the build also compares them with
+//! `<linux/fuse.h>`, see the README. Without it the build needs no C compiler.
 //!
 //! # References
 //!
@@ -25,21 +25,20 @@ use static_assertions::{assert_eq_align, assert_eq_size, const_assert_eq};
 /// The ioctl magic of `/dev/fuse`.
 pub const FUSE_DEV_IOC_MAGIC: u8 = 229;
 
-/// `_IOR(FUSE_DEV_IOC_MAGIC, 0, uint32_t)`: attach this device fd to the connection of another
-/// one. The argument points to the other fd. Linux 4.2.
-/// [`FuseDevice::clone_connection`](crate::FuseDevice::clone_connection).
+/// `_IOR(FUSE_DEV_IOC_MAGIC, 0, uint32_t)`: attach this device fd to the connection of another one. The argument points
+/// to the other fd. Linux 4.2. [`FuseDevice::clone_connection`](crate::FuseDevice::clone_connection).
 pub const FUSE_DEV_IOC_CLONE: u32 = opcode::read::<u32>(FUSE_DEV_IOC_MAGIC, 0) as u32;
 
-/// `_IOW(FUSE_DEV_IOC_MAGIC, 1, struct fuse_backing_map)`: register a backing file. The backing id
-/// is the call's return value. Linux 6.9. [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
+/// `_IOW(FUSE_DEV_IOC_MAGIC, 1, struct fuse_backing_map)`: register a backing file. The call returns the backing id.
+/// Linux 6.9. [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
 pub const FUSE_DEV_IOC_BACKING_OPEN: u32 =
     opcode::write::<fuse_backing_map>(FUSE_DEV_IOC_MAGIC, 1) as u32;
 
-/// `_IOW(FUSE_DEV_IOC_MAGIC, 2, uint32_t)`: give a backing id back. The argument points to the id.
-/// Linux 6.9. [`FuseDevice::backing_close`](crate::FuseDevice::backing_close).
+/// `_IOW(FUSE_DEV_IOC_MAGIC, 2, uint32_t)`: close a backing id. The argument points to the id. Linux 6.9.
+/// [`FuseDevice::backing_close`](crate::FuseDevice::backing_close).
 pub const FUSE_DEV_IOC_BACKING_CLOSE: u32 = opcode::write::<u32>(FUSE_DEV_IOC_MAGIC, 2) as u32;
 
-/// `_IO(FUSE_DEV_IOC_MAGIC, 3)`: let mount(2) wait for the INIT reply. Linux 6.18 (protocol 7.45).
+/// `_IO(FUSE_DEV_IOC_MAGIC, 3)`: make mount(2) wait for the INIT reply. Linux 6.18 (protocol 7.45).
 /// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init).
 pub const FUSE_DEV_IOC_SYNC_INIT: u32 = opcode::none(FUSE_DEV_IOC_MAGIC, 3) as u32;
 
@@ -72,7 +71,7 @@ pub const FATTR_KILL_SUIDGID: u32 = 1 << 11;
 
 /// OPEN: bypass the page cache.
 pub const FOPEN_DIRECT_IO: u32 = 1 << 0;
-/// OPEN: keep what the page cache has.
+/// OPEN: keep the file's cached pages.
 pub const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 /// OPEN: the file is not seekable.
 pub const FOPEN_NONSEEKABLE: u32 = 1 << 2;
@@ -86,8 +85,8 @@ pub const FOPEN_NOFLUSH: u32 = 1 << 5;
 pub const FOPEN_PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 /// OPEN: read and write the backing file named by `backing_id`. Linux 6.9.
 pub const FOPEN_PASSTHROUGH: u32 = 1 << 7;
-/// OPEN: reads and writes through `io_uring` copy nothing, where the server's queue permits. Linux 7.3. Refused
-/// beside [`FOPEN_PASSTHROUGH`].
+/// OPEN: read and write through `io_uring` without a copy, if the server's queue permits. Linux 7.3. Refused with
+/// [`FOPEN_PASSTHROUGH`].
 pub const FOPEN_IO_URING_ZERO_COPY: u32 = 1 << 8;
 
 /// The argument of [`FUSE_DEV_IOC_BACKING_OPEN`].
@@ -149,8 +148,7 @@ impl fuse_open_out {
     }
 }
 
-/// The body of an INIT reply, here for its layout alone: a server writes `flags`, `flags2` and
-/// `max_stack_depth` into its own.
+/// The body of an INIT reply. Only its layout is used, for the assertions: servers have an INIT reply of their own.
 #[repr(C)]
 #[allow(dead_code, reason = "only its layout is used")]
 struct fuse_init_out {
@@ -166,7 +164,7 @@ struct fuse_init_out {
     map_alignment: u16,
     flags2: u32,
     max_stack_depth: u32,
-    // `request_timeout` since 7.43, before that unused as well.
+    // Starts with `request_timeout` since protocol 7.43. The rest is unused.
     tail: [u16; 12],
 }
 
@@ -189,12 +187,11 @@ assert_layout!(fuse_open_out: 16, align u64 {
 assert_layout!(fuse_init_out: 64, align u32 {
     flags: u32 = 12, flags2: u32 = 32, max_stack_depth: u32 = 36,
 });
-// The fields leave no room for implicit padding, which would carry uninitialized bytes to the kernel.
+// No implicit padding, which would carry uninitialized bytes to the kernel.
 assert_eq_size!(fuse_backing_map, (i32, u32, u64));
 assert_eq_size!(fuse_open_out, (u64, u32, i32));
 
-/// The two encodings of ioctl numbers: `asm-generic/ioctl.h`, and the older one with three
-/// direction bits.
+/// An encoding of ioctl numbers: that of `asm-generic/ioctl.h`, or the older one with three direction bits.
 struct Encoding {
     none: u32,
     read: u32,
@@ -221,7 +218,7 @@ impl Encoding {
     }
 }
 
-/// CLONE, `BACKING_OPEN`, `BACKING_CLOSE`, `SYNC_INIT`, as measured.
+/// The measured numbers of CLONE, `BACKING_OPEN`, `BACKING_CLOSE` and `SYNC_INIT`.
 const GENERIC_NUMBERS: [u32; 4] = [0x8004_e500, 0x4010_e501, 0x4004_e502, 0x0000_e503];
 const MIPS_POWERPC_SPARC_NUMBERS: [u32; 4] = [0x4004_e500, 0x8010_e501, 0x8004_e502, 0x2000_e503];
 
@@ -280,7 +277,7 @@ const_assert_eq!(FOPEN_IO_URING_ZERO_COPY, 0x0100);
 mod header {
     use super::*;
 
-    /// What a field's type is cannot be asked of `offset_of!`.
+    /// The signedness of a field's type, which `offset_of!` does not show.
     trait Int {
         const SIGNED: bool;
     }

@@ -1,4 +1,4 @@
-//! The file that an open brings: [`ServerFile`], and the fd that is registered for it.
+//! The file of an open: [`ServerFile`], and the fd that is registered for it.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -12,12 +12,12 @@ use crate::access::Access;
 use crate::error::{OpenError, ServerReason};
 
 impl Access {
-    /// `fcntl(fd, F_GETFL)` — What an fd can be used for.
+    /// `fcntl(fd, F_GETFL)` — Returns what an fd permits.
     ///
     /// # Errors
     ///
-    /// [`OpenError::NoAccess`] for an `O_PATH` fd and for one opened with access mode 3, which is for ioctls
-    /// alone; [`OpenError::Unreadable`] where `fcntl` fails.
+    /// [`OpenError::NoAccess`] for an `O_PATH` fd, and for one that was opened with access mode 3, which permits only
+    /// ioctls. [`OpenError::Unreadable`] if `fcntl` fails.
     pub fn of(fd: impl AsFd) -> Result<Self, OpenError> {
         let flags = fcntl_getfl(fd).map_err(OpenError::Unreadable)?;
         match flags & OFlags::ACCMODE {
@@ -30,9 +30,9 @@ impl Access {
     }
 }
 
-/// A backing file as the server has opened it for one client, and what the server knows of it. `F` holds the
-/// fd: a reference for [`BackingTable::open`](crate::BackingTable::open), what to keep for
-/// [`Handles::open`](crate::Handles::open).
+/// A backing file that the server has opened for one open of a client, and what the server knows of it. `F` holds the
+/// fd: a reference for [`BackingTable::open`](crate::BackingTable::open), or the value that
+/// [`Handles::open`](crate::Handles::open) keeps.
 ///
 /// # Examples
 ///
@@ -42,9 +42,9 @@ impl Access {
 /// use std::os::linux::fs::MetadataExt;
 ///
 /// let file = File::open("/dev/null")?;
-/// // What is granted is what the fd permits:
+/// // Grants what the fd permits:
 /// let plain = ServerFile::new(&file);
-/// // The server keeps an O_PATH fd of the file, and its numbers. Others will be granted more:
+/// // The server has an O_PATH fd of the file and its numbers, and will grant more to later opens:
 /// # let held = rustix::fs::open("/dev/null", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty())?;
 /// # let (dev, ino) = (file.metadata()?.st_dev(), file.metadata()?.st_ino());
 /// let known = ServerFile::new(&file).access(Access::ReadOnly).identity(dev, ino);
@@ -62,7 +62,7 @@ pub struct ServerFile<'path, F> {
 }
 
 impl<'path, F: AsFd> ServerFile<'path, F> {
-    /// A file of which nothing else is known.
+    /// A file of which the server knows nothing else.
     pub fn new(fd: F) -> Self {
         Self {
             fd,
@@ -73,36 +73,35 @@ impl<'path, F: AsFd> ServerFile<'path, F> {
         }
     }
 
-    /// What this open is granted. Without it: what the fd permits, see [`Access::of`], at the cost of an
-    /// `fcntl(2)`.
+    /// What this open is granted. The default is what the fd permits, see [`Access::of`], which costs an `fcntl(2)`.
     pub fn access(mut self, access: Access) -> Self {
         self.access = Some(access);
         self
     }
 
-    /// The file's `st_dev` and `st_ino`, from a stat(2) of an fd through which this one was opened. It
-    /// spares a further open of an open inode the statx(2), unless this one is granted more than the others. A
-    /// file that has become immutable since then is not noticed.
+    /// The file's `st_dev` and `st_ino`, from a stat(2) of an fd through which this one was opened. It spares the
+    /// statx(2) for a further open of an open inode, unless this open is granted more than the others. A file that has
+    /// become immutable since then is not noticed.
     pub fn identity(mut self, device: u64, inode: u64) -> Self {
         self.identity = Some(FileId { device, inode });
         self
     }
 
-    /// The most that this inode will be granted while it is registered, by later opens too. It matters
-    /// to a registrar that [enforces](crate::Register::enforces_grant) it, and always has what is
-    /// granted through this fd.
+    /// The most that any open of this inode will be granted while it is registered, including later ones. It matters to
+    /// a registrar that [enforces](crate::Register::enforces_grant) it. What this open is granted is always included.
     pub fn grant(mut self, grant: Access) -> Self {
         self.grant = Some(grant);
         self
     }
 
-    /// An `O_PATH` fd of the same file, to be registered. Without it, and in place of an fd that is not such,
-    /// the table makes one, with `open_tree(2)`.
+    /// An `O_PATH` fd of the same file, which the table registers. If there is none, or `path` is something else, the
+    /// table makes one with `open_tree(2)`.
     pub fn path_fd(mut self, path: &'path impl AsFd) -> Self {
         self.path = Some(path.as_fd());
         self
     }
 
+    /// The same with a borrowed fd.
     pub(crate) fn lend(&self) -> ServerFile<'_, BorrowedFd<'_>> {
         ServerFile {
             fd: self.fd.as_fd(),
@@ -122,26 +121,27 @@ impl<F: AsFd> From<F> for ServerFile<'_, F> {
 }
 
 impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
+    /// What this open is granted.
     pub(crate) fn granted(&self) -> Result<Access, OpenError> {
         self.access.map_or_else(|| Access::of(self.fd), Ok)
     }
 
+    /// The grant to register for: the most of later opens, and what this open is `granted`.
     pub(crate) fn at_most(&self, granted: Access) -> Access {
         self.grant.map_or(granted, |grant| grant.union(granted))
     }
 
-    pub(crate) fn look(&self) -> Result<Looked, OpenError> {
-        look_at(self.fd).map_err(OpenError::Unreadable)
+    pub(crate) fn examine(&self) -> Result<Examined, OpenError> {
+        examine(self.fd).map_err(OpenError::Unreadable)
     }
 
-    /// What to register: an `O_PATH` fd of this very file if it is wanted and there can be one, else the
-    /// server's own.
+    /// The fd to register: if `by_path`, an `O_PATH` fd of the file `id` where possible; else the server's own.
     pub(crate) fn backing(&self, id: FileId, by_path: bool) -> Backing<'fd> {
-        let is_same = |fd: BorrowedFd<'_>| look_at(fd).is_ok_and(|found| found.id == id);
+        let is_same = |fd: BorrowedFd<'_>| examine(fd).is_ok_and(|found| found.id == id);
         let is_path = |fd| fcntl_getfl(fd).is_ok_and(|flags| flags.contains(OFlags::PATH));
-        let backing = |lent, opened, is_path| Backing {
+        let backing = |lent, owned, is_path| Backing {
             lent,
-            opened,
+            owned,
             is_path,
         };
         if !by_path {
@@ -150,37 +150,38 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
         if let Some(path) = self.path.filter(|&fd| is_path(fd) && is_same(fd)) {
             return backing(path, None, true);
         }
-        // Android's filter of apps may kill the caller.
+        // On Android the seccomp filter of apps may kill the caller for `open_tree`.
         let may_reopen = !cfg!(target_os = "android");
-        let opened = may_reopen.then(|| self.reopen().ok()).flatten();
-        let opened = opened.filter(|fd| is_same(fd.as_fd()));
-        let is_path = opened.is_some();
-        backing(self.fd, opened, is_path)
+        let owned = may_reopen.then(|| self.reopen().ok()).flatten();
+        let owned = owned.filter(|fd| is_same(fd.as_fd()));
+        let is_path = owned.is_some();
+        backing(self.fd, owned, is_path)
     }
 
-    /// `open_tree(fd, "", AT_EMPTY_PATH)`: without `OPEN_TREE_CLONE` it opens the same file with `O_PATH`,
-    /// which takes no capability and, unlike open(2), no `/proc`.
+    /// `open_tree(fd, "", AT_EMPTY_PATH)` — Opens the same file with `O_PATH`. Without `OPEN_TREE_CLONE` this needs no
+    /// capability and, unlike open(2), no `/proc`.
     fn reopen(&self) -> Result<OwnedFd, Errno> {
         let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         open_tree(self.fd, "", flags)
     }
 }
 
-/// What is registered for a file.
+/// The fd to register for a file.
 #[derive(Debug)]
 pub(crate) struct Backing<'fd> {
+    /// The server's fd, registered if there is no `owned`.
     lent: BorrowedFd<'fd>,
-    /// In its place.
-    pub(crate) opened: Option<OwnedFd>,
-    /// It is an `O_PATH` fd: no writer, and without a lock or a lease.
+    /// An fd of our own, registered instead of `lent`.
+    pub(crate) owned: Option<OwnedFd>,
+    /// Whether the fd to register is an `O_PATH` fd, which is no writer and holds no lock or lease.
     pub(crate) is_path: bool,
 }
 
 impl Backing<'_> {
-    /// Makes the fd one of its own.
-    pub(crate) fn keep(&mut self) -> Result<(), Errno> {
-        if self.opened.is_none() {
-            self.opened = Some(fcntl_dupfd_cloexec(self.lent, 0)?);
+    /// Duplicates the fd, unless it is our own already.
+    pub(crate) fn make_owned(&mut self) -> Result<(), Errno> {
+        if self.owned.is_none() {
+            self.owned = Some(fcntl_dupfd_cloexec(self.lent, 0)?);
         }
         Ok(())
     }
@@ -188,29 +189,33 @@ impl Backing<'_> {
 
 impl AsFd for Backing<'_> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.opened.as_ref().map_or(self.lent, AsFd::as_fd)
+        self.owned.as_ref().map_or(self.lent, AsFd::as_fd)
     }
 }
 
+/// What identifies a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FileId {
+    /// `st_dev`.
     pub(crate) device: u64,
+    /// `st_ino`.
     pub(crate) inode: u64,
 }
 
-/// What an open sees of its file.
+/// What statx(2) said about a file.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Looked {
+pub(crate) struct Examined {
     pub(crate) id: FileId,
-    /// Why it must not be passed through, whatever the registrar says.
+    /// Why the file must be in server mode, even if the registrar would register it.
     pub(crate) refusal: Option<ServerReason>,
-    /// Not known where the refusal is `Unreadable`.
+    /// False if `refusal` is `Unreadable`.
     pub(crate) is_immutable: bool,
 }
 
-impl Looked {
-    /// What later opens may get of a grant without another look.
-    pub(crate) fn without_writing(&self, granted: Access) -> Access {
+impl Examined {
+    /// The part of a grant that later opens may get without examining the file again: of an immutable file, reading
+    /// alone.
+    pub(crate) fn shareable(&self, granted: Access) -> Access {
         if self.is_immutable {
             Access::ReadOnly
         } else {
@@ -219,10 +224,10 @@ impl Looked {
     }
 }
 
-/// `statx(fd)`; or fstat(2), where that is denied.
-pub(crate) fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
+/// `statx(fd)`, or fstat(2) if statx is denied.
+pub(crate) fn examine(fd: BorrowedFd<'_>) -> Result<Examined, Errno> {
     match statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::INO) {
-        Ok(statx) => Ok(Looked {
+        Ok(statx) => Ok(Examined {
             id: FileId {
                 device: makedev(statx.stx_dev_major, statx.stx_dev_minor),
                 inode: statx.stx_ino,
@@ -240,7 +245,7 @@ pub(crate) fn look_at(fd: BorrowedFd<'_>) -> Result<Looked, Errno> {
                 device: stat.st_dev as u64,
                 inode: stat.st_ino as u64,
             };
-            Ok(Looked {
+            Ok(Examined {
                 id,
                 refusal: Some(ServerReason::Unreadable(errno)),
                 is_immutable: false,

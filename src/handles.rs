@@ -20,12 +20,14 @@ use slots::Slots;
 
 /// The open files of a server, by file handle, on a [`BackingTable`].
 ///
-/// [`open`](Self::open) stores an open before there is a reply to it. `T` is what the server keeps for it, most
-/// often the fd that it has opened; `R` and `K` are those of the table. No number is given twice.
+/// [`open`](Self::open) stores an open before its reply exists. `T` is what the server keeps for each open, usually the
+/// fd that it has opened. `R` and `K` are those of the table. No handle number is given twice. See the
+/// [guide](crate::table).
 ///
 /// # Examples
 ///
-/// A server whose library hands out the device later. (OPEN: [crate](crate#life-of-a-passthrough-file).)
+/// A server whose FUSE library provides the device later. (For OPEN, see the
+/// [crate's example](crate#life-of-a-passthrough-file).)
 ///
 /// ```no_run
 /// use fuse_backing::{FuseDevice, Handles};
@@ -45,7 +47,7 @@ pub struct Handles<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u6
     slots: Slots<Arc<Handle<R, T, K>>>,
 }
 
-/// One open file. The last reference to it, after [`Handles::release`], releases it and drops the file.
+/// One open file. Dropping the last reference to it, after [`Handles::release`], releases the open and drops the file.
 pub struct Handle<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64> {
     /// Its open in the table.
     pub open: OpenFile<R, K>,
@@ -53,7 +55,7 @@ pub struct Handle<R: Register = FuseDevice, T = File, K: Hash + Eq + Clone = u64
     pub file: T,
 }
 
-/// How to answer an OPEN or CREATE. The open is stored: only [`Handles`] makes one.
+/// How to answer an OPEN or CREATE. Only [`Handles`] makes one, after it has stored the open:
 ///
 /// ```compile_fail,E0639
 /// let flags = fuse_backing::FopenFlags::empty();
@@ -67,7 +69,7 @@ pub struct Opened {
     pub fh: u64,
     /// The reply's `open_flags`.
     pub open_flags: FopenFlags,
-    /// The reply's `backing_id`; `None` in server mode: the kernel's field is 0 then.
+    /// The reply's `backing_id`. `None` in server mode, when the kernel's field is 0.
     pub backing_id: Option<i32>,
 }
 
@@ -89,7 +91,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Default for Handles<R, T, K> {
 impl<R: Register + WithoutFsetid, T, K: Hash + Eq + Clone> WithoutFsetid for Handles<R, T, K> {}
 
 impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
-    /// No open files, on `table`.
+    /// Handles on `table`, without open files.
     #[must_use]
     pub fn new(table: BackingTable<R, K>) -> Self {
         Self {
@@ -98,15 +100,15 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
         }
     }
 
-    /// The table, to be attached, configured and listed; and for opens that [`insert`](Self::insert) stores.
+    /// The table: to attach, configure and list it, and for opens that [`insert`](Self::insert) stores.
     pub fn table(&self) -> &BackingTable<R, K> {
         &self.table
     }
 
-    /// [`BackingTable::open`], and keeps the file.
+    /// Opens an inode as [`BackingTable::open`] does, and keeps the file.
     ///
-    /// `file` is what the server has opened with the client's flags: a `T`, or a [`ServerFile`] of one with
-    /// what it knows of it. Of `reply_flags` the reply has what the mode permits, see [`OpenFile::reply`].
+    /// `file` is what the server has opened with the client's flags: a `T`, or a [`ServerFile`] of a `T`, with what the
+    /// server knows of it. The reply has those of `reply_flags` that the mode permits, see [`OpenFile::reply`].
     ///
     /// # Errors
     ///
@@ -126,7 +128,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
         Ok(self.insert(open, file.fd, reply_flags))
     }
 
-    /// Keeps an open of the [`table`](Self::table), of which there is no reply yet: one that the table
+    /// Keeps an open of the [`table`](Self::table) that is not answered yet: one that the table
     /// [shared](BackingTable::share) or [serves](BackingTable::serve).
     pub fn insert(
         &self,
@@ -150,18 +152,18 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
     ///
     /// # Errors
     ///
-    /// The handle, if there is one under this number.
+    /// Returns the handle if this number is in use.
     pub fn adopt(&self, fh: u64, handle: Handle<R, T, K>) -> Result<(), Handle<R, T, K>> {
         self.slots.adopt(fh, handle, Arc::new)
     }
 
-    /// The open file of this handle, to read and write it in server mode.
+    /// The open file of this handle, for reading and writing it in server mode.
     pub fn get(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
         self.slots.get(fh)
     }
 
-    /// RELEASE: takes the handle back. Other threads may still use the file, with what [`get`](Self::get)
-    /// gave them; the last use releases the open, with no lock held.
+    /// Takes the handle back, at RELEASE. Other threads may still use the file through what [`get`](Self::get) gave
+    /// them. Dropping the last reference releases the open, with no lock held.
     pub fn release(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
         self.slots.remove(fh)
     }

@@ -1,22 +1,40 @@
 //! Safe bindings to the `/dev/fuse` ioctls behind FUSE passthrough.
 //!
-//! With *passthrough* (Linux 6.9) a FUSE server hands a file to the kernel: it registers a *backing
-//! file* with its connection, gets a *backing id*, and answers OPEN with that id. From then on the
-//! kernel reads and writes the backing file itself; the server sees OPEN, RELEASE and whatever is
-//! not I/O.
+//! With *passthrough* (Linux 6.9) the kernel reads and writes a file in place of a FUSE server. The server
+//! registers a *backing file* with its connection, gets a *backing id*, and answers OPEN with that id. From then
+//! on the kernel reads and writes the backing file itself. The server still sees OPEN, RELEASE and every request
+//! that is not I/O.
 //!
-//! This crate serves no filesystem and depends on no FUSE library: all it needs is the device fd.
+//! This crate serves no filesystem and depends on no FUSE library. All it needs is the device fd.
+//!
+//! | guide | about |
+//! |---|---|
+//! | this page | [the life of a passthrough file](#life-of-a-passthrough-file), from INIT to unmount |
+//! | [`init`] | negotiation: the INIT reply that turns passthrough on |
+//! | [`table`] | the table and handles: what to call in OPEN, CREATE and RELEASE; limits; hand-over |
+//! | [`rights`] | whose rights passthrough I/O has, and how to lower them |
+//! | [`error`] | errors: one variant for each cause, and what follows from it |
+//! | [`register`] | testing a server without root, and other registrars |
+//!
+//! In the repository, `examples/hello.rs` is a server in 100 lines and `examples/mirror.rs` a whole filesystem, both
+//! on [fuser].
 //!
 //! # Life of a passthrough file
 //!
-//! 1. **INIT.** [`init::negotiate`] works out the reply that turns passthrough on, or says why it is
+//! 1. **INIT.** [`init::negotiate`] works out the reply that turns passthrough on, or says why passthrough is
 //!    unavailable. The kernel silently accepts an unusable reply, and refuses every registration later.
-//! 2. **A device.** [`FuseDevice`] takes the fd that was mounted, owned, shared or borrowed, and refuses
-//!    what is not `/dev/fuse`.
-//! 3. **OPEN and CREATE.** The server opens its backing file and hands it to its [`Handles`], which
-//!    register it or share what is registered for this inode, keep it under a new file handle, and return the
-//!    reply.
-//! 4. **RELEASE.** [`Handles::release`] gives it back. The last one of the inode closes the backing id.
+//! 2. **The device.** [`FuseDevice`] takes the fd that was mounted, owned, shared or borrowed. It refuses any file
+//!    that is not `/dev/fuse`.
+//! 3. **OPEN and CREATE.** The server opens its backing file and passes it to its [`Handles`]. They register the
+//!    file, or share the id that is registered for this inode; keep the file under a new file handle; and return
+//!    the reply. The kernel looks the id up only when it has read the reply.
+//! 4. **RELEASE.** [`Handles::release`] takes the handle back. The last release of an inode closes its backing id.
+//!    What a client has mapped stays on the backing file after that.
+//! 5. **Unmount.** Drop the [`Handles`] and the device. An id that was not closed stays registered until the mount
+//!    *and* every fd of its connection are gone, including a duplicate in a helper process.
+//!
+//! A server that forks or hands its device over to a successor must see to it that each id is closed once: see
+//! [fork and hand-over](table#fork-and-hand-over).
 //!
 //! ```no_run
 //! use fuse_backing::{BackingTable, FopenFlags, FuseDevice, Handles};
@@ -37,65 +55,62 @@
 //! }
 //! ```
 //!
-//! A server that keeps its open files itself takes a [`BackingTable`]. It asks a [`Register`] for ids: the
-//! device is one; a test of a server has one of its own, and needs no root. One that keeps its ids as well
-//! takes the parts: [`FuseDevice::backing_open`] gives a
-//! [`BackingId`], a token to be closed once; [`BackingFile`] is the guard that closes it on drop;
-//! [`OpenReply`] builds the two fields of the reply, and refuses what the kernel would answer with a
-//! bare `EIO` to the client.
-//!
-//! The repository's `examples/hello.rs` is a server in 100 lines, `examples/mirror.rs` a whole filesystem, both
-//! on [fuser].
-//!
 //! # What the kernel does not do for you
 //!
-//! - **It ignores the access mode of the fd that is registered**: a client that opens the FUSE file
-//!   for writing writes to a backing file that was registered read-only. With an [`Access`] the table
-//!   and [`OpenReply`] compare the client's flags with what the server grants.
-//! - **It reads and writes with the rights of the thread that registered**, root's most often: set-user-ID bits can
-//!   survive a stranger's write, and root's reserved blocks are open. [`rights`] lowers them.
-//! - **It accepts one mode for an inode at a time**: every open of it is answered with passthrough
-//!   and the same id, or none is, until the last open was released. So CREATE goes through the table too.
-//! - **It keeps open what was registered**: an fd that can write, and its locks and leases, until the id
-//!   is closed. The table registers an `O_PATH` fd, which is none of that.
+//! - **It ignores the access mode of the registered fd.** A client that opens the FUSE file for writing writes to a
+//!   backing file that was registered read-only. The table and [`OpenReply`] compare the client's flags with the
+//!   [`Access`] that the server grants.
+//! - **It reads and writes with the rights of the registering thread**, usually root's. Set-user-ID bits can survive a
+//!   stranger's write, and clients can fill root's reserved blocks. [`rights`] lowers these rights.
+//! - **It accepts one mode for an inode at a time.** It answers a mixture of replies with a bare `EIO` to the client.
+//!   So CREATE must go through the table too. See [one id and one mode](table#one-id-and-one-mode-for-each-inode).
+//! - **It keeps registered files open as they are**, with their write access, locks and leases, until the id is
+//!   closed. The table registers [an `O_PATH` fd](table#what-is-registered), which holds none of these.
 //! - **It does not enforce append-only and immutable** before Linux 7.3.4; some filesystems check immutable at each
-//!   write. The table serves append-only files, and does not open immutable ones for writing.
-//! - **It needs the id after the reply was written.** Closing it right then races with the client's open.
-//! - **It keeps the file, and the mount that it is on, busy** until the id is closed, or the FUSE
-//!   mount and every fd of its connection are gone; and while a client has it open or mapped through the id.
-//! - **It does not account for ids**: neither `RLIMIT_NOFILE` nor lsof knows of them, unless the table
+//!   write. The table serves append-only files itself, and does not open immutable ones for writing.
+//! - **It needs the id after the reply was written.** Closing the id right after the reply races with the client's
+//!   open.
+//! - **It pins the file and the mount that the file is on** until the id is closed or the connection ends, and while a
+//!   client has the file open or mapped through the id.
+//! - **It does not account for ids.** Neither `RLIMIT_NOFILE` nor lsof knows of them, unless the table
 //!   [keeps the fds](BackingTable::set_keep_fds).
-//! - **It asks for `CAP_SYS_ADMIN` again at closing.**
+//! - **It requires `CAP_SYS_ADMIN` for closing too**, not only for registering.
 //!
 //! # Errors
 //!
-//! [`OpenError`](error::OpenError) answers a client, and becomes a [`std::io::Error`] with that
-//! `raw_os_error()`. All other errors become one that keeps the message, for a log. The module [`error`] has
-//! a variant for each cause; a cause that is uncertain is called unknown. [`Errno`](error::Errno) and
-//! [`FileType`](error::FileType) are rustix's.
+//! [`OpenError`](error::OpenError) answers a client, and becomes a [`std::io::Error`] with the errno as its
+//! `raw_os_error()`. All other errors become one that keeps the message, for a log. A cause that is uncertain is
+//! reported as unknown. [`Errno`](error::Errno) and [`FileType`](error::FileType) are rustix's.
 //!
 //! # System calls
 //!
-//! [`Handles::open`] and [`BackingTable::open`] make an fcntl(2) and a statx(2) of the server's fd. Where
-//! [`ServerFile`] says what these would tell, further opens of an open inode make none. Where statx is denied
-//! they make an fstat(2), and pass nothing through. At the first open of an inode they also make an
-//! `open_tree(2)`, for an `O_PATH` fd, unless they are given one, and a statx(2) of that.
+//! [`Handles::open`] and [`BackingTable::open`] make one fcntl(2) and one statx(2) of the server's fd. If the
+//! [`ServerFile`] already says what these calls would tell, further opens of an open inode make neither. If statx
+//! is denied, they make an fstat(2) and pass nothing through. The first open of an inode also makes an
+//! `open_tree(2)`, for an `O_PATH` fd, unless the server provides one, and a statx(2) of that fd.
 //!
-//! When an ioctl has failed, and only then, the crate makes further system calls to find out why. A
-//! seccomp filter should let them through: write(2) of one byte to the device, which the kernel refuses;
-//! capget(2); statfs(2) and stat(2) of `/proc/thread-self/ns/user`; fstat(2) of the backing fd; fcntl(2)
-//! of both fds; and, after `EOPNOTSUPP`, `BACKING_CLOSE` of id 0, which never exists. If the filter
-//! answers one of them with an errno, the cause is reported as unknown; but a write(2) answered with
-//! `EPERM` looks like a device that is not mounted. [`init::negotiate`] looks at the thread in the same way.
+//! Only after an ioctl has failed does the crate make further system calls, to find out why. A seccomp filter
+//! should allow them:
+//!
+//! - write(2) of one byte to the device, which the kernel refuses;
+//! - capget(2);
+//! - statfs(2) and stat(2) of `/proc/thread-self/ns/user`;
+//! - fstat(2) of the backing fd, and fcntl(2) of both fds;
+//! - after `EOPNOTSUPP`, `BACKING_CLOSE` of id 0, which never exists.
+//!
+//! If the filter answers one of them with an errno, the cause is reported as unknown. There is one exception: if it
+//! answers the write(2) with `EPERM`, the device looks as if it were not mounted. [`init::negotiate`] examines the
+//! thread in the same way.
 //!
 //! # Android
 //!
-//! Built for Android too. Its kernels before 6.9 have a passthrough of their own, with other
-//! ioctls; there every registration fails with [`UnsupportedKernel`](error::BackingError::UnsupportedKernel).
-//! Those from 6.12 on do not ask for `CAP_SYS_ADMIN`: `SELinux` decides who may. Where passthrough was not
-//! negotiated, every registration fails with [`StackedTooDeep`](error::BackingError::StackedTooDeep). They
-//! accept `WRITEBACK_CACHE` beside passthrough, which [`init::negotiate`] refuses all the same. Read in their
-//! source; nothing was run there.
+//! The crate builds for Android too. What follows is from the source of Android's kernels; nothing was run there.
+//!
+//! - Kernels before 6.9 have a passthrough of their own, with other ioctls. Every registration fails with
+//!   [`UnsupportedKernel`](error::BackingError::UnsupportedKernel).
+//! - Kernels from 6.12 on do not require `CAP_SYS_ADMIN`: `SELinux` decides who may register. If passthrough was not
+//!   negotiated, every registration fails with [`StackedTooDeep`](error::BackingError::StackedTooDeep). These kernels
+//!   accept `WRITEBACK_CACHE` beside passthrough; [`init::negotiate`] refuses it all the same.
 //!
 //! [fuser]: https://docs.rs/fuser
 
@@ -143,7 +158,7 @@ pub use reply::OpenReply;
 #[doc(inline)]
 pub use table::{BackingTable, OpenFile};
 
-/// The README's examples are compiled with the documentation's.
+/// Compiles the README's examples as doctests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -1,5 +1,5 @@
-//! What the table synchronizes with: std's, and under test those of shuttle, which explores how
-//! threads can interleave.
+//! The synchronization primitives of the table and the handles: std's, or in the model's tests those of shuttle, which
+//! explores how threads can interleave.
 
 use std::sync::PoisonError;
 
@@ -15,12 +15,15 @@ pub(crate) use shuttle::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
 };
 
-// Only a key's own code, or a registrar's, can panic under a lock. It leaves nothing half done.
+// Poisoning is ignored: under a lock only the code of a key or of a registrar can panic, and it leaves nothing half
+// done.
 
+/// Takes a lock, poisoned or not.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Waits on a condition variable. It can return spuriously.
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,17 +1,94 @@
-//! [`BackingTable`]: one backing id for each open inode, and the only mode that the kernel accepts.
+//! The table and handles: how a server answers each OPEN.
 //!
-//! # How it stays right
+//! # One id and one mode for each inode
 //!
-//! An open is counted in the slot of its inode, under the lock of its shard. The last release parks the
-//! inode there, or begins to close its id; from then on no open finds it. Nothing else counts: looking at an
-//! inode is in nobody's way.
+//! The kernel accepts one of two modes for an inode at a time: *passthrough*, with the same id in every reply, or
+//! *server*, without an id. If a reply does not match the inode's mode, the client gets a bare `EIO`, at this open or
+//! a later one, and the server gets no error. (The kernel accepts a passthrough open after plain `DIRECT_IO` ones only
+//! until a client maps the file `MAP_SHARED`, which the server does not see.)
 //!
-//! Inodes without opens whose id is kept, idle or because closing it failed, are in the ledger, which also
-//! counts the ids. Whoever takes one from there to close it looks at the inode once more: it may be open.
+//! So the first open of an inode decides its mode, and all others follow until the last one is released.
+//! [`BackingTable`] keeps to this rule. [`OpenFile`] is one open: dropping it is the release, and dropping the last
+//! one of an inode closes the id.
 //!
-//! No lock is held over a call of the registrar but `deciding` of an inode, for which those wait who open
-//! this inode while it is being registered. Locks are taken in the order `deciding`, shard, ledger, and
-//! never two shards; that of a new inode, which nobody can find yet, under its shard's.
+//! # Which type to use
+//!
+//! - [`Handles`](crate::Handles) keeps the open files by file handle, on a table. Most servers need no more.
+//! - [`BackingTable`] is for a server that keeps its open files itself. It asks a [`Register`] for ids: a
+//!   [`FuseDevice`], one that [lowers rights](crate::rights), or one that a test
+//!   [provides](crate::register), without root.
+//! - The parts are for a server that keeps its ids itself. [`FuseDevice::backing_open`] returns a [`BackingId`], a
+//!   token that is closed once. [`BackingFile`](crate::BackingFile) is a guard that closes it on drop. [`OpenReply`]
+//!   builds the two fields of the reply, and refuses flags for which the kernel would give the client `EIO`.
+//!
+//! # OPEN, CREATE and RELEASE
+//!
+//! [`Handles::open`](crate::Handles::open) does steps 2 and 3, [`Handles::release`](crate::Handles::release) step 4.
+//!
+//! 1. **Open the backing file**, with the client's flags. This checks permissions, and gives the true errno where the
+//!    kernel's own open of the file would later give `EIO`: `ETXTBSY`, `EROFS`, or `EINVAL` for an `O_DIRECT` that
+//!    the filesystem does not support. Pass the fd to [`BackingTable::open`].
+//! 2. **Store the [`OpenFile`]** under a file handle before the reply is written: RELEASE can follow as soon as the
+//!    kernel has the reply.
+//! 3. **Send [`OpenFile::reply`].** If that fails, keep the [`OpenFile`] all the same: RELEASE follows an OPEN that
+//!    failed in the kernel or was interrupted. It does not follow an OPEN that was answered with an errno, nor a
+//!    CREATE reply with invalid attributes.
+//! 4. **At RELEASE, drop the [`OpenFile`].**
+//!
+//! CREATE opens the file too, so answer it in the same way. A plain reply puts the inode in server mode without the
+//! table's knowledge: until that handle is released, a passthrough open of the inode gets `EIO`.
+//!
+//! Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
+//!
+//! [`BackingTable::share`] opens an inode that is registered already, without a fd and without a system call.
+//!
+//! # Server mode
+//!
+//! If passthrough is unavailable, [`BackingTable::open`] succeeds all the same, in server mode: the server reads and
+//! writes the file. [`OpenFile::server_reason`] says why, [`TableStats::served`] counts such opens by cause, and
+//! [`BackingTable::on_server_mode`] calls back once for each cause. [`BackingTable::serve`] chooses this mode.
+//!
+//! After a failure of [`Scope::Connection`](crate::error::Scope::Connection) the table tries no further registration
+//! until [`BackingTable::reset`]. After any other failure it tries again at the next open after this inode's last
+//! release.
+//!
+//! # What is registered
+//!
+//! The kernel keeps a registered file open until its id is closed. If it was registered by an fd that can write, the
+//! file is busy for that time: executing it fails with `ETXTBSY`, taking a lease with `EAGAIN`, and remounting its
+//! filesystem read-only with `EBUSY`. The fd's flock(2) stays too. So the table registers an `O_PATH` fd of the file,
+//! which does none of this: the one in [`ServerFile::path_fd`], or one that the table makes with `open_tree(2)`.
+//! Before Linux 6.12, or where a policy denies `open_tree(2)`, the table registers the server's own fd, and counts it
+//! in [`TableStats::by_open_fd`].
+//!
+//! # Limits, idle ids and kept fds
+//!
+//! The kernel does not account for ids. The table holds at most [`limit`](BackingTable::set_limit) ids, by default as
+//! many as the soft `RLIMIT_NOFILE`. It can keep [idle ids](BackingTable::set_idle_limit) for reopening.
+//! [`BackingTable::list`] shows what is registered. With [`BackingTable::set_keep_fds`] the process keeps an fd for
+//! as long as its id is registered: lsof shows the file, and `RLIMIT_NOFILE` counts the fd.
+//!
+//! Closing an id fails on a thread without `CAP_SYS_ADMIN`, for example after the server has dropped its privileges.
+//! The table then keeps the id, counts it and lists it. The next open of the inode with the same file uses it again,
+//! unless the inode was forgotten or invalidated. [`BackingTable::retry_closes`] tries to close it again.
+//!
+//! # When an inode number gets another file
+//!
+//! The table cannot know which number names which file. A server that gives the number of an inode to another file
+//! calls [`BackingTable::forget`]. [`BackingTable::invalidate`] closes the id of an inode that is not open, so that
+//! the next open registers the file anew.
+//!
+//! # Fork and hand-over
+//!
+//! After fork(2) the child has a copy of the table and of every [`OpenFile`]. An id that the child closes by dropping
+//! them is closed for the parent as well. `_exit` and exec drop nothing.
+//!
+//! A server that hands its device fd to a successor also hands over, for each open, the number of its id
+//! ([`OpenFile::id`]) and its fd. Before the successor reads requests, it calls [`BackingTable::adopt`] for each open
+//! in passthrough mode and [`BackingTable::serve`] for each in server mode, and keeps them under their file handles
+//! ([`Handles::adopt`](crate::Handles::adopt)).
+
+// How the table stays correct, and in which order it takes its locks: see the head of table/shared.rs.
 
 mod hash;
 mod inode;
@@ -36,77 +113,26 @@ use crate::id::BackingId;
 use crate::register::{Register, WithoutFsetid};
 use crate::reply::OpenReply;
 use crate::sync::Arc;
+use ledger::OnServerMode;
 pub use listing::{Entry, Listing, TableStats};
 use mode::{Mode, Registered};
 use shared::{Open, Shared};
 
-/// How each OPEN is answered: one backing id for each open inode, and one mode.
+/// Answers each OPEN: one backing id for each open inode, and the one mode that the kernel accepts.
 ///
-/// The kernel accepts one of two modes for an inode at a time, *passthrough*, with the same id for
-/// every open, or *server*; a mixture gives the client a bare `EIO`, at this open or a later one, and the
-/// server no error. So the first open decides, and all others follow until the last one is released. (A
-/// passthrough open after plain `DIRECT_IO` ones works only until a client maps the file `MAP_SHARED`, which no
-/// server sees.)
-///
-/// `R` is who registers, see [`Register`]. `K` is what the server knows an inode by, its node id most often; its
-/// `Hash` and `Eq` must not panic for a key that is in the table. Most servers need no more than
+/// The [guide](self) has the rules, and says what to call when. Most servers need no more than
 /// [`Handles`](crate::Handles), which keeps open files on a table.
 ///
-/// # The life of an open
-///
-/// 1. OPEN or CREATE: the server opens its backing file itself, with the client's flags. So permissions are
-///    checked, and the errno is the true one where the kernel's own open of the file later would give `EIO`:
-///    `ETXTBSY`, `EROFS`, `EINVAL` for an `O_DIRECT` that the filesystem does not know. It hands the fd to
-///    [`open`](Self::open).
-/// 2. It stores the [`OpenFile`] under a file handle **before** it writes the reply:
-///    RELEASE can follow as soon as the kernel has the reply.
-/// 3. It answers [`OpenFile::reply`]. If that fails, it keeps the [`OpenFile`] all the same: RELEASE follows an
-///    OPEN that failed in the kernel or was interrupted, but for one that was answered with an errno and for
-///    a CREATE reply with invalid attributes.
-/// 4. RELEASE: it drops the [`OpenFile`]. The last one closes the id.
-///
-/// Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
-/// What a client has mapped in passthrough mode stays on the backing file after the RELEASE.
-///
-/// # When passthrough is unavailable
-///
-/// [`open`](Self::open) succeeds all the same, in server mode. [`OpenFile::server_reason`] says why,
-/// [`TableStats::served`] counts, and [`on_server_mode`](Self::on_server_mode) is told.
-/// After a failure of [`Scope::Connection`](crate::error::Scope::Connection) no further registration is tried
-/// until [`reset`](Self::reset); after any other the next open after this inode's last release tries again.
-///
-/// # What is registered
-///
-/// The kernel keeps what was registered open until its id is closed. An fd that can write makes the file
-/// busy for that time: running it gives `ETXTBSY`, a lease `EAGAIN`, remounting its filesystem read-only
-/// `EBUSY`; and it keeps a flock(2). So the table registers an `O_PATH` fd of the file, which does none of
-/// that: the one in [`ServerFile::path_fd`], or else one that it makes with
-/// `open_tree(2)`. Before Linux 6.12, or where a policy denies `open_tree(2)`, the
-/// table registers the server's fd, which [`TableStats::by_open_fd`] counts.
-///
-/// The kernel does not account for ids. The table holds at most [`limit`](Self::set_limit) of them, by
-/// default the soft `RLIMIT_NOFILE`; [`list`](Self::list) shows what is registered. With
-/// [`set_keep_fds`](Self::set_keep_fds) the process keeps an fd for as long as its id is registered:
-/// lsof shows it, and `RLIMIT_NOFILE` accounts it.
-///
-/// A close fails on a thread without `CAP_SYS_ADMIN`, say after the server dropped its privileges.
-/// The id is then kept: counted, listed, used again when the inode is opened next with the same file,
-/// unless it was forgotten or invalidated, and closed by [`retry_closes`](Self::retry_closes).
-///
-/// # Fork and restart
-///
-/// After fork(2) the child has a copy of the table and of every [`OpenFile`]: what it drops is closed for the
-/// parent as well. `_exit` and exec drop nothing. A server that hands its device fd to a successor hands over
-/// the number of each open's id ([`OpenFile::id`]) and its fd. The successor [`adopt`](Self::adopt)s each open
-/// before it reads requests, and [`serve`](Self::serve)s those that are in server mode.
+/// `R` registers the files, see [`Register`]. `K` identifies an inode to the server, usually its node id; its `Hash`
+/// and `Eq` must not panic for a key that is in the table.
 pub struct BackingTable<R: Register = FuseDevice, K: Hash + Eq + Clone = u64> {
     shared: Arc<Shared<R, K>>,
 }
 
 /// One open of an inode, from before its reply until its RELEASE.
 ///
-/// Dropping it is the release; the last one of an inode closes its id. It owns what it needs, and may
-/// outlive the table. After fork(2) the child must not drop its copy: that closes the parent's id.
+/// Dropping it is the release; dropping the last one of an inode closes the id. It may outlive the table. After
+/// fork(2) the child must not drop its copy: that closes the parent's id.
 #[must_use = "dropping an OpenFile releases it: keep it under its file handle until RELEASE"]
 pub struct OpenFile<R: Register = FuseDevice, K: Hash + Eq + Clone = u64> {
     open: Open<R, K>,
@@ -116,7 +142,7 @@ assert_eq_size!(OpenFile<&FuseDevice>, usize);
 assert_impl_all!(BackingTable: Send, Sync);
 assert_impl_all!(OpenFile: Send, Sync);
 
-/// A table without a registrar: every open is in server mode until [`BackingTable::attach`].
+/// A table without a registrar. Every open is in server mode until [`BackingTable::attach`].
 impl<R: Register, K: Hash + Eq + Clone> Default for BackingTable<R, K> {
     fn default() -> Self {
         Self {
@@ -131,27 +157,31 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// An empty table for the connection of `registrar`.
     pub fn new(registrar: R) -> Self {
         let table = Self::default();
-        // The table is new: it has none.
+        // Cannot fail: a new table has no registrar.
         let _ = table.attach(registrar);
         table
     }
 
-    /// Gives the registrar to a table that began without one: libraries hand out the device only when they
-    /// have the filesystem. An inode that is open stays in server mode until its last release.
+    /// Gives the registrar to a table that was made without one. Some FUSE libraries provide the device only after
+    /// they have taken the filesystem. An inode that is open stays in server mode until its last release.
     ///
     /// # Errors
     ///
-    /// The registrar, if the table has one already.
+    /// Returns the registrar if the table has one already.
     pub fn attach(&self, registrar: R) -> Result<(), R> {
         self.shared.attach(registrar)
     }
 
-    /// Calls `tell` once in the table's life for each cause of opens in server mode but
-    /// [`ServerReason::Chosen`]: from the thread that opens, without a lock; now, for causes so far. What it
-    /// holds lives as long as the table: of that, a [`Weak`](std::sync::Weak) reference alone.
+    /// Calls `tell` once in the table's life for each cause of opens in server mode, except
+    /// [`ServerReason::Chosen`]. The opening thread makes the call, without holding a lock. For causes that have
+    /// occurred already, `tell` is called now. The table keeps `tell` for as long as it lives: a closure that needs
+    /// the table should hold a [`Weak`](std::sync::Weak) reference to it.
     pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
-        let tell: std::sync::Arc<ledger::Tell> = std::sync::Arc::new(tell);
-        let (causes, _before) = self.shared.ledger().set_tell(std::sync::Arc::clone(&tell));
+        let tell: std::sync::Arc<OnServerMode> = std::sync::Arc::new(tell);
+        let (causes, _replaced) = self
+            .shared
+            .ledger()
+            .set_on_server_mode(std::sync::Arc::clone(&tell));
         for cause in causes {
             tell(cause);
         }
@@ -159,17 +189,16 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
 
     /// Opens an inode whose backing file the server has opened with the client's flags.
     ///
-    /// The first open registers the file, later ones share its id; or it is in server mode, see
-    /// [`OpenFile::server_reason`]. The fd is not kept.
+    /// The first open registers the file, and later ones share its id. If the open is in server mode,
+    /// [`OpenFile::server_reason`] says why. The table does not keep the fd.
     ///
-    /// What the opens are granted adds up while the inode is registered: one that may read and one that may
-    /// write are answered with one id. Where the registrar [enforces](Register::enforces_grant) its grant,
-    /// that of the first open ([`ServerFile::grant`]) is the most that a later one can get; an idle inode is
-    /// registered anew for more.
+    /// The grants of all opens add up while the inode is registered: one that may read and one that may write
+    /// get the same id. If the registrar [enforces](Register::enforces_grant) its grant, a later open can get no
+    /// more than the grant of the first one ([`ServerFile::grant`]). An idle inode is registered anew for more.
     ///
     /// # Errors
     ///
-    /// [`OpenError`]; the open is then not counted, and nothing changed.
+    /// [`OpenError`]; then the open does not count, and nothing has changed.
     pub fn open(
         &self,
         inode: &K,
@@ -210,23 +239,25 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         let open = if let Some(open) = joined {
             open
         } else {
-            let looked = file.look()?;
-            if looked.is_immutable && wanted != Access::ReadOnly {
+            let examined = file.examine()?;
+            if examined.is_immutable && wanted != Access::ReadOnly {
                 return Err(OpenError::Immutable);
             }
-            granted = looked.without_writing(granted);
+            granted = examined.shareable(granted);
             let admits = |mode: &Mode, is_open: bool| {
-                // Idle, it was not append-only when it was registered.
-                if !is_open && looked.refusal.is_some() {
+                // An idle inode was registered before its file became append-only, or unreadable for statx(2).
+                // This error makes `join_or_insert` replace it.
+                if !is_open && examined.refusal.is_some() {
                     return Err(OpenError::DifferentFile);
                 }
-                // The numbers of an open file change when overlayfs copies it up. The server knows.
+                // overlayfs changes the numbers of an open file when it copies the file up. So while the inode is
+                // open, the identity that the server gives suffices.
                 match file.identity {
                     Some(known) if is_open && admits(mode, known).is_ok() => Ok(()),
-                    _ => admits(mode, looked.id),
+                    _ => admits(mode, examined.id),
                 }
             };
-            let decide = || shared.register(file, looked, file.at_most(granted));
+            let decide = || shared.register(file, examined, file.at_most(granted));
             shared.join_or_insert(inode, admits, decide)?
         };
         if let Some(Mode::Passthrough(registered)) = open.mode() {
@@ -237,11 +268,12 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
 
     /// Opens an inode that is registered already, without a fd and without a system call.
     ///
-    /// `None` when the server must open the file itself and call [`open`](Self::open): the inode is
-    /// not registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
+    /// Returns `None` if the server must open the file itself and call [`open`](Self::open): the inode is not
+    /// registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
     ///
-    /// This skips the permission check and the errno of the server's own open: for `default_permissions`, say. A
-    /// file that has become immutable since it was opened for writing is not noticed.
+    /// This skips the permission check and the errno of the server's own open, so use it where the kernel checks
+    /// permissions (`default_permissions`). It does not notice a file that has become immutable since it was opened
+    /// for writing.
     #[inline]
     pub fn share(&self, inode: &K, client_flags: impl Into<ClientFlags>) -> Option<OpenFile<R, K>> {
         let client_flags = client_flags.into();
@@ -260,8 +292,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
 
     /// Opens an inode in server mode because the server wants to read and write it itself.
     ///
-    /// `None` while the inode is open in passthrough mode: then [`open`](Self::open) it, or
-    /// [`share`](Self::share). An idle registration is closed.
+    /// Returns `None` while the inode is open in passthrough mode: call [`open`](Self::open) or
+    /// [`share`](Self::share) then. An idle registration is closed.
     pub fn serve(&self, inode: &K) -> Option<OpenFile<R, K>> {
         let admits = |mode: &Mode, _| match mode {
             Mode::Server(_) => Ok(()),
@@ -272,10 +304,10 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         Some(self.opened(open))
     }
 
-    /// An open that a predecessor on the same connection answered with `id`, until its RELEASE. To be called
-    /// for each of the inode's opens; `file` is the fd of this one.
+    /// Takes over an open that a predecessor on the same connection answered with `id`, until its RELEASE. Call it
+    /// for each of the inode's opens, with the fd of that open as `file`.
     ///
-    /// From the first one on the id is the table's to close. It counts whatever the limit.
+    /// From the first call on, the table closes the id. The id counts, even if this exceeds the limit.
     ///
     /// # Errors
     ///
@@ -288,9 +320,10 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         file: ServerFile<'_, impl AsFd + Copy>,
     ) -> Result<OpenFile<R, K>, OpenError> {
         let file = file.lend();
-        let looked = file.look()?;
-        let granted = looked.without_writing(file.granted()?);
-        // What has this id is not closed to make room for it.
+        let examined = file.examine()?;
+        let granted = examined.shareable(file.granted()?);
+        // By id alone, so that an idle inode with this id is joined. `join_or_insert` would replace it if this
+        // refused, and so close the very id that is adopted. The file is compared below.
         let admits = |mode: &Mode, _| match mode {
             Mode::Passthrough(known) if known.id == *id => Ok(()),
             Mode::Passthrough(_) | Mode::Server(_) => Err(OpenError::DifferentFile),
@@ -298,11 +331,11 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         let decide = || {
             self.shared.ledger().stats.ids += 1;
             let at_most = file.at_most(granted);
-            Mode::Passthrough(Registered::new(id.alias(), looked.id, at_most, None))
+            Mode::Passthrough(Registered::new(id.alias(), examined.id, at_most, None))
         };
         let open = self.shared.join_or_insert(inode, admits, decide)?;
         match open.mode() {
-            Some(Mode::Passthrough(registered)) if registered.file == looked.id => {
+            Some(Mode::Passthrough(registered)) if registered.file == examined.id => {
                 registered.add(granted);
                 Ok(OpenFile { open })
             }
@@ -320,57 +353,57 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         OpenFile { open }
     }
 
-    /// Detaches an inode from its number, which the server is about to give to another one: after
-    /// FORGET, or together with another generation. The next open under this number starts fresh. Those that
-    /// are open keep their registration.
+    /// Detaches an inode from its number, which the server is about to give to another file: after FORGET, or with
+    /// another generation. The next open under this number registers its file anew. Opens of the old inode keep
+    /// their registration.
     ///
-    /// For the kernel it must be another inode as well. While it has the old one open under this node
-    /// id, a reply with the new id gives the client `EIO`. A file that was replaced under an open inode
-    /// is [`DifferentFile`](OpenError::DifferentFile) until the inode was released.
+    /// It must be another inode for the kernel as well. While the kernel has the old one open under this node id, a
+    /// reply with the new id gives the client `EIO`. If a file is replaced under an open inode without this call,
+    /// opens of the new file fail with [`DifferentFile`](OpenError::DifferentFile) until the inode is released.
     pub fn forget(&self, inode: &K) {
         let _done = self.shared.detach(inode, true);
     }
 
-    /// Closes what is registered for an inode that is not open, so that the next open starts fresh; false
-    /// while it is open. Where closing fails the id is kept for [`retry_closes`](Self::retry_closes), and not
-    /// found again. One that another thread is closing may still be registered for a moment.
+    /// Closes the id of an inode that is not open, so that the next open registers the file anew. Returns false while
+    /// the inode is open. If closing fails, the table keeps the id for [`retry_closes`](Self::retry_closes), and
+    /// answers no open with it. An id that another thread is closing may stay registered for a moment.
     #[must_use]
     pub fn invalidate(&self, inode: &K) -> bool {
         self.shared.detach(inode, false)
     }
 
-    /// Tries again to register after a failure that concerned the connection, when its cause was removed. An
-    /// inode that is open in server mode stays in it until its last release.
+    /// Forgets a failure that concerned the connection, so that the next open tries to register again. Call it when
+    /// the cause was removed. An inode that is open in server mode stays in it until its last release.
     pub fn reset(&self) {
         self.shared.ledger().reset();
     }
 
-    /// How many ids may be registered at a time. At the limit an open closes an idle one, or waits for a
-    /// close that another thread is making, before it settles for server mode. A limit below what there are
-    /// closes idle ids at once, others as inodes are released.
+    /// Sets how many ids may be registered at a time. At the limit, an open closes an idle id, or waits for a close
+    /// that another thread is making. If there is neither, it is in server mode. A limit below the present number of
+    /// ids closes idle ids at once, and others as their inodes are released.
     pub fn set_limit(&self, limit: usize) {
         self.shared.ledger().stats.limit = limit;
         self.shared.trim();
     }
 
-    /// How many ids are kept after the last release, for reopening: none, unless this is called. The
-    /// one that was released longest ago goes first. They pin their files and mounts.
+    /// Sets how many idle ids are kept after the last release, for reopening. The default is none. The id that was
+    /// released longest ago is closed first. Idle ids pin their files and mounts.
     pub fn set_idle_limit(&self, limit: usize) {
         self.shared.ledger().idle_limit = limit;
         self.shared.trim();
     }
 
-    /// Whether the process keeps an fd for as long as its id is registered, from now on: no, unless this is
-    /// called. An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]).
+    /// Sets whether the process keeps an fd for as long as its id is registered, for registrations from now on. The
+    /// default is no. An inode for which no fd can be kept is in server mode ([`ServerReason::NoFd`]).
     pub fn set_keep_fds(&self, keep: bool) {
         self.shared.ledger().keep_fds = keep;
     }
 
-    /// Tries again to close what could not be closed, from a thread that is permitted to.
+    /// Tries again to close the ids that could not be closed. Call it from a thread that has the capability.
     ///
     /// # Errors
     ///
-    /// The cause of the first that failed again; all are tried.
+    /// The cause of the first close that failed again; all are tried.
     pub fn retry_closes(&self) -> Result<(), BackingError> {
         let mut result = Ok(());
         let unclosed = self.shared.ledger().unclosed();
@@ -388,15 +421,15 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         self.shared.ledger().stats()
     }
 
-    /// All inodes that are open or registered, without those that are just being registered or closed.
+    /// Lists the inodes that are open or registered, except those whose id is being registered or closed.
     #[must_use]
     pub fn list(&self) -> Listing<K> {
         Listing(self.shared.entries())
     }
 }
 
-/// Idle ids are closed; open files stay as they are until they are released. An id that cannot be
-/// closed then, or now, stays registered until the connection ends.
+/// Closes the idle ids. Open files are unaffected until they are released. An id that cannot be closed, now or at its
+/// last release, stays registered until the connection ends.
 impl<R: Register, K: Hash + Eq + Clone> Drop for BackingTable<R, K> {
     fn drop(&mut self) {
         self.shared.shut_down();
@@ -404,13 +437,13 @@ impl<R: Register, K: Hash + Eq + Clone> Drop for BackingTable<R, K> {
 }
 
 impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
-    /// What the server knows the inode by.
+    /// The key by which the server identifies the inode.
     #[must_use]
     pub fn inode(&self) -> &K {
         self.open.key()
     }
 
-    /// Which of the table's locks its inode is under.
+    /// The number of the shard that the inode is in.
     pub(crate) fn shard(&self) -> u8 {
         self.open.shard()
     }
@@ -424,7 +457,7 @@ impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
         }
     }
 
-    /// Whether the kernel reads and writes the backing file; else the server does.
+    /// Whether the kernel reads and writes the backing file. If not, the server does.
     #[must_use]
     pub fn is_passthrough(&self) -> bool {
         self.id().is_some()
@@ -441,9 +474,9 @@ impl<R: Register, K: Hash + Eq + Clone> OpenFile<R, K> {
 
     /// The reply to this OPEN or CREATE, with those of `flags` that the mode permits.
     ///
-    /// Passthrough mode keeps `NOFLUSH` and `PARALLEL_DIRECT_WRITES` alone: the kernel refuses others, and
-    /// with `DIRECT_IO` it would ask the server to read and write ([`OpenReply::passthrough`] permits
-    /// that). Server mode keeps all but `PASSTHROUGH`.
+    /// Passthrough mode keeps only `NOFLUSH` and `PARALLEL_DIRECT_WRITES`. The kernel refuses others, and with
+    /// `DIRECT_IO` it would ask the server to read and write ([`OpenReply::passthrough`] permits that). Server mode
+    /// keeps all but `PASSTHROUGH`.
     pub fn reply(&self, flags: impl Into<FopenFlags>) -> OpenReply<'_> {
         OpenReply::unchecked(self.id(), flags.into().permitted(self.is_passthrough()))
     }

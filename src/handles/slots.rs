@@ -1,4 +1,7 @@
-//! Handles by number: slots, which are hot again at the next open, as the entries of a map are not.
+//! Handles by number, in slots. A released slot is used again by the next open, when it is still in the CPU's cache.
+
+// Each of the `SHARDS` shards has a lock. A thread holds at most one, calls nothing of the server's under it, and holds
+// no lock of the table meanwhile.
 
 use std::collections::BTreeMap;
 
@@ -6,41 +9,45 @@ use crate::sync::{Mutex, MutexGuard, lock};
 
 const SHARD_BITS: u32 = 4;
 const SHARDS: usize = 1 << SHARD_BITS;
-/// What the next number of a slot has more. Below are 32 bits for the slot, from 1 on, and the shard.
+/// The difference between successive handle numbers of one slot. The bits below it are the shard's number
+/// (`SHARD_BITS`), and above that the slot's index plus 1 (32 bits).
 const GENERATION: u64 = 1 << (32 + SHARD_BITS);
 
 /// `H` is a reference to a handle.
 pub(super) struct Slots<H>([Shard<H>; SHARDS]);
 
-/// On cache lines of its own.
+/// Aligned so that no two locks share a cache line.
 #[repr(align(64))]
-struct Shard<H>(Mutex<Locked<H>>);
+struct Shard<H>(Mutex<ShardState<H>>);
 
 /// What a shard's lock protects.
-struct Locked<H> {
-    /// With the number of the handle that is there, or of the next one.
+struct ShardState<H> {
+    /// Each with the number of the handle in it, or of the next one if it is empty.
     slots: Vec<(u64, Option<H>)>,
-    /// Slots that can be used again, the last one first.
+    /// Indices of empty slots. The one that was released last is used first.
     free: Vec<usize>,
+    /// Handles of a predecessor, by its numbers.
     adopted: BTreeMap<u64, H>,
 }
 
 impl<H: Clone> Slots<H> {
     pub(super) fn new() -> Self {
-        let locked = || Locked {
+        let empty = || ShardState {
             slots: Vec::new(),
             free: Vec::new(),
             adopted: BTreeMap::new(),
         };
-        Self(std::array::from_fn(|_| Shard(Mutex::new(locked()))))
+        Self(std::array::from_fn(|_| Shard(Mutex::new(empty()))))
     }
 
-    #[allow(clippy::cast_possible_truncation, reason = "the low bits tell")]
-    fn lock(&self, fh: u64) -> MutexGuard<'_, Locked<H>> {
+    /// Takes the lock of the shard that the low bits of `fh` name.
+    #[allow(clippy::cast_possible_truncation, reason = "only the low bits count")]
+    fn lock(&self, fh: u64) -> MutexGuard<'_, ShardState<H>> {
         lock(&self.0[fh as usize % SHARDS].0)
     }
 
-    /// In any shard: those that `near` tells apart meet seldom.
+    /// Stores a handle and returns its number. `near` selects the shard: threads that pass different values seldom wait
+    /// for each other.
     pub(super) fn insert(&self, handle: H, near: u8) -> u64 {
         let shard = u64::from(near) % SHARDS as u64;
         let locked = &mut *self.lock(shard);
@@ -57,7 +64,7 @@ impl<H: Clone> Slots<H> {
         *fh
     }
 
-    /// Under a number of a predecessor's. Gives it back if there is one.
+    /// Stores `new(handle)` under a number that a predecessor gave. Returns the handle if the number is in use.
     pub(super) fn adopt<T>(&self, fh: u64, handle: T, new: impl Fn(T) -> H) -> Result<(), T> {
         let mut locked = self.lock(fh);
         if locked.get(fh).is_some() {
@@ -67,10 +74,12 @@ impl<H: Clone> Slots<H> {
         Ok(())
     }
 
+    /// The handle of this number.
     pub(super) fn get(&self, fh: u64) -> Option<H> {
         self.lock(fh).get(fh).cloned()
     }
 
+    /// Takes the handle of this number out.
     pub(super) fn remove(&self, fh: u64) -> Option<H> {
         let locked = &mut *self.lock(fh);
         let at = slot_of(fh);
@@ -88,7 +97,7 @@ impl<H: Clone> Slots<H> {
     }
 }
 
-impl<H> Locked<H> {
+impl<H> ShardState<H> {
     fn get(&self, fh: u64) -> Option<&H> {
         match self.slots.get(slot_of(fh)) {
             Some((its, Some(handle))) if *its == fh => Some(handle),
@@ -97,7 +106,8 @@ impl<H> Locked<H> {
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "of the 32 bits")]
+/// The index of the slot that `fh` is of, if it is a slot's number.
+#[allow(clippy::cast_possible_truncation, reason = "at most 32 bits")]
 fn slot_of(fh: u64) -> usize {
     ((fh % GENERATION) >> SHARD_BITS).wrapping_sub(1) as usize
 }

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::access::Access;
 use crate::error::{BackingCloseError, BackingError};
-use crate::file::look_at;
+use crate::file::examine;
 use crate::id::BackingId;
 use crate::register::{Register, WithoutFsetid};
 
@@ -116,8 +116,8 @@ fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
         *device
     } else {
         let memfd = memfd_create("fuse-backing", MemfdFlags::CLOEXEC)?;
-        let device = look_at(memfd.as_fd())?.id.device;
+        let device = examine(memfd.as_fd())?.id.device;
         *DEVICE_OF_MEMFDS.get_or_init(|| device)
     };
-    Ok(look_at(file)?.id.device == memfds)
+    Ok(examine(file)?.id.device == memfds)
 }

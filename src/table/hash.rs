@@ -1,7 +1,7 @@
 //! How the table finds an inode: a keyed hash that costs two multiplications.
 //!
-//! Keyed anew for each table, so that nobody can prepare colliding inode numbers; it is not
-//! cryptographic. What an attacker who finds collisions all the same gets is slow opens.
+//! Each table has a random key, so that colliding inode numbers cannot be prepared. The hash is not cryptographic: an
+//! attacker who finds collisions all the same makes opens slow.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash, Hasher};
@@ -21,8 +21,8 @@ impl Seeds {
         }
     }
 
-    /// Which of `parts` a key belongs to, a power of two. Before `finish`, so that the map goes on from
-    /// there: some parts may get several times as many keys as others.
+    /// Which of `parts` parts a key belongs to; `parts` is a power of two. This uses the state before `finish`, whose
+    /// result the map within the part uses. So some parts may get several times as many keys as others.
     #[inline]
     #[allow(clippy::cast_possible_truncation, reason = "the remainder fits")]
     pub(super) fn part(&self, key: &impl Hash, parts: u8) -> u8 {
@@ -49,7 +49,7 @@ pub(super) struct Folding {
     seeds: Seeds,
 }
 
-/// Both halves of the product, so that each bit of the input reaches all of the output.
+/// Combines both halves of the product, so that each bit of the input affects all of the output.
 #[inline]
 #[allow(clippy::cast_possible_truncation, reason = "the halves of a product")]
 fn fold(a: u64, b: u64) -> u64 {
@@ -70,12 +70,12 @@ impl Hasher for Folding {
             word[..chunk.len()].copy_from_slice(chunk);
             self.write_u64(u64::from_ne_bytes(word));
         }
-        // The last chunk was filled up.
+        // Tells apart keys that differ only in the padding of the last chunk.
         self.write_u64(bytes.len() as u64);
     }
 
-    /// Once more: one multiplication spreads numbers at equal distances evenly for most seeds, not for
-    /// all.
+    /// Folds once more: after one multiplication, numbers at equal distances are spread evenly for most seeds, but not
+    /// for all.
     #[inline]
     fn finish(&self) -> u64 {
         fold(self.state, self.seeds.start | 1)
@@ -86,7 +86,7 @@ impl Hasher for Folding {
 mod tests {
     use super::*;
 
-    /// Inode numbers as servers have them: counted, aligned addresses, with a generation above.
+    /// Inode numbers as servers choose them: consecutive, aligned addresses, or with a generation in the high bits.
     #[test]
     #[allow(clippy::cast_possible_truncation)]
     fn spreads_inode_numbers() {
@@ -98,7 +98,7 @@ mod tests {
             |n| 0x7f00_0000_0000 + n * 4096,
             |n| n << 48,
         ];
-        // Several seeds: what spreads badly with some of them only is to be seen.
+        // Several seeds, to find sequences that some seeds spread badly.
         for sequence in sequences.into_iter().cycle().take(8 * sequences.len()) {
             let seeds = Seeds::random();
             let (mut parts, mut low) = ([0; PARTS as usize], [0; PARTS as usize]);
@@ -106,7 +106,7 @@ mod tests {
                 parts[usize::from(seeds.part(&sequence(n), PARTS))] += 1;
                 low[seeds.hash_one(sequence(n)) as usize % low.len()] += 1;
             }
-            // Random ones would be off by more than 6 standard deviations once in 10^9.
+            // Random hashes would exceed these 6 standard deviations once in 10^9.
             for count in low {
                 assert!((EACH - 96..=EACH + 96).contains(&count), "{low:?}");
             }

@@ -8,13 +8,14 @@ use super::hash::Seeds;
 use super::mode::Mode;
 use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 
-/// An inode of a table, whose shared part is `S`.
+/// An inode of a table whose shared part is `S`.
 ///
-/// It is open; or parked, in the ledger, where it can be opened again; or, if it is neither, its id is
-/// being closed and no open finds it.
+/// It is open (`opens` > 0); or parked (`parked` != 0), when the ledger has it and an open can take it back; or
+/// neither, when its id is being closed and no open finds it.
 pub(super) struct Inode<K, S> {
-    /// Set once, under `deciding`.
+    /// Set once, by the first open, under `deciding`. Readers need no lock.
     mode: OnceLock<Mode>,
+    /// Held by the first open until `mode` is set. Other opens wait for it.
     pub(super) deciding: Mutex<()>,
     /// Opens that have not been released.
     pub(super) opens: Guarded,
@@ -22,14 +23,16 @@ pub(super) struct Inode<K, S> {
     pub(super) parked: Guarded,
     /// 1 once no key leads here any more: it was forgotten, invalidated or replaced.
     pub(super) detached: Guarded,
+    /// Index of its shard in `Shared::shards`.
     pub(super) shard: u8,
-    /// Seconds after the table's start.
-    pub(super) since: u32,
+    /// When the inode was first opened, in whole seconds after `Shared::start`.
+    pub(super) first_opened: u32,
     pub(super) key: K,
     pub(super) table: Arc<S>,
 }
 
-/// A number that the lock of the inode's shard protects. It is atomic for the sake of safe code only.
+/// A number that the shard lock protects. It is atomic only to be written through a shared reference in safe code; the
+/// lock orders the accesses, so they are `Relaxed`.
 pub(super) struct Guarded(AtomicUsize);
 
 impl Guarded {
@@ -47,8 +50,8 @@ impl Guarded {
 }
 
 impl<K, S> Inode<K, S> {
-    /// Opened once, and its mode still to be decided.
-    pub(super) fn new(key: K, shard: u8, since: u32, table: Arc<S>) -> Self {
+    /// An inode with one open, and without a mode yet.
+    pub(super) fn new(key: K, shard: u8, first_opened: u32, table: Arc<S>) -> Self {
         Self {
             mode: OnceLock::new(),
             deciding: Mutex::new(()),
@@ -56,33 +59,35 @@ impl<K, S> Inode<K, S> {
             parked: Guarded(AtomicUsize::new(0)),
             detached: Guarded(AtomicUsize::new(0)),
             shard,
-            since,
+            first_opened,
             key,
             table,
         }
     }
 
-    /// `None` until it is decided.
+    /// `None` if the mode is not decided yet. Needs no lock.
     #[inline]
     pub(super) fn mode(&self) -> Option<&Mode> {
         self.mode.get()
     }
 
-    /// Caller must hold `deciding`, since before the inode could be found.
+    /// Sets the mode. Caller must hold `deciding`, and have locked it before other threads could find the inode.
     pub(super) fn decide(&self, mode: impl FnOnce() -> Mode) {
         self.mode.get_or_init(mode);
     }
 
-    /// Whether it can be opened.
+    /// Whether an open can join it: it is open or parked. Caller must hold the shard lock.
     #[inline]
     pub(super) fn is_live(&self) -> bool {
         self.opens.get() > 0 || self.parked.get() != 0
     }
 }
 
-/// The inodes of a shard: what its lock protects.
+/// The inodes of a shard: what the shard lock protects. All methods need that lock.
 pub(super) struct Inodes<K, S> {
+    /// Those that opens find, and those under their key that are being closed.
     by_key: HashMap<K, Arc<Inode<K, S>>, Seeds>,
+    /// Those without a key, until they are closed.
     detached: Vec<Arc<Inode<K, S>>>,
 }
 
@@ -94,25 +99,26 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
         }
     }
 
-    /// The inode under this key, if it can be opened.
+    /// The inode under this key, if it is open or parked.
     #[inline]
     pub(super) fn find(&self, key: &K) -> Option<&Arc<Inode<K, S>>> {
         self.by_key.get(key).filter(|inode| inode.is_live())
     }
 
+    /// All inodes, including those that are being closed.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Arc<Inode<K, S>>> {
         self.by_key.values().chain(&self.detached)
     }
 
-    /// In place of the one under its key.
+    /// Inserts an inode under its key, and detaches the inode that was there.
     pub(super) fn insert(&mut self, inode: Arc<Inode<K, S>>) {
-        // If the key's own code panics here, nothing has changed.
+        // The key's own code may panic here. Nothing has changed then.
         if let Some(replaced) = self.by_key.insert(inode.key.clone(), inode) {
             self.add_detached(replaced);
         }
     }
 
-    /// Takes an inode from its key.
+    /// Detaches the inode from this key: no open finds it any more.
     pub(super) fn detach(&mut self, key: &K) -> Option<&Arc<Inode<K, S>>> {
         let inode = self.by_key.remove(key)?;
         Some(self.add_detached(inode))
@@ -124,7 +130,7 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
         &self.detached[self.detached.len() - 1]
     }
 
-    /// Lets go of an inode that was closed.
+    /// Drops the reference to an inode whose id was closed, or that had none.
     pub(super) fn remove(&mut self, inode: &Arc<Inode<K, S>>) {
         if inode.detached.get() == 0 {
             self.by_key.remove(&inode.key);
@@ -133,8 +139,8 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
         }
     }
 
-    /// Lets go of all that are not open: none can be opened any more. That includes those for which
-    /// `remove` panicked in the key's own code.
+    /// Drops the references to all inodes that are not open, when the table is dropped and no open can come any more.
+    /// That includes an inode that is still here because the key's own code panicked in `remove`.
     pub(super) fn retain_open(&mut self) {
         self.by_key.retain(|_, inode| inode.opens.get() > 0);
         self.detached.retain(|inode| inode.opens.get() > 0);

@@ -1,4 +1,4 @@
-//! The table's books: how many ids there are, which are parked, and what is remembered.
+//! The table's accounts: how many ids there are, which inodes are parked, and which refusal holds for all.
 
 use std::collections::BTreeMap;
 
@@ -8,49 +8,53 @@ use super::listing::TableStats;
 use crate::error::{BackingError, Scope, ServerReason};
 use std::sync::Arc;
 
-/// What the ledger's lock protects. `T` is a reference to an inode.
+/// What the ledger lock protects. All methods need that lock. `T` is a reference to an inode.
 pub(super) struct Ledger<T> {
-    /// `ids` includes those that are being registered; `idle` is not maintained.
+    /// `ids` includes those that are being registered or closed. `idle` stays 0: [`stats`](Self::stats) fills it in.
     pub(super) stats: TableStats,
-    /// How many of the ids are just being closed.
+    /// How many of `stats.ids` are being closed, or claimed to be closed.
     pub(super) closing: usize,
-    /// Opens that wait until one of these is closed.
+    /// How many opens wait in `Shared::reserve` for `closing` to be lowered.
     pub(super) waiting: usize,
+    /// How many ids may be idle.
     pub(super) idle_limit: usize,
+    /// Whether new registrations keep an fd.
     pub(super) keep_fds: bool,
-    /// Registered without opens, by LRU sequence number.
+    /// Parked inodes whose id is kept for reopening, by LRU sequence number.
     idle: BTreeMap<usize, T>,
-    /// The same for those whose close failed, with the cause.
+    /// Parked inodes whose id could not be closed, by LRU sequence number, with the cause.
     unclosed: BTreeMap<usize, (T, BackingError)>,
+    /// The LRU sequence number that was given last.
     last: usize,
-    /// The table is gone, and with it whoever could reopen what is parked, or retry.
+    /// The table was dropped: nothing can be reopened, and no close retried.
     orphaned: bool,
-    /// How often `stats.refused` was forgotten.
+    /// How often [`reset`](Self::reset) was called.
     resets: usize,
-    /// Whom to tell of a cause that is new in `stats.served`.
-    tell: Option<Arc<Tell>>,
+    /// Called for each cause that is new in `stats.served`.
+    on_server_mode: Option<Arc<OnServerMode>>,
 }
 
-/// What [`BackingTable::on_server_mode`](super::BackingTable::on_server_mode) was given.
-pub(super) type Tell = dyn Fn(ServerReason) + Send + Sync;
+/// The callback of [`BackingTable::on_server_mode`](super::BackingTable::on_server_mode).
+pub(super) type OnServerMode = dyn Fn(ServerReason) + Send + Sync;
 
-/// Whether an id may be registered.
+/// Whether another id may be registered.
 pub(super) enum Room<T> {
-    /// It is counted.
+    /// Yes. The id is counted in `stats.ids`.
     Reserved {
-        /// How often `reset` was called before.
+        /// How often `reset` was called before, for [`Ledger::refused`].
         resets: usize,
         keep_fds: bool,
     },
-    /// The limit is reached: close this one, which is idle, and ask again.
+    /// The limit is reached. Close the id of this idle inode, then ask again.
     Evict(Claim<T>),
-    /// The limit is reached, and another thread is closing one: wait, and ask again.
+    /// The limit is reached, and another thread is closing an id. Wait, then ask again.
     Wait,
+    /// No.
     None(ServerReason),
 }
 
-/// A parked inode that was taken from the ledger to be closed, and counts as being closed until then. An
-/// open of it in the meantime makes the claim void: the inode has another `parked` then.
+/// A parked inode that was taken out of the ledger to close its id, which counts in `closing`. An open of the inode
+/// makes the claim void: `Inode::parked` is then no longer the number in the claim.
 pub(super) struct Claim<T> {
     pub(super) inode: T,
     pub(super) parked: usize,
@@ -74,10 +78,11 @@ impl<T: Clone> Ledger<T> {
             last: 0,
             orphaned: false,
             resets: 0,
-            tell: None,
+            on_server_mode: None,
         }
     }
 
+    /// Counts an id that is about to be registered, or says what must happen first.
     pub(super) fn reserve(&mut self) -> Room<T> {
         if let Some(error) = self.stats.refused {
             Room::None(ServerReason::Refused(error))
@@ -96,20 +101,22 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Registering failed; `resets` is what it was reserved with. What holds for every thread is
-    /// remembered, unless `reset` was called after the attempt began.
+    /// Remembers an error of registering that holds for the whole connection, so that nothing more is registered.
+    /// `resets` is from [`Room::Reserved`]: an error is not remembered if `reset` was called after the attempt began.
     pub(super) fn refused(&mut self, error: BackingError, resets: usize) {
         if error.scope() == Scope::Connection && resets == self.resets {
             self.stats.refused = Some(error);
         }
     }
 
+    /// Forgets the remembered error, also that of an attempt that is being made.
     pub(super) fn reset(&mut self) {
         self.stats.refused = None;
         self.resets += 1;
     }
 
-    /// At the last release: parks the inode, and says under which number, or counts it as being closed.
+    /// Called at the last release. Parks the inode and returns its number; or counts its id in `closing` and returns
+    /// `None`: the caller must close the id.
     pub(super) fn park_or_close(&mut self, inode: &T, may_park: bool) -> Option<usize> {
         if may_park
             && self.idle_limit > 0
@@ -125,7 +132,7 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// One that is not in use: where a word has 32 bits they come round again.
+    /// A sequence number that is not in use, and not 0. With 32-bit words the numbers can wrap around.
     fn next(&mut self) -> usize {
         loop {
             self.last = self.last.wrapping_add(1).max(1);
@@ -135,28 +142,30 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// An inode that was parked is open again.
+    /// Takes a parked inode out, because it is open again. If another thread has claimed it, makes that claim void by
+    /// lowering `closing`; caller must wake those that wait.
     pub(super) fn unpark(&mut self, parked: usize) {
         let idle = self.idle.remove(&parked).is_some();
         if !idle && self.unclosed.remove(&parked).is_none() {
-            // Another thread has claimed it, in vain: it will see that when it looks at the inode.
+            // Claimed by another thread, which will find another number in `Inode::parked`.
             self.closing -= 1;
         }
     }
 
-    /// An inode that was parked is to be closed.
+    /// Takes a parked inode out, to close its id, which counts in `closing` from now on.
     pub(super) fn claim(&mut self, parked: usize) {
         self.unpark(parked);
         self.closing += 1;
     }
 
+    /// Claims the idle inode that was released longest ago.
     fn claim_oldest(&mut self) -> Option<Claim<T>> {
         let (parked, inode) = self.idle.pop_first()?;
         self.closing += 1;
         Some(Claim { inode, parked })
     }
 
-    /// An idle one too many for either limit.
+    /// Claims an idle inode if there are too many idle ids, or too many ids that are not being closed.
     pub(super) fn claim_surplus(&mut self) -> Option<Claim<T>> {
         if self.idle.len() > self.idle_limit || self.stats.ids - self.closing > self.stats.limit {
             self.claim_oldest()
@@ -165,27 +174,33 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
+    /// How many ids could not be closed.
     pub(super) fn unclosed(&self) -> usize {
         self.unclosed.len()
     }
 
-    /// The one whose close failed longest ago.
+    /// Claims the inode whose close failed longest ago.
     pub(super) fn claim_unclosed(&mut self) -> Option<Claim<T>> {
         let (parked, (inode, _)) = self.unclosed.pop_first()?;
         self.closing += 1;
         Some(Claim { inode, parked })
     }
 
-    /// All that are parked. From now on nothing is: it would keep the registrar, and so the connection.
+    /// Claims all parked inodes. From now on nothing is parked, since it would keep the registrar, and so the
+    /// connection.
     pub(super) fn orphan(&mut self) -> Vec<Claim<T>> {
         self.orphaned = true;
         let next = || self.claim_unclosed().or_else(|| self.claim_oldest());
         std::iter::from_fn(next).collect()
     }
 
-    /// What was counted as being closed is closed, or failed to be. In the latter case it is parked again,
-    /// under the number returned, unless nobody could retry.
-    pub(super) fn closed(&mut self, inode: &T, result: Result<(), BackingError>) -> Option<usize> {
+    /// Books the result of a close that was counted in `closing`. If it failed and can be retried, parks the inode as
+    /// unclosed and returns its number.
+    pub(super) fn finish_close(
+        &mut self,
+        inode: &T,
+        result: Result<(), BackingError>,
+    ) -> Option<usize> {
         self.closing -= 1;
         self.stats.close_failures += u64::from(result.is_err());
         match result {
@@ -197,7 +212,7 @@ impl<T: Clone> Ledger<T> {
                 self.unclosed.insert(number, (inode.clone(), cause));
                 Some(number)
             }
-            // After `UnknownId` nothing is left to be tried again: somebody else has closed it.
+            // `UnknownId`: the id was closed already, so there is nothing to retry.
             _ => {
                 self.stats.ids -= 1;
                 None
@@ -205,26 +220,32 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
+    /// Why the id of an inode that is parked under this number could not be closed.
     pub(super) fn close_failed(&self, parked: usize) -> Option<BackingError> {
         self.unclosed.get(&parked).map(|(_, cause)| *cause)
     }
 
-    /// Counts an open in server mode; returns whom to tell of its cause.
-    pub(super) fn served(&mut self, reason: ServerReason) -> Option<Arc<Tell>> {
+    /// Counts an open in server mode. Returns the callback if the cause is new; the caller calls it without a lock.
+    pub(super) fn served(&mut self, reason: ServerReason) -> Option<Arc<OnServerMode>> {
         let served = &mut self.stats.served;
         if let Some((_, opens)) = served.iter_mut().find(|(counted, _)| *counted == reason) {
             *opens += 1;
             return None;
         }
         served.push((reason, 1));
-        self.tell.clone().filter(|_| reason != ServerReason::Chosen)
+        let callback = self.on_server_mode.clone();
+        callback.filter(|_| reason != ServerReason::Chosen)
     }
 
-    /// Returns the causes so far, to be told, and what was set before, to be dropped without the lock.
-    pub(super) fn set_tell(&mut self, tell: Arc<Tell>) -> (Vec<ServerReason>, Option<Arc<Tell>>) {
+    /// Sets the callback. Returns the causes so far, for which the caller calls it, and the callback that was replaced,
+    /// which the caller drops: both without the ledger lock.
+    pub(super) fn set_on_server_mode(
+        &mut self,
+        callback: Arc<OnServerMode>,
+    ) -> (Vec<ServerReason>, Option<Arc<OnServerMode>>) {
         let causes = self.stats.served.iter().map(|(reason, _)| *reason);
         let causes = causes.filter(|reason| *reason != ServerReason::Chosen);
-        (causes.collect(), self.tell.replace(tell))
+        (causes.collect(), self.on_server_mode.replace(callback))
     }
 
     pub(super) fn stats(&self) -> TableStats {
@@ -240,14 +261,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_come_round() {
+    fn sequence_numbers_wrap_around() {
         let mut ledger = Ledger::new();
         let cause = BackingError::UnknownId;
         assert_eq!((ledger.next(), ledger.next()), (1, 2));
         ledger.last = usize::MAX - 1;
         ledger.idle.insert(usize::MAX, ());
         ledger.unclosed.insert(1, ((), cause));
-        // 0 is none.
+        // Not 0, which stands for an inode that is not parked.
         assert_eq!(ledger.next(), 2);
     }
 }

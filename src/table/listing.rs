@@ -1,4 +1,4 @@
-//! What a table tells of itself.
+//! Figures and listing of a table.
 
 use std::fmt;
 use std::ops::Deref;
@@ -13,20 +13,20 @@ use crate::error::{BackingError, ServerReason};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TableStats {
-    /// Registered ids: open, idle, and those that could not be closed.
+    /// Registered ids: of open inodes, idle ones, and those that could not be closed.
     pub ids: usize,
-    /// How many there may be.
+    /// How many ids there may be.
     pub limit: usize,
-    /// Those without opens, kept for reopening.
+    /// Ids without opens, kept for reopening.
     pub idle: usize,
-    /// Opens in server mode, so far, by cause.
+    /// Opens in server mode so far, by cause.
     pub served: Vec<(ServerReason, u64)>,
-    /// Closes that failed, so far, retries among them.
+    /// Failed closes so far, including retries.
     pub close_failures: u64,
-    /// Registrations, so far, of the fd that [`open`](super::BackingTable::open) was given: there was no
-    /// `O_PATH` fd of the file, or the kernel, older than 6.12, does not take one.
+    /// Registrations so far of the fd that [`open`](super::BackingTable::open) was given: there was no `O_PATH` fd of
+    /// the file, or the kernel is older than 6.12 and does not take one.
     pub by_open_fd: u64,
-    /// What is remembered of the connection: nothing is registered any more.
+    /// The error that holds for the whole connection. While it is set, nothing more is registered.
     pub refused: Option<BackingError>,
 }
 
@@ -34,7 +34,7 @@ pub struct TableStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Entry<K> {
-    /// What the server knows it by.
+    /// The key by which the server identifies it.
     pub inode: K,
     /// The backing id; `None` in server mode.
     pub id: Option<i32>,
@@ -42,21 +42,21 @@ pub struct Entry<K> {
     pub backing_device: Option<u64>,
     /// `st_ino` of the backing file.
     pub backing_inode: Option<u64>,
-    /// What has been granted so far.
+    /// The access that has been granted so far.
     pub access: Option<Access>,
-    /// Opens that have not been released. 0: idle, or not closed because closing failed.
+    /// Opens that have not been released. 0: the id is idle, or closing it failed.
     pub opens: u64,
-    /// Whether no key leads to it any more: it was forgotten, invalidated, or another inode took its place.
+    /// Whether no key leads to it any more: it was forgotten, invalidated, or replaced by another inode.
     pub detached: bool,
     /// Why it is in server mode.
     pub server_reason: Option<ServerReason>,
-    /// Why it could not be closed.
+    /// Why its id could not be closed.
     pub close_failed: Option<BackingError>,
-    /// Since its first open, in whole seconds.
+    /// Time since its first open, in whole seconds.
     pub age: Duration,
 }
 
-/// What [`BackingTable::list`](super::BackingTable::list) found: the entries, which print as a table.
+/// The result of [`BackingTable::list`](super::BackingTable::list): entries, which print as a table.
 #[derive(Clone, Debug)]
 pub struct Listing<K>(pub(super) Vec<Entry<K>>);
 

@@ -8,14 +8,17 @@ use crate::file::FileId;
 use crate::id::BackingId;
 use crate::sync::{AtomicU8, Ordering};
 
+/// The mode of an inode, decided by its first open.
 #[derive(Debug)]
 pub(super) enum Mode {
+    /// The kernel reads and writes the registered file.
     Passthrough(Registered),
+    /// The server reads and writes the file, for this reason.
     Server(ServerReason),
 }
 
 impl Mode {
-    /// Whether an open that looked at the file was granted this.
+    /// Whether an earlier open, which examined the file, was granted `access`.
     pub(super) fn was_granted(&self, access: Access) -> bool {
         match self {
             Self::Passthrough(registered) => registered
@@ -31,12 +34,14 @@ impl Mode {
 #[derive(Debug)]
 pub(super) struct Registered {
     pub(super) id: BackingId,
+    /// The file that is registered.
     pub(super) file: FileId,
-    /// The most that the registrar was asked to permit.
+    /// The most access that the registrar was asked to permit.
     pub(super) grant: Access,
-    /// [`Access`] as bits: what opens have been granted so far. It grows only.
+    /// What opens have been granted so far, as bits of [`Access`]. Bits are only added, and nothing else depends on
+    /// them: so the accesses are `Relaxed`, and need no lock.
     granted: AtomicU8,
-    /// What `keep_fds` keeps; closed with the last reference to the inode.
+    /// The fd that `keep_fds` keeps; closed with the last reference to the inode.
     _kept: Option<OwnedFd>,
 }
 
@@ -51,8 +56,8 @@ impl Registered {
         }
     }
 
-    /// What opens have been granted so far: no more than was registered, if that is `enforced`. `None` until
-    /// the first open got it.
+    /// What opens have been granted so far, but no more than `grant` if the registrar enforces it (`enforced`). `None`
+    /// until the first open has added its grant.
     pub(super) fn granted(&self, enforced: bool) -> Option<Access> {
         let at_most = if enforced {
             self.grant
@@ -62,9 +67,10 @@ impl Registered {
         Access::from_bits(self.granted.load(Ordering::Relaxed) & at_most.bits())
     }
 
-    /// One open more was granted `access`.
+    /// Records that an open was granted `access`.
     pub(super) fn add(&self, access: Access) {
         let bits = access.bits();
+        // Most opens add nothing: a load does not take the cache line from other threads.
         if self.granted.load(Ordering::Relaxed) & bits != bits {
             self.granted.fetch_or(bits, Ordering::Relaxed);
         }

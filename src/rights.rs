@@ -1,55 +1,73 @@
-//! Whose rights passthrough I/O has.
+//! Whose rights passthrough I/O has, and how to lower them.
 //!
 //! The kernel opens, reads and writes a backing file with the credentials and the Landlock domain of the *thread
-//! that registered it*, as they were at that moment (`backing_file_open` in `fs/backing-file.c`). Usually that is a
-//! thread with all of root's rights:
+//! that registered it*, as they were at that moment (`backing_file_open` in `fs/backing-file.c`). Usually that thread
+//! has all of root's rights:
 //!
-//! | registered by | set-user-ID and set-group-ID bits, after a stranger's write | root's reserved blocks | quotas |
-//! |---|---|---|---|
-//! | nobody: the client itself, without passthrough | cleared | out of reach | hold |
-//! | a thread with all of root's rights | **stay**, where the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2` | **used** | **exceeded** |
-//! | one without `CAP_FSETID` | cleared, by root's writes too | **used** | **exceeded** |
-//! | one with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold |
-//! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold |
+//! | registered by a thread | set-user-ID and set-group-ID bits, after a stranger's write | root's reserved blocks | quotas | a write after a reply that grants too much |
+//! |---|---|---|---|---|
+//! | with all of root's rights ([`FuseDevice`]) | **stay**, if the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2`. If not, small writes take ten times as long | **used** | **exceeded** | **succeeds** |
+//! | without `CAP_FSETID` | cleared, by root's writes too | **used** | **exceeded** | **succeeds** |
+//! | with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold | **succeeds** |
+//! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold | **succeeds** |
+//! | the same, and in a Landlock domain that denies writing | cleared, by root's writes too | out of reach, for root too | hold | `EIO`; the file is unchanged |
+//! | none: the client's own I/O, without passthrough | cleared | out of reach | hold | |
 //!
 //! ext4 opens reserved blocks to three: the reserving user, by fsuid (root, unless tune2fs(8) or the mount option
 //! `resuid` names another), the reserving group, and `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in
-//! `fs/ext4/balloc.c`). Quotas are the file owner's. `CAP_SYS_RESOURCE` ignores them (`ignore_hardlimit` in
+//! `fs/ext4/balloc.c`). Quotas are those of the file's owner. `CAP_SYS_RESOURCE` ignores them (`ignore_hardlimit` in
 //! `fs/quota/dquot.c`; from the source, not measured).
 //!
-//! - [`Lowered`] registers with a chosen set of capabilities, and never with `CAP_FSETID`.
-//! - [`RegistrarThread`] registers in a thread of its own, which the server prepares: it sets an fsuid, or enters
-//!   a Landlock domain.
-//! - [`ByAccess`] has one registrar for each [`Access`]: with Landlock, the kernel itself then refuses a client
-//!   that was granted more than the server meant to grant.
-//! - [`CapabilityGuard`] changes the calling thread's capabilities for the server's own calls.
+//! # Registrars with lower rights
 //!
-//! They combine: the example of [`RegistrarThread`] has the first two.
+//! | registrar | registers | cost of a registration and its close, as a multiple of [`FuseDevice`]'s |
+//! |---|---|---|
+//! | [`Lowered::around_each`] | with a chosen set of capabilities, never with `CAP_FSETID` | 1.74; 1.61 if 20 000 follow each other |
+//! | [`Lowered::for_good`] | the same; the thread stays lowered | 1.005; 1.14 if it keeps `CAP_SETUID` |
+//! | [`RegistrarThread`] | in a thread of its own, which the server prepares: it sets an fsuid, or enters a Landlock domain | 5.8, over [`Lowered`], with or without the domain |
+//! | [`ByAccess`] | through one of three registrars, by [`Access`] | one statx(2) more for each registration |
+//!
+//! They combine, see the examples of [`RegistrarThread`] and [`ByAccess`]. Costs are from Linux 6.18; `cargo bench
+//! --bench round_trip` measures them on your machine.
+//!
+//! [`CapabilityGuard`] changes the calling thread's capabilities for the server's own calls.
+//!
+//! Use Landlock where not every reply can be trusted: no client can then write through an id that was registered for
+//! reading, whatever a reply says. `examples/enforced.rs` is such a server in 59 lines. Once the domain exists, it
+//! costs nothing, and it restricts files of other mount namespaces too. It does not see memfds, which [`ByAccess`]
+//! refuses therefore ([`NotEnforceable`](BackingError::NotEnforceable)).
+//!
+//! A detached read-only clone of the file's mount (`open_tree(2)`, `mount_setattr(2)`) keeps clients from writing as
+//! well. But for each file it takes as long as ten registrations, and it fails with `EINVAL` for files of other mount
+//! namespaces and for memfds.
 //!
 //! # Before there are other threads
 //!
-//! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and their kin change every thread of the process, also
-//! these: a registrar's fsuid becomes the new user's. And if a lowered thread may not make the change that another one
-//! makes, glibc ends the process. Call them before any thread is lowered or prepared. setfsuid(2), setfsgid(2),
-//! capset(2) and Landlock change one thread.
+//! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and similar functions change every thread of the process,
+//! including these: a registrar's fsuid becomes that of the new user. If a lowered thread is not permitted the change
+//! that another thread makes, glibc ends the process. So call these functions before any thread is lowered or prepared.
+//! setfsuid(2), setfsgid(2), capset(2) and Landlock change one thread.
 //!
 //! # `FUSE_HANDLE_KILLPRIV_V2`
 //!
 //! Before each write the kernel asks the server for `security.capability`, which is most of the cost of a small
 //! write. A server that answers INIT with this flag is not asked. In return it must clear set-user-ID bits,
-//! set-group-ID bits of group-executable files, and `security.capability`. In passthrough mode it sees no writes: the
-//! backing filesystem clears them, if the file was registered without `CAP_FSETID`. So the registrar must be
-//! [`WithoutFsetid`]. The server handles the rest:
+//! set-group-ID bits of group-executable files, and `security.capability`. In passthrough mode the server sees no
+//! writes: only the filesystem of the backing file can clear these bits, and does if the file was registered without
+//! `CAP_FSETID`. So [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) requires a
+//! registrar that is [`WithoutFsetid`]. The price: root's own writes clear the bits too.
+//!
+//! The server must handle these requests differently:
 //!
 //! | request | what the server does |
 //! |---|---|
 //! | WRITE with `FUSE_WRITE_KILL_SUIDGID` | makes its write(2) [without](CapabilityGuard::without) `CAP_FSETID` |
-//! | SETATTR of the size with `FATTR_KILL_SUIDGID` | its truncate(2) likewise |
-//! | OPEN and CREATE with `O_TRUNC` and `FUSE_OPEN_KILL_SUIDGID` | its open(2) likewise |
-//! | FALLOCATE, `COPY_FILE_RANGE` | likewise for a client without `CAP_FSETID`. The kernel does not say: the server asks capget(2) of the client's thread, if that is in the server's user namespace |
+//! | SETATTR of the size with `FATTR_KILL_SUIDGID` | makes its truncate(2) without it |
+//! | OPEN and CREATE with `O_TRUNC` and `FUSE_OPEN_KILL_SUIDGID` | makes its open(2) without it |
+//! | FALLOCATE, `COPY_FILE_RANGE` | makes its call without it for a client that lacks `CAP_FSETID`. The kernel does not say whether it does: the server asks capget(2) of the client's thread, if that is in the server's user namespace |
 //! | SETATTR of the owner | nothing for programs: chown(2) clears their bits for every caller. (The set-group-ID bit of a file that its group may not execute stays if the server has `CAP_FSETID`.) |
 //!
-//! fuser 0.18 hides the second flag and the third: there too the server asks whether the client has the capability,
+//! fuser 0.18 hides the second flag and the third. There too the server asks whether the client has the capability,
 //! see `examples/mirror/on_behalf.rs`.
 
 mod by_access;
@@ -82,8 +100,8 @@ use crate::register::{InCallingThread, Register, WithoutFsetid};
 ///
 /// # Errors
 ///
-/// [`NotPermitted`]: what is missing. What cannot be determined counts as present; the kernel then decides. (On Android
-/// nothing is missing, since its kernels do not ask.)
+/// [`NotPermitted`] says what is missing. If that cannot be determined, the result is `Ok`, and the kernel decides
+/// later. (On Android nothing is missing, since its kernels do not require it.)
 ///
 /// # Examples
 ///
@@ -121,7 +139,7 @@ pub fn may_register() -> Result<(), NotPermitted> {
 /// # Ok(()) }
 /// ```
 ///
-/// A thread of its own is lowered from within, not from without:
+/// `Lowered` goes inside a [`RegistrarThread`], not around it, since it lowers the calling thread:
 ///
 /// ```compile_fail,E0277
 /// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
@@ -139,21 +157,21 @@ pub struct Lowered<R> {
 assert_impl_all!(Lowered<FuseDevice>: Send, Sync);
 
 impl<R: InCallingThread> Lowered<R> {
-    /// Lowers the calling thread for the time of each registration: three system calls more, or one where the
-    /// thread has nothing to lose.
+    /// Lowers the calling thread during each registration. This adds three system calls, or one if the thread has
+    /// nothing to lower.
     pub fn around_each(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, false)
     }
 
-    /// Lowers each thread at its first registration, and leaves it lowered. What the server itself does in these
-    /// threads has the lowered rights too. So `keep` what it needs, and raise the thread with a
-    /// [`CapabilityGuard`] for what needs `CAP_FSETID`: chmod(2) with the set-group-ID bit, and setting ACLs. While
-    /// a guard lives, registrations are made as by [`around_each`](Self::around_each).
+    /// Lowers each thread at its first registration, and leaves it lowered. The server's own calls in these threads
+    /// have the lowered rights too. So `keep` what they need, and raise the thread with a [`CapabilityGuard`] for calls
+    /// that need `CAP_FSETID`: chmod(2) with the set-group-ID bit, and setting ACLs. While a guard lives,
+    /// registrations are made as by [`around_each`](Self::around_each).
     ///
     /// Further registrations cost nothing in a thread that cannot get capabilities back by changing its user ids: one
-    /// that keeps no `CAP_SETUID` and whose ids are all the same. Others are looked at each time, by one capget(2),
-    /// and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities effective. Do not
-    /// raise a lowered thread by capset(2): that is not noticed.
+    /// that keeps no `CAP_SETUID` and whose user ids are all the same. Other threads are examined each time, by one
+    /// capget(2), and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities effective. Do
+    /// not raise a lowered thread by capset(2): that is not noticed.
     pub fn for_good(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, true)
     }
@@ -178,9 +196,9 @@ impl<R: InCallingThread> Lowered<R> {
         }
         let mut lowered = CapabilityGuard::only(self.keep)?;
         let result = self.registrar.register(file, grant);
-        if let Err(error) = lowered.change_back(Other::Unchanged) {
+        if let Err(error) = lowered.change_back(OtherSets::Unchanged) {
             if let Ok(id) = result {
-                // The error to report is the thread's.
+                // Reports the error of `change_back`, not that of closing.
                 let _ = self.registrar.unregister(id);
             }
             return Err(error.into());
@@ -188,8 +206,9 @@ impl<R: InCallingThread> Lowered<R> {
         result
     }
 
+    /// Lowers the calling thread, and records in `LOWERED` whether it can get capabilities back.
     fn lower_for_good(&self) -> Result<(), RightsError> {
-        let sets = settled()?;
+        let sets = current_sets()?;
         let effective = sets.effective & self.keep;
         set_effective(sets, effective).map_err(RightsError::NotChanged)?;
         LOWERED.set(match LOWERED.get() {
@@ -233,27 +252,27 @@ impl<R: InCallingThread> Register for Lowered<R> {
 impl<R: InCallingThread> InCallingThread for Lowered<R> {}
 impl<R: InCallingThread> WithoutFsetid for Lowered<R> {}
 
-/// What [`Lowered::for_good`] has made of a thread.
+/// The state of a thread that [`Lowered::for_good`] has lowered.
 #[derive(Clone, Copy)]
 enum Lowering {
-    /// Nothing yet, or a guard has changed it since.
+    /// The thread was not lowered yet, or a guard has changed it since.
     Unknown,
-    /// These, and the thread can get back no others by itself.
+    /// The thread has these effective capabilities, and cannot get others back by changing its user ids.
     Final(CapabilitySet),
-    /// It can change its user ids, and get others back that way: it is looked at each time.
+    /// The thread can get capabilities back by changing its user ids, so it is examined at each registration.
     Revocable,
 }
 
 thread_local! {
     static LOWERED: Cell<Lowering> = const { Cell::new(Lowering::Unknown) };
-    /// Live guards: while there are any, nothing is lowered for good.
+    /// How many guards of this thread are alive. While there is one, the thread is not lowered for good.
     static GUARDS: Cell<usize> = const { Cell::new(0) };
-    /// Effective set that a guard failed to restore.
+    /// The effective set that a guard failed to restore.
     static OWED: Cell<Option<CapabilitySet>> = const { Cell::new(None) };
 }
 
-/// Real, effective, saved and filesystem user id of the calling thread are the same: it can change none of them without
-/// `CAP_SETUID`. Where `/proc` does not tell, they may differ.
+/// Whether the real, effective, saved and filesystem user ids of the calling thread are the same: if so, it can change
+/// none of them without `CAP_SETUID`. False if `/proc` does not tell.
 fn has_one_uid() -> bool {
     let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
@@ -262,8 +281,8 @@ fn has_one_uid() -> bool {
     first.is_some() && uids.all(|uid| Some(uid) == first)
 }
 
-/// The calling thread's sets, after restoring what an earlier guard could not.
-fn settled() -> Result<CapabilitySets, RightsError> {
+/// The calling thread's sets, after restoring what an earlier guard failed to restore.
+fn current_sets() -> Result<CapabilitySets, RightsError> {
     let sets = capabilities(None).map_err(RightsError::NotChanged)?;
     let Some(owed) = OWED.get() else {
         return Ok(sets);
@@ -274,7 +293,7 @@ fn settled() -> Result<CapabilitySets, RightsError> {
     Ok(CapabilitySets { effective, ..sets })
 }
 
-/// True if there was something to change.
+/// Sets the calling thread's effective set. Returns whether that changed it.
 fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool, Errno> {
     let differs = sets.effective != effective;
     if differs {
@@ -286,7 +305,7 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 /// Changes the calling thread's effective capabilities until dropped.
 ///
 /// Permitted, inheritable and ambient sets are unchanged. A capability that is no longer permitted is not restored.
-/// Drop nested guards in reverse order. Making one and dropping it takes four system calls, or one if there is nothing
+/// Drop nested guards in reverse order. Making and dropping a guard takes four system calls, or one if there is nothing
 /// to change.
 ///
 /// Restoring fails if memory runs out or seccomp denies it. [`restore`](Self::restore) reports that; dropping cannot.
@@ -307,7 +326,7 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 /// # Ok(()) }
 /// ```
 ///
-/// It belongs to its thread:
+/// A guard belongs to its thread:
 ///
 /// ```compile_fail,E0277
 /// # fn f(guard: fuse_backing::rights::CapabilityGuard) {
@@ -317,7 +336,7 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 #[derive(Debug)]
 #[must_use = "the capabilities are changed back when this is dropped"]
 pub struct CapabilityGuard {
-    /// What the thread had, and whether that was changed. `None`: it is changed back.
+    /// The thread's sets when the guard was made, and whether the guard has changed them. `None` once restored.
     before: Option<(CapabilitySets, bool)>,
     _of_this_thread: PhantomData<*const ()>,
 }
@@ -325,11 +344,11 @@ pub struct CapabilityGuard {
 assert_not_impl_any!(CapabilityGuard: Send, Sync);
 
 impl CapabilityGuard {
-    /// Makes further capabilities effective, which the thread must have among its permitted ones.
+    /// Makes further capabilities effective, which must be in the thread's permitted set.
     ///
     /// # Errors
     ///
-    /// [`RightsError`]: `EPERM` for those that are not permitted. Nothing is changed then.
+    /// [`RightsError`]: `EPERM` if one of them is not permitted. Nothing is changed then.
     pub fn with(more: CapabilitySet) -> Result<Self, RightsError> {
         Self::change(|effective| effective | more)
     }
@@ -353,7 +372,7 @@ impl CapabilityGuard {
     }
 
     fn change(change: impl FnOnce(CapabilitySet) -> CapabilitySet) -> Result<Self, RightsError> {
-        let sets = settled()?;
+        let sets = current_sets()?;
         let changed = set_effective(sets, change(sets.effective));
         let changed = changed.map_err(RightsError::NotChanged)?;
         if changed {
@@ -366,16 +385,17 @@ impl CapabilityGuard {
         })
     }
 
-    /// Changes the thread back as dropping does, and reports the error.
+    /// Restores the thread's capabilities, as dropping does, and reports an error.
     ///
     /// # Errors
     ///
     /// [`RightsError::NotRestored`].
     pub fn restore(mut self) -> Result<(), RightsError> {
-        self.change_back(Other::Unknown)
+        self.change_back(OtherSets::Unknown)
     }
 
-    fn change_back(&mut self, other: Other) -> Result<(), RightsError> {
+    /// Restores the effective set. If that fails, `OWED` keeps it for [`current_sets`] to restore.
+    fn change_back(&mut self, other: OtherSets) -> Result<(), RightsError> {
         let Some((before, changed)) = self.before.take() else {
             return Ok(());
         };
@@ -385,8 +405,8 @@ impl CapabilityGuard {
         }
         LOWERED.set(Lowering::Unknown);
         let sets = match other {
-            Other::Unchanged => Ok(before),
-            Other::Unknown => capabilities(None),
+            OtherSets::Unchanged => Ok(before),
+            OtherSets::Unknown => capabilities(None),
         };
         let restored = sets.and_then(|sets| {
             let effective = before.effective & sets.permitted;
@@ -399,15 +419,16 @@ impl CapabilityGuard {
 
 impl Drop for CapabilityGuard {
     fn drop(&mut self) {
-        // A destructor has nobody to tell; `restore` reports.
-        let _ = self.change_back(Other::Unknown);
+        // A destructor cannot report an error; `restore` does.
+        let _ = self.change_back(OtherSets::Unknown);
     }
 }
 
-/// What has become of the permitted and inheritable sets since a guard was made.
+/// Whether the permitted and inheritable sets may have changed since a guard was made.
 #[derive(Clone, Copy)]
-enum Other {
-    /// Nothing but a registrar has run. Spares the system call.
+enum OtherSets {
+    /// Only a registrar has run, so they have not. This spares a capget(2).
     Unchanged,
+    /// They may have.
     Unknown,
 }

@@ -1,4 +1,4 @@
-//! [`ByAccess`]: a registrar for each grant.
+//! [`ByAccess`]: one registrar for each grant.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
@@ -14,16 +14,16 @@ use crate::register::{Register, WithoutFsetid};
 
 /// Uses one registrar for each grant: read-only, write-only and both.
 ///
-/// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. A file that a thread may not write is
-/// not written through the ids that it registers: a client that opens it for writing gets `EIO`, whatever the reply
-/// says. That goes for unlinked files, files on overlayfs and files of other mount namespaces too. It needs
-/// nothing of the files' mounts, and one statx(2) at each registration.
+/// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. If a thread may not write a file, no
+/// client can write through an id that this thread registers: a client that opens the file for writing gets `EIO`,
+/// whatever the reply says. This holds for unlinked files, files on overlayfs and files of other mount namespaces too.
+/// It requires nothing of the files' mounts, and costs one statx(2) at each registration.
 ///
-/// So it [enforces grants](Register::enforces_grant), which the table honours: the
+/// So it [enforces grants](Register::enforces_grant), and the table respects that: the
 /// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict, such
 /// as a memfd, is [`NotEnforceable`](BackingError::NotEnforceable) for less than reading and writing.
 ///
-/// Ids are closed through the registrar for both.
+/// Ids are closed through the registrar for reading and writing.
 ///
 /// # Examples
 ///
@@ -105,11 +105,12 @@ impl<R: Register> Register for ByAccess<R> {
 
 impl<R: WithoutFsetid> WithoutFsetid for ByAccess<R> {}
 
-/// Landlock looks at no file of a filesystem that the kernel has for itself (`is_nouser_or_private` in
-/// `security/landlock/fs.c`). Of those with files that can be opened again: tmpfs's own mount, of memfds and System V
-/// shared memory, known by the device number of a memfd.
+/// Whether the file is on the kernel's own mount of tmpfs, which has the memfds and System V shared memory. Landlock
+/// ignores the files of filesystems that the kernel has for itself (`is_nouser_or_private` in
+/// `security/landlock/fs.c`). Of these filesystems, this is the one whose files can be opened again. It has the device
+/// number of a memfd.
 fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    /// The same for as long as the machine runs.
+    /// Constant for as long as the machine runs.
     static DEVICE_OF_MEMFDS: OnceLock<u64> = OnceLock::new();
 
     let memfds = if let Some(device) = DEVICE_OF_MEMFDS.get() {

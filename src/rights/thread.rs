@@ -23,25 +23,26 @@ use crate::register::{Register, WithoutFsetid};
 
 /// Interval at which a waiting caller checks that the thread lives. A thread killed by seccomp drops nothing, so its
 /// channel stays open.
-const LOOK: Duration = Duration::from_millis(500);
+const LIVENESS_CHECK: Duration = Duration::from_millis(500);
 
-/// Registers in a thread of its own, which the server prepares: by entering a Landlock domain, which is for
-/// good, by setfsuid(2) and setfsgid(2), or by giving up capabilities. After that it must still have `CAP_SYS_ADMIN`.
+/// Registers in a thread of its own, which the server prepares: by entering a Landlock domain, which cannot be undone,
+/// by setfsuid(2) and setfsgid(2), or by giving up capabilities. The prepared thread must still have `CAP_SYS_ADMIN`.
 ///
-/// A registration or close costs two thread switches more. The file is passed as a duplicate fd. What an error says of
-/// the calling thread is said of this one: another caller meets the same.
+/// A registration or close costs two more thread switches. The file is passed as a duplicate fd. If an error concerns
+/// the calling thread, it means the registrar's thread: every caller gets the same error.
 ///
 /// Dropping it ends the thread and waits until the inner registrar is dropped. A
 /// [`BackingTable`](crate::BackingTable) drops it together with the last open.
 ///
-/// If the thread dies (the inner registrar panics, or seccomp kills it), every call fails with
-/// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves what is opened without
+/// If the thread dies (the inner registrar panics, or seccomp kills the thread), every call fails with
+/// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves new opens without
 /// passthrough. Registered ids go on working until the connection ends, or another registrar of the connection closes
-/// them. A killed thread leaks the inner registrar and the fd it was registering.
+/// them. A killed thread leaks the inner registrar and the fd that it was registering.
 ///
 /// # Examples
 ///
-/// One that keeps clients out of the blocks that a filesystem reserves for root, and set-user-ID bits safe:
+/// A registrar that keeps clients out of the blocks that a filesystem reserves for root, and has writes clear
+/// set-user-ID bits:
 ///
 /// ```no_run
 /// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
@@ -63,13 +64,14 @@ pub struct RegistrarThread<R> {
     requests: Sender<Request>,
     /// Process and thread that it runs in. After fork(2) the child has no such thread.
     place: (Pid, Pid),
+    /// `Relaxed`, since it is a hint: a caller that does not see it yet finds out by itself.
     has_died: AtomicBool,
     takes_path_fd: bool,
     enforces_grant: bool,
     _registrar: PhantomData<fn() -> R>,
 }
 
-/// Each with where the answer goes.
+/// What a caller asks of the thread, each with the channel for the answer.
 enum Request {
     Register(OwnedFd, Access, SyncSender<Result<BackingId, BackingError>>),
     Unregister(BackingId, SyncSender<Result<(), BackingError>>),
@@ -88,7 +90,8 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
     ///
     /// # Errors
     ///
-    /// [`RegistrarThreadError`]; `registrar` is dropped then: after a panic, soon after; not if the thread was killed.
+    /// [`RegistrarThreadError`]. `registrar` is dropped then: soon after, if `prepare` panicked; not at all, if the
+    /// thread was killed.
     pub fn spawn<E: Send + 'static>(
         registrar: R,
         prepare: impl FnOnce() -> Result<(), E> + Send + 'static,
@@ -98,7 +101,7 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
         let (takes_path_fd, enforces_grant) =
             (registrar.takes_path_fd(), registrar.enforces_grant());
         let run = move || {
-            // Sent before anything can kill the thread.
+            // First, while nothing can have killed the thread yet.
             let _ = started.send(Started::In(gettid()));
             match prepare() {
                 Ok(()) => {
@@ -132,14 +135,14 @@ impl<R: Register + Send + 'static> RegistrarThread<R> {
     }
 }
 
-/// What the thread says before it serves.
+/// What the thread reports before it serves.
 enum Started<E> {
     In(Pid),
     Prepared(Result<(), E>),
 }
 
+/// Answers requests until the caller ends the thread. An answer is not received if the caller has given up.
 fn serve(registrar: impl Register, inbox: &Receiver<Request>) {
-    // A caller may have given up.
     for request in inbox {
         match request {
             Request::Register(file, grant, answer) => {
@@ -162,7 +165,7 @@ fn serve(registrar: impl Register, inbox: &Receiver<Request>) {
 }
 
 impl<R> RegistrarThread<R> {
-    /// `None` if the thread has died.
+    /// Sends a request and waits for the answer. `None` if the thread has died.
     fn ask<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request) -> Option<T> {
         if self.has_died.load(Ordering::Relaxed) {
             return None;
@@ -172,14 +175,15 @@ impl<R> RegistrarThread<R> {
         self.wait(&answer)
     }
 
+    /// Waits for an answer. `None` if the thread has died without one.
     fn wait<T>(&self, answer: &Receiver<T>) -> Option<T> {
         loop {
-            match answer.recv_timeout(LOOK) {
+            match answer.recv_timeout(LIVENESS_CHECK) {
                 Ok(answer) => return Some(answer),
                 Err(RecvTimeoutError::Timeout) if self.is_alive() => {}
                 Err(_) => {
                     self.has_died.store(true, Ordering::Relaxed);
-                    // It may have answered before it died.
+                    // The thread may have answered before it died.
                     return answer.try_recv().ok();
                 }
             }
@@ -188,7 +192,7 @@ impl<R> RegistrarThread<R> {
 
     fn is_alive(&self) -> bool {
         let (process, thread) = self.place;
-        // Not by /proc, which may be another PID namespace's.
+        // Not by way of /proc, which may be that of another PID namespace.
         process == getpid() && test_kill_process(thread) != Err(Errno::SRCH)
     }
 }
@@ -222,7 +226,7 @@ impl<R: WithoutFsetid> WithoutFsetid for RegistrarThread<R> {}
 
 impl<R> Drop for RegistrarThread<R> {
     fn drop(&mut self) {
-        // The inner registrar may own this: then the thread would wait for itself.
+        // If the inner registrar owns this, the thread itself drops it, and would wait for itself.
         if gettid() != self.place.1 {
             let _ended = self.ask(Request::End);
         }

@@ -1,5 +1,5 @@
-//! The table's concurrency, explored by shuttle: the ioctls replaced by a model of the kernel that
-//! objects to whatever the real one answers with `EIO`.
+//! The table's threads, whose interleavings shuttle explores. A model of the kernel replaces the ioctls. It panics
+//! where the kernel would answer with `EIO`.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used)]
 #![allow(clippy::cast_possible_truncation)]
@@ -21,22 +21,24 @@ use crate::id::BackingId;
 use crate::register::Register;
 use crate::table::{BackingTable, OpenFile};
 
-/// A registrar that stands for the kernel. std's lock: not a point where threads switch, and never held
-/// across one.
+/// A registrar that stands for the kernel. Its lock is std's, so shuttle does not switch threads there. It is never
+/// held where shuttle does.
 #[derive(Default)]
 struct Model(std::sync::Mutex<Kernel>);
 
 #[derive(Default)]
 struct Kernel {
-    /// Registered: `st_ino` and grant, by id.
+    /// Registered files: `st_ino` and grant, by id.
     ids: HashMap<i32, (u64, Access)>,
+    /// The id that was given last.
     last_id: i32,
-    /// Of each inode that clients have open: the id, or none in server mode, and how often.
+    /// The inodes that clients have open, each with its id (`None` in server mode) and the number of opens.
     open: HashMap<u64, (Option<i32>, usize)>,
-    /// The results of the next registrations; then they succeed.
+    /// The errors of the next registrations. Later registrations succeed.
     errors: VecDeque<BackingError>,
-    /// Whether the capability to close is missing.
+    /// Closes fail, as without `CAP_SYS_ADMIN`.
     may_not_close: bool,
+    /// The most ids that have been registered at a time.
     most_ids: usize,
 }
 
@@ -85,7 +87,7 @@ impl Register for Model {
 type Registrar = std::sync::Arc<Model>;
 type Table = BackingTable<Registrar>;
 
-/// A table, three backing files, and what a server and its clients do with them.
+/// A table on a [`Model`], three backing files, and what a server and its clients do with them.
 #[derive(Clone)]
 struct World {
     table: Arc<Table>,
@@ -118,7 +120,7 @@ impl World {
             .unwrap()
     }
 
-    /// The kernel reads the reply: the rules that it answers with EIO.
+    /// The kernel reads the reply. Panics where it would give the client `EIO`.
     fn reply(&self, inode: u64, open: &OpenFile<Registrar>) {
         thread::yield_now();
         let id = open.reply(FopenFlags::empty()).backing_id();
@@ -139,7 +141,7 @@ impl World {
         thread::yield_now();
     }
 
-    /// close(2), upon which the kernel counts and sends RELEASE.
+    /// A client's close(2): the kernel counts it and sends RELEASE.
     fn release(&self, inode: u64, open: OpenFile<Registrar>) {
         thread::yield_now();
         self.kernel(|kernel| {
@@ -206,7 +208,7 @@ fn opens_and_releases() {
 }
 
 #[test]
-fn shares() {
+fn sharing_meets_opens_and_releases() {
     explore(|| {
         let world = World::new();
         threads(&world, 3, |world, _| {
@@ -260,7 +262,7 @@ fn attaching_meets_opens() {
     });
 }
 
-/// What a predecessor has opened is shared, and closed once.
+/// Opens share an adopted id, and it is closed once.
 #[test]
 fn adopted_ids_meet_opens() {
     explore(|| {
@@ -312,10 +314,10 @@ fn idle_ids_and_limits() {
     });
 }
 
-/// A number that names another inode after `forget`: the kernel knows it by another one, here by
-/// tens.
+/// After `forget` the number 0 names another inode, with another file. The model of the kernel knows this inode by the
+/// number 10.
 #[test]
-fn forgotten_numbers() {
+fn a_forgotten_number_names_another_file() {
     explore(|| {
         let world = World::new();
         world.table.set_idle_limit(1);
@@ -325,7 +327,6 @@ fn forgotten_numbers() {
             let world = world.clone();
             thread::spawn(move || {
                 world.table.forget(&0);
-                // From here on the number is another inode, with another file.
                 let open = world.table.open(&0, 0, world.file(1)).unwrap();
                 world.reply(10, &open);
                 world.release(10, open);
@@ -363,7 +364,7 @@ fn invalidate_meets_opens() {
     });
 }
 
-/// Nothing is lost while closing is not possible, and all of it goes once it is.
+/// No id is lost while closes fail, and all are closed once closes succeed.
 #[test]
 fn failing_closes() {
     explore(|| {
@@ -396,7 +397,7 @@ fn failing_closes() {
     });
 }
 
-/// The release of an inode that was forgotten leaves the one alone that has its number now.
+/// The release of a forgotten inode does not affect the inode that has its number now.
 #[test]
 fn forgetting_meets_releasing_and_opening() {
     explore(|| {
@@ -429,9 +430,9 @@ fn forgetting_meets_releasing_and_opening() {
     });
 }
 
-/// What was forgotten or invalidated is not found again, and be it released at that very moment.
+/// A forgotten or invalidated inode is not found again, even if it is released at the same time.
 #[test]
-fn nothing_comes_back_idle() {
+fn forgotten_and_invalidated_inodes_are_not_found() {
     for failing in [false, true] {
         explore(move || {
             let world = World::new();
@@ -472,7 +473,7 @@ fn table_is_dropped_before_its_files() {
 }
 
 #[test]
-fn the_registrar_is_let_go() {
+fn the_registrar_is_dropped_with_the_table_and_its_files() {
     for may_not_close in [false, true] {
         explore(move || {
             let World {
@@ -524,41 +525,41 @@ fn retrying_meets_opening() {
     });
 }
 
-/// A listing that is made meanwhile is in nobody's way, and lists what it should.
+/// A listing that another thread makes disturbs no operation, and is right.
 mod listing {
     use super::{World, explore, thread};
 
-    fn meanwhile(world: &World) -> thread::JoinHandle<()> {
+    fn list_in_a_thread(world: &World) -> thread::JoinHandle<()> {
         let world = world.clone();
         thread::spawn(move || drop(world.table.list()))
     }
 
     #[test]
-    fn costs_no_room() {
+    fn leaves_the_limit_to_opens() {
         explore(|| {
             let world = World::new();
             world.table.set_limit(1);
             world.table.set_idle_limit(1);
             drop(world.open(0));
-            let listing = meanwhile(&world);
+            let listing = list_in_a_thread(&world);
             assert_eq!(world.open(1).server_reason(), None);
             listing.join().unwrap();
         });
     }
 
     #[test]
-    fn keeps_nothing_from_being_closed() {
+    fn does_not_prevent_closes() {
         explore(|| {
             let world = World::new();
             world.table.set_idle_limit(1);
             world.kernel(|kernel| kernel.may_not_close = true);
             let open = world.open(0);
-            // So that it is not idle but fails to be closed.
+            // At this limit the release does not keep the id idle: it tries to close it, and fails.
             world.table.set_limit(0);
             drop(open);
             world.table.set_limit(1);
             world.kernel(|kernel| kernel.may_not_close = false);
-            let listing = meanwhile(&world);
+            let listing = list_in_a_thread(&world);
             world.table.retry_closes().unwrap();
             listing.join().unwrap();
             assert_eq!(world.table.stats().ids, 0);
@@ -566,7 +567,7 @@ mod listing {
     }
 
     #[test]
-    fn misses_none_that_is_forgotten() {
+    fn includes_an_open_inode_that_is_forgotten() {
         explore(|| {
             let world = World::new();
             let _held = world.open(0);
@@ -580,7 +581,7 @@ mod listing {
     }
 
     #[test]
-    fn has_none_that_is_released() {
+    fn omits_an_inode_that_is_released() {
         explore(|| {
             let world = World::new();
             let held = world.table.open(&0, 0, world.file(0)).unwrap();
@@ -591,7 +592,7 @@ mod listing {
     }
 }
 
-/// What no thread can do is found out once.
+/// After an error that holds for the whole connection, no further registration is tried.
 #[test]
 fn refusals_are_remembered() {
     explore(|| {
@@ -618,7 +619,7 @@ fn refusals_are_remembered() {
     });
 }
 
-/// What this thread cannot do, another can.
+/// An error that holds for one thread does not keep other threads from registering.
 #[test]
 fn a_refusal_of_a_thread_is_not_remembered() {
     explore(|| {
@@ -640,7 +641,7 @@ fn a_refusal_of_a_thread_is_not_remembered() {
     });
 }
 
-/// Also where they come from an ioctl that began before the table was told to forget them.
+/// An error of an ioctl that began before `reset` is not remembered after it.
 #[test]
 fn a_reset_is_not_undone() {
     explore(|| {
@@ -661,13 +662,13 @@ fn a_reset_is_not_undone() {
     });
 }
 
-/// One thread opens and releases, and nothing that others do meanwhile may be seen there: with nothing
-/// open, an open is the first.
-mod beside {
+/// One thread opens and releases an inode, so that each open is a first one. Nothing that another thread does in the
+/// meantime may change that.
+mod not_disturbed_by {
     use super::{Arc, BackingError, Errno, World, explore_times, thread};
 
     fn sequential(prepare: fn(&World), open: fn(&World, u64), meanwhile: fn(&World)) {
-        // Ten times for each test.
+        // Fewer iterations than in other tests: each test calls this ten times.
         explore_times(300, move || {
             let world = World::new();
             prepare(&world);
@@ -685,7 +686,7 @@ mod beside {
         });
     }
 
-    /// In turn with two files, of which the second would be `DifferentFile` while the first is open.
+    /// Alternates between two files. `DifferentFile` would mean that the inode is still open with the other.
     fn with_another_file(world: &World, round: u64) {
         let file = world.file(round as usize % 2);
         let open = world.table.open(&0, 0, file).expect("nothing is open");
@@ -702,12 +703,12 @@ mod beside {
         assert!(world.table.invalidate(&0), "nothing is open");
     }
 
-    /// At a limit of one id.
+    /// Alternates between two inodes, at a limit of one id.
     fn within_the_limit(world: &World, round: u64) {
         assert_eq!(world.open(round % 2).server_reason(), None);
     }
 
-    /// Each first open of an inode tries anew.
+    /// Each first open of an inode tries again to register.
     fn after_a_failure(world: &World, _: u64) {
         assert!(world.table.invalidate(&0), "nothing is open");
         world.kernel(|kernel| {
@@ -735,7 +736,7 @@ mod beside {
         }
     }
 
-    fn all_beside(meanwhile: fn(&World)) {
+    fn no_open_is_disturbed_by(meanwhile: fn(&World)) {
         for open in OPENS {
             for idle in [0, 1] {
                 sequential(keeping(idle), open, meanwhile);
@@ -745,13 +746,13 @@ mod beside {
 
     #[test]
     fn share_that_refuses() {
-        // It asks to write, which nobody is granted.
-        all_beside(|world| assert!(world.table.share(&0, 1).is_none()));
+        // Asks to write, which is granted to no open.
+        no_open_is_disturbed_by(|world| assert!(world.table.share(&0, 1).is_none()));
     }
 
     #[test]
     fn list() {
-        all_beside(|world| {
+        no_open_is_disturbed_by(|world| {
             for entry in &world.table.list() {
                 assert!(entry.opens <= 1, "{entry:?}");
             }
@@ -760,7 +761,7 @@ mod beside {
 
     #[test]
     fn trimming() {
-        all_beside(|world| {
+        no_open_is_disturbed_by(|world| {
             world.table.set_idle_limit(0);
             world.table.set_idle_limit(1);
         });
@@ -768,17 +769,17 @@ mod beside {
 
     #[test]
     fn invalidate() {
-        all_beside(|world| {
-            // It may meet an open.
+        no_open_is_disturbed_by(|world| {
+            // Either result is right: the inode may be open.
             let _done = world.table.invalidate(&0);
             let _done = world.table.invalidate(&1);
         });
     }
 }
 
-/// One that waits for the first open to decide, and is refused then, was never open.
+/// An open that waits for the first open to decide, and is refused then, was never counted.
 #[test]
-fn a_refused_open_counts_for_nothing() {
+fn a_refused_open_is_not_counted() {
     let refused: [fn(&World) -> bool; 2] = [
         |world| world.table.open(&0, 0, world.file(1)).is_err(),
         |world| world.table.serve(&0).is_none(),
@@ -802,7 +803,7 @@ fn a_refused_open_counts_for_nothing() {
     }
 }
 
-/// A claim that an open has made void is not counted as being closed.
+/// A claim that an open has made void does not stay counted as being closed.
 #[test]
 fn void_claims_are_not_counted() {
     explore(|| {
@@ -840,7 +841,7 @@ mod grants {
         }
     }
 
-    /// Whoever decides, none gets more than was registered.
+    /// No open gets more than was registered, whichever open comes first.
     #[test]
     fn meet_wider_opens() {
         explore(|| {
@@ -872,9 +873,9 @@ mod grants {
     }
 }
 
-/// Everything at once, at random.
+/// Random operations on two inodes, by three threads.
 #[test]
-fn anything() {
+fn random_operations() {
     explore(|| {
         let world = World::new();
         world.table.set_idle_limit(1);
@@ -911,9 +912,9 @@ fn anything() {
     });
 }
 
-/// One file under an inode at a time, whoever comes first, and that which the open brought.
+/// An inode has one file at a time, whichever open comes first: the file of the open that succeeded.
 #[test]
-fn another_file() {
+fn one_file_for_an_inode() {
     explore(|| {
         let world = World::new();
         threads(&world, 2, |world, n| {
@@ -932,7 +933,7 @@ fn another_file() {
     });
 }
 
-/// The controls: the model objects to what the kernel objects to.
+/// Controls: the model panics where the kernel would answer with `EIO`.
 mod controls {
     use super::{World, explore};
 

@@ -33,9 +33,9 @@
 //! [`CapabilityGuard`] changes the calling thread's capabilities for the server's own calls.
 //!
 //! Use Landlock where not every reply can be trusted: no client can then write through an id that was registered for
-//! reading, whatever a reply says. `examples/enforced.rs` is such a server in 59 lines. Once the domain exists, it
-//! costs nothing, and it restricts files of other mount namespaces too. It does not see memfds, which [`ByAccess`]
-//! refuses therefore ([`NotEnforceable`](BackingError::NotEnforceable)).
+//! reading, whatever a reply says. `examples/enforced.rs` is such a server. Once the domain exists, it costs
+//! nothing, and it restricts files of other mount namespaces too. It does not restrict memfds, so [`ByAccess`] refuses
+//! them ([`NotEnforceable`](BackingError::NotEnforceable)).
 //!
 //! A detached read-only clone of the file's mount (`open_tree(2)`, `mount_setattr(2)`) keeps clients from writing as
 //! well. But for each file it takes as long as ten registrations, and it fails with `EINVAL` for files of other mount

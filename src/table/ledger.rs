@@ -53,8 +53,8 @@ pub(super) enum Room<T> {
     None(ServerReason),
 }
 
-/// A parked inode that was taken out of the ledger to close its id, which counts in `closing`. An open of the inode
-/// makes the claim void: `Inode::parked` is then no longer the number in the claim.
+/// A parked inode that was taken out of the ledger to close its id, which counts in `closing`. The claim is void if
+/// `Inode::parked` is no longer the number in it: another thread has opened the inode, or taken it to close it.
 pub(super) struct Claim<T> {
     pub(super) inode: T,
     pub(super) parked: usize,
@@ -142,8 +142,8 @@ impl<T: Clone> Ledger<T> {
         }
     }
 
-    /// Takes a parked inode out, because it is open again. If another thread has claimed it, makes that claim void by
-    /// lowering `closing`; caller must wake those that wait.
+    /// Takes a parked inode out, because it is open again. If another thread has claimed it, lowers `closing`, since
+    /// that claim is void now: caller must wake the opens that wait, and set `Inode::parked`.
     pub(super) fn unpark(&mut self, parked: usize) {
         let idle = self.idle.remove(&parked).is_some();
         if !idle && self.unclosed.remove(&parked).is_none() {

@@ -35,8 +35,8 @@
 //
 // `Ledger::claim_*` takes a parked inode out of the ledger under the ledger lock alone, as a `Claim`, and counts its
 // id in `closing`. Then `close_claimed` locks the shard. If `parked` is still the claim's number, it sets it to 0,
-// and no open finds the inode any more. If not, an open has taken the inode back and corrected `closing`
-// (`Ledger::unpark`): the claim is void.
+// and no open finds the inode any more. If not, the claim is void: an open has taken the inode back, or another thread
+// has taken it to close it (`Shared::claim`). Either has corrected `closing` (`Ledger::unpark`).
 
 use std::cell::Cell;
 use std::hash::Hash;
@@ -85,7 +85,7 @@ struct Shard<R: Register, K: Hash + Eq + Clone>(Mutex<Inodes<K, Shared<R, K>>>);
 /// Holds a shard lock.
 type ShardGuard<'a, R, K> = MutexGuard<'a, Inodes<K, Shared<R, K>>>;
 
-/// One open, counted in `Inode::opens`. Dropping it is the release; no lock may be held then.
+/// One open, counted in `Inode::opens`. Dropping it is the release; no shard or ledger lock may be held then.
 pub(super) struct Open<R: Register, K: Hash + Eq + Clone>(Arc<Inode<R, K>>);
 
 impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
@@ -150,7 +150,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
 
     /// Adds an open as [`join`](Self::join) does, or inserts a new inode and decides its mode by `decide`.
     ///
-    /// - An inode that is being decided by another open: waits for it, without counting as an open meanwhile.
+    /// - An inode whose mode another open is deciding: waits for it, without counting as an open in the meantime.
     /// - An open inode that `admits` refuses: returns the error.
     /// - A parked inode that `admits` refuses: replaces it, and closes its id before `decide` runs.
     ///
@@ -378,7 +378,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             return Err(reason);
         }
         let (resets, keep_fds) = self.reserve()?;
-        // Unless registering succeeds. A panic of the registrar counts as a failure.
+        // Gives the reserved id back unless registering succeeds, also if the registrar panics.
         let reserved = OnDrop(|| self.ledger().stats.ids -= 1);
         let wants_path = registrar.takes_path_fd();
         let by_path = wants_path && !self.refuses_path_fd.load(Ordering::Relaxed);

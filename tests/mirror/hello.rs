@@ -1,4 +1,4 @@
-//! The example of README: it passes through, answers clients with the errno, and leaves nothing behind.
+//! README's example passes through, answers clients with the errno, and leaves nothing behind.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -17,8 +17,8 @@ use crate::stopped::{CONTENT, read_when_told};
 
 pub const ROLES: &[(&str, Role)] = &[("use-hello", use_hello)];
 
-/// Lists the directory; opens the file, says so, and says what it reads once it is told to; opens it for
-/// writing, and says what comes of that.
+/// Lists the directory. Opens the file, says so, and reads it when told to. Then opens it for writing, and says which
+/// errno it got.
 fn use_hello(args: &[String]) -> Result<String, Box<dyn Error>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(&args[0])? {
@@ -66,8 +66,7 @@ fn serves_a_directory(name: &str) -> Result<(), Failed> {
     client.proceed()?;
     assert_eq!(client.finish()?, format!("Some({})", libc::EACCES));
 
-    // The directory, and the two files in it.
-    hello.wait_for_open_files(3)?;
+    hello.wait_for_releases()?;
     unmount(hello.path(), UnmountFlags::empty())?;
     let said = hello.wait_for_end()?;
     // It says so twice: at INIT, and at the first open.

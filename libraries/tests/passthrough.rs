@@ -12,8 +12,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -138,19 +138,28 @@ impl Drop for Mounted<'_> {
     }
 }
 
-struct Uring(String);
+/// The parameter is set. One test at a time may change it.
+struct Uring {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Uring {
     fn enable() -> io::Result<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let before = fs::read_to_string(ENABLE_URING)?;
         fs::write(ENABLE_URING, "Y")?;
-        Ok(Self(before))
+        Ok(Self {
+            before,
+            _alone: alone,
+        })
     }
 }
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        let _ = fs::write(ENABLE_URING, self.0.trim());
+        let _ = fs::write(ENABLE_URING, self.before.trim());
     }
 }
 

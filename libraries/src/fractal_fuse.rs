@@ -22,8 +22,8 @@ struct Fractal(Arc<Files>);
 pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {
     // fractal-fuse answers INIT itself, with a depth of 1, and does not tell what the kernel offers. What is left to
     // ask is whether this thread may register.
-    may_register().map_err(io::Error::other)?;
-    let options = MountOptions::new().passthrough(true);
+    let permitted = may_register().inspect_err(|why| eprintln!("no passthrough: {why}"));
+    let options = MountOptions::new().passthrough(permitted.is_ok());
     let session = Session::new(mountpoint.to_owned(), options)?.with_queue_depth(8);
     files.attach(&*session.fuse_fd())?;
     Ok(thread::spawn(move || session.run(Fractal(files))))

@@ -78,7 +78,7 @@ fn init(
     let mut reply = vec![0; 4096];
     let length = rustix::io::read(&ours, &mut reply[..])?;
     reply.truncate(length);
-    add_passthrough(&mut reply, offered)?;
+    add_passthrough(&mut reply, offered);
     rustix::io::write(device, &reply)?;
     Ok(())
 }

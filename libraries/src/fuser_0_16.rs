@@ -41,12 +41,20 @@ impl Filesystem for Server016 {
     fn init(&mut self, _: &Request<'_>, config: &mut KernelConfig) -> Result<(), i32> {
         // fuser does not tell what the kernel offers. `add_capabilities` refuses what it does not offer.
         let offered = InitFlags::PASSTHROUGH;
-        let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One);
-        let reply = reply.map_err(|_| libc::EPERM)?;
-        let added = config.add_capabilities(reply.flags.bits());
-        added.map_err(|_| libc::EOPNOTSUPP)?;
-        let set = config.set_max_stack_depth(reply.max_stack_depth);
-        set.map_err(|_| libc::EINVAL)?;
+        let reply = match negotiate(offered, InitFlags::empty(), MaxStackDepth::One) {
+            Ok(reply) => reply,
+            Err(why) => {
+                eprintln!("no passthrough: {why}");
+                return Ok(());
+            }
+        };
+        if config.add_capabilities(reply.flags.bits()).is_err() {
+            eprintln!("no passthrough: the kernel does not offer it");
+            return Ok(());
+        }
+        config
+            .set_max_stack_depth(reply.max_stack_depth)
+            .or(Err(libc::EINVAL))?;
         Ok(())
     }
 

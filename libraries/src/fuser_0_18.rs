@@ -42,14 +42,20 @@ pub fn serve_from_fd(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server>
 impl Filesystem for Server018 {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let offered = InitFlags::from_bits_retain(config.capabilities().bits());
-        let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?;
+        let reply = match negotiate(offered, InitFlags::empty(), MaxStackDepth::One) {
+            Ok(reply) => reply,
+            Err(why) => {
+                eprintln!("no passthrough: {why}");
+                return Ok(());
+            }
+        };
         let flags = fuser::InitFlags::from_bits_retain(reply.flags.bits());
-        let refused = |_| io::Error::from(io::ErrorKind::Unsupported);
-        config.add_capabilities(flags).map_err(refused)?;
-        let refused = |_| io::Error::from(io::ErrorKind::Unsupported);
+        config
+            .add_capabilities(flags)
+            .or(Err(io::ErrorKind::Unsupported))?;
         config
             .set_max_stack_depth(reply.max_stack_depth)
-            .map_err(refused)?;
+            .or(Err(io::ErrorKind::Unsupported))?;
         Ok(())
     }
 

@@ -32,9 +32,10 @@ pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {
 
     let session = thread::scope(|scope| {
         let init = scope.spawn(|| relay::init(&device, &ours));
-        let session = Session::mount(mountpoint.to_owned(), config)?;
+        let session = Session::mount(mountpoint.to_owned(), config);
+        drop(its);
         init.join().map_err(|_| io::ErrorKind::Other)??;
-        io::Result::Ok(session)
+        session
     })?;
     replace(&session, &device)?;
     Ok(thread::spawn(move || {

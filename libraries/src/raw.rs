@@ -17,7 +17,7 @@ use crate::wire::{attr_out, create_out, entry_out, init_offer, open_out, reply, 
 
 const MAX_WRITE: u32 = 128 << 10;
 
-/// `fuse_in_header`, and `fuse_write_in`, which fits into the rest of the page.
+/// Room for `fuse_in_header` and `fuse_write_in`.
 const HEADERS: usize = 4096;
 
 pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {

@@ -15,6 +15,7 @@ use crate::wire::{add_passthrough, init_offer, put, u32_at, u64_at};
 
 /// At most this much is read or written with one request.
 const MAX_WRITE: u32 = 128 << 10;
+/// Room for `fuse_in_header` and `fuse_write_in`.
 const HEADERS: usize = 4096;
 
 /// Sockets that keep the bounds of messages, as the device does: one for the relay, one for the library.
@@ -44,7 +45,7 @@ pub fn init(device: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
     if u64_at(&reply, 8) != unique || u32_at(&reply, 4) != 0 {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    add_passthrough(&mut reply, offered)?;
+    add_passthrough(&mut reply, offered);
     // max_write, and max_pages beside map_alignment.
     let max_write = u32_at(&reply, 16 + 20).min(MAX_WRITE);
     put(&mut reply, 16 + 20, max_write);

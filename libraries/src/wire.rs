@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 
 use fuse_backing::Opened;
-use fuse_backing::error::NegotiateError;
 use fuse_backing::init::{InitFlags, MaxStackDepth, negotiate};
 
 use crate::files::{Node, errno};
@@ -78,14 +77,15 @@ pub fn init_offer(request: &[u8]) -> Option<InitFlags> {
 }
 
 /// Adds passthrough to the INIT reply of a library that does not know it: `FUSE_PASSTHROUGH`, `FUSE_INIT_EXT` and
-/// `max_stack_depth`. The flags of the library stay.
-pub fn add_passthrough(init_reply: &mut Vec<u8>, offered: InitFlags) -> Result<(), NegotiateError> {
-    let (flags, flags2) = (
-        u32_at(init_reply, OUT_HEADER + 12),
-        u32_at(init_reply, OUT_HEADER + 32),
-    );
+/// `max_stack_depth`. The flags of the library stay. Where passthrough is unavailable the reply stays as it is.
+pub fn add_passthrough(init_reply: &mut Vec<u8>, offered: InitFlags) {
+    let flags = u32_at(init_reply, OUT_HEADER + 12);
+    let flags2 = u32_at(init_reply, OUT_HEADER + 32);
     let wanted = InitFlags::from_fields(flags, flags2);
-    let negotiated = negotiate(offered, wanted, MaxStackDepth::One)?;
+    let negotiated = match negotiate(offered, wanted, MaxStackDepth::One) {
+        Ok(negotiated) => negotiated,
+        Err(why) => return eprintln!("no passthrough: {why}"),
+    };
     let (flags, flags2) = negotiated.flags.to_fields();
 
     init_reply.resize(OUT_HEADER + INIT_OUT, 0);
@@ -93,7 +93,6 @@ pub fn add_passthrough(init_reply: &mut Vec<u8>, offered: InitFlags) -> Result<(
     put(init_reply, OUT_HEADER + 12, flags);
     put(init_reply, OUT_HEADER + 32, flags2);
     put(init_reply, OUT_HEADER + 36, negotiated.max_stack_depth);
-    Ok(())
 }
 
 /// Zero beyond the end: older kernels and libraries write less.

@@ -99,10 +99,17 @@ fn passes_through(name: &str, serve: Serve, mknods: u64, pass_through: bool) -> 
     let stats = files.handles.table().stats();
     assert_eq!(stats.served.is_empty(), pass_through, "{stats:?}");
 
+    // RELEASE follows close(2) after a moment.
+    wait_until("an id stays registered", || {
+        files.handles.table().stats().ids == 0
+    })?;
+
     drop(mounted);
-    wait_for(server)?;
+    wait_until("the server goes on after the unmount", || {
+        server.is_finished()
+    })?;
+    server.join().map_err(|_| "the server has panicked")??;
     drop(files);
-    // Every id was closed.
     source.unmount_when_idle()
 }
 
@@ -118,15 +125,14 @@ fn client(script: &str, path: &Path) -> io::Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-fn wait_for(server: Server) -> Result<(), Failed> {
+fn wait_until(otherwise: &str, done: impl Fn() -> bool) -> Result<(), Failed> {
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !server.is_finished() {
+    while !done() {
         if Instant::now() > deadline {
-            return Err("the server goes on after the unmount".into());
+            return Err(otherwise.into());
         }
         thread::sleep(Duration::from_millis(5));
     }
-    server.join().map_err(|_| "the server has panicked")??;
     Ok(())
 }
 

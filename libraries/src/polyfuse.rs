@@ -17,8 +17,8 @@ use crate::Server;
 use crate::files::{self, Files, Node, errno};
 use crate::relay;
 
-/// polyfuse reads and answers INIT in `Session::mount`, without passthrough. So it first gets a socket, whose INIT reply
-/// is completed on its way to the kernel. Then the device takes the socket's place.
+/// polyfuse reads and answers INIT in `Session::mount`, without passthrough. So it first gets a socket, and what it
+/// answers there is completed on its way to the kernel. Then the device takes the socket's place.
 pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {
     let device = files::mount(mountpoint)?;
     files.attach(&device)?;

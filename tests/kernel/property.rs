@@ -1,15 +1,12 @@
 //! Random servers and clients against the kernel's rules.
 //!
-//! Sequences of opens, reads, writes, mappings and closes of several files by several client
-//! processes. The server answers through one [`fuse_backing::BackingTable`] and does with it
-//! whatever a server may: which way an open goes, with which fd, from which thread, under which
-//! limits. After each step the table is held against a model of it, the backing files against the
-//! bytes that are to be in them, and what the client got against what the model says, in which there
-//! is no `EIO`. The control breaks one of the kernel's rules in such sequences, and there the clients
-//! do see `EIO`.
+//! A sequence has opens, reads, writes, mappings and closes of several files by several client processes. The server
+//! answers through one [`fuse_backing::BackingTable`], and uses it in every way that a server may: it varies how a file
+//! is opened, with which fd, from which thread, under which limits. Each step compares the table with a model, the
+//! backing files with their expected bytes, and the client's answer with the model's, which is never `EIO`. As a
+//! control, `broken_rules_give_eio` breaks one of the kernel's rules in such sequences, and its clients see `EIO`.
 //!
-//! `PROPTEST_CASES` and `PROPTEST_RNG_SEED` are heeded; without the seed the sequences are always
-//! the same.
+//! `PROPTEST_CASES` and `PROPTEST_RNG_SEED` apply; without a seed the sequences are always the same.
 
 mod client;
 mod model;
@@ -35,18 +32,18 @@ use world::{Sabotage, Tally};
 
 pub const ROLES: &[(&str, Role)] = client::ROLES;
 
-/// Of files.
+/// How many names of files there are.
 const NAMES: usize = 4;
 const CLIENTS: usize = 3;
 
-/// Sequences of one test.
+/// How many sequences a test runs.
 const CASES: u32 = 150;
-/// After this no further sequence is begun. With the time for shrinking it is less than the
-/// watchdog's patience.
+/// No sequence starts after this time.
 const BUDGET: Duration = Duration::from_secs(30);
+/// How long a failing sequence is shrunk. The watchdog's patience exceeds `BUDGET` and this.
 const SHRINKING: Duration = Duration::from_secs(15);
 
-/// What is not as it has to be.
+/// Why a sequence fails.
 #[derive(Clone, Debug)]
 pub enum Wrong {
     /// A client got this errno.
@@ -92,7 +89,7 @@ fn no_client_sees_eio_at_tight_limits(_: &Sandbox) -> Result<(), Failed> {
     property(true, EXPECTED_WHEN_TIGHT)
 }
 
-/// What has to occur among a test's sequences for it to mean anything.
+/// The events that must occur in a test's sequences for the test to mean anything. See [`world::Tally`].
 const EXPECTED: &[&str] = &[
     "access exceeded",
     "appended",
@@ -140,7 +137,7 @@ fn property(tight: bool, expected: &[&str]) -> Result<(), Failed> {
     let mut runner = runner();
     let cases = runner.config().cases;
     let result = runner.run(&case(tight), |case| {
-        // Not while shrinking, where what is not tried would count as good.
+        // Shrinking has its own limit: a sequence that is skipped counts as good.
         if !failing.get() && start.elapsed() > BUDGET {
             return Ok(());
         }
@@ -157,10 +154,7 @@ fn property(tight: bool, expected: &[&str]) -> Result<(), Failed> {
         Ok(()) => {}
         Err(TestError::Abort(why)) => return Err(why.to_string().into()),
         Err(TestError::Fail(why, case)) => {
-            return Err(format!(
-                "{why}\nin this sequence, as short as it could be made:\n{case:?}"
-            )
-            .into());
+            return Err(format!("{why}\nin this shrunk sequence:\n{case:?}").into());
         }
     }
     let (tried, tally) = (tried.get(), tally.into_inner());
@@ -174,14 +168,14 @@ fn property(tight: bool, expected: &[&str]) -> Result<(), Failed> {
         .iter()
         .filter(|what| !tally.0.contains_key(*what))
         .collect();
-    // Fewer sequences, or others, are somebody's choice.
+    // With fewer sequences or another seed, which the user asked for, some events may not occur.
     if tried >= CASES && env::var_os(SEED).is_none() && !missing.is_empty() {
         return Err(format!("never happened: {missing:?}").into());
     }
     Ok(())
 }
 
-/// The control: whatever is said above of `EIO` would be said of a kernel that accepts everything.
+/// The control: the tests above would also pass on a kernel that accepts everything.
 #[apply(needs_passthrough)]
 fn broken_rules_give_eio(_: &Sandbox) -> Result<(), Failed> {
     const ENOUGH: usize = 5;
@@ -198,7 +192,7 @@ fn broken_rules_give_eio(_: &Sandbox) -> Result<(), Failed> {
         let mut runner = runner();
         let mut broken = 0;
         for _ in 0..SEQUENCES {
-            // Once is enough where this is slow.
+            // On a slow machine one broken rule is enough.
             if broken == ENOUGH || broken > 0 && start.elapsed() > BUDGET {
                 break;
             }
@@ -216,19 +210,19 @@ fn broken_rules_give_eio(_: &Sandbox) -> Result<(), Failed> {
             if !as_expected {
                 let (result, sabotaged) = (outcome.result, outcome.sabotaged);
                 return Err(format!(
-                    "{sabotage:?}: broken {sabotaged}, and {result:?} in this sequence:\n{case:?}"
+                    "{sabotage:?}: rule broken {sabotaged}, result {result:?} in this sequence:\n{case:?}"
                 )
                 .into());
             }
         }
         if broken == 0 {
-            return Err(format!("{sabotage:?}: in none of {SEQUENCES} sequences").into());
+            return Err(format!("{sabotage:?}: not possible in {SEQUENCES} sequences").into());
         }
     }
     Ok(())
 }
 
-/// In a sandbox of its own, so that what the watchdog keeps of its connection is gone with it.
+/// Runs a sequence in a sandbox of its own, so that the watchdog drops its connection afterwards.
 fn sequence(
     offered: u64,
     case: &Case,

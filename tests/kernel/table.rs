@@ -1,5 +1,5 @@
-//! `BackingTable` on real connections: modes, access, identity, limits, and what it costs. With
-//! clients: tests/kernel/property.rs. With threads: src/model.rs.
+//! `BackingTable` on real connections: modes, access, identity, limits, and costs. tests/kernel/property.rs adds
+//! clients, src/model.rs adds threads.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -73,13 +73,13 @@ impl Setup {
         self.tmpfs.file(name, "content").unwrap()
     }
 
-    /// Of the file by the inode's number.
+    /// Opens the file that is named after the inode number.
     fn open(&self, inode: u64) -> OpenFile<Device> {
         let file = self.file(&inode.to_string());
         self.table.open(&inode, RDWR, for_both(&file)).unwrap()
     }
 
-    /// `Mutex`, idle lists and the like aside, only ids pin the filesystem.
+    /// Whether the tmpfs is busy: once the test has closed its files, only registered ids keep it busy.
     fn pinned(&self) -> bool {
         self.tmpfs.unmount() == Err(Errno::BUSY)
     }
@@ -97,12 +97,12 @@ fn id(open: &OpenFile<Device>) -> Option<i32> {
     open.reply(FopenFlags::empty()).backing_id()
 }
 
-/// What `negotiate` says turns passthrough on, as far as the kernel is asked.
+/// The reply that `negotiate` works out turns passthrough on.
 #[apply(needs_passthrough)]
 fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
     let offered = InitFlags::from_bits_retain(offer().flags);
     assert!(offered.contains(InitFlags::PASSTHROUGH | InitFlags::INIT_EXT));
-    // fuser does not show INIT_EXT.
+    // fuser hides INIT_EXT from the server: `negotiate` replies it all the same.
     for offered in [offered, offered - InitFlags::INIT_EXT] {
         for depth in [MaxStackDepth::One, MaxStackDepth::Two] {
             let wanted = InitFlags::DIRECT_IO_ALLOW_MMAP | InitFlags::from_bits_retain(1 << 63);
@@ -125,7 +125,7 @@ fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
         negotiate(offered - InitFlags::PASSTHROUGH, InitFlags::empty(), depth),
         Err(NegotiateError::NotOffered)
     );
-    // The kernel's answer to it: `backing_open::negotiations_ignored_silently`.
+    // What the kernel does with such replies: `backing_open::negotiations_ignored_silently`.
     assert_eq!(
         negotiate(offered, InitFlags::WRITEBACK_CACHE, depth),
         Err(NegotiateError::WritebackCacheWanted)
@@ -141,14 +141,14 @@ fn negotiated_flags_work(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The kernel offers it to servers that could register nothing.
+/// The kernel offers passthrough also to servers that lack the capability to register.
 #[apply(needs_passthrough)]
 fn negotiate_needs_the_capability(_: &Sandbox) -> Result<(), Failed> {
-    let connection = without_cap_sys_admin(|| {
+    let reply = without_cap_sys_admin(|| {
         negotiate(InitFlags::all(), InitFlags::empty(), MaxStackDepth::One)
     });
     assert_eq!(
-        connection,
+        reply,
         Err(NegotiateError::NotPermitted(
             NotPermitted::MissingCapability
         ))
@@ -175,7 +175,7 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
         [Some(1), Some(1), Some(1), Some(2)]
     );
     assert_eq!(setup.table.stats().ids, 2);
-    // Both by an O_PATH fd, where the kernel takes such.
+    // Both are registered by an O_PATH fd, if the kernel accepts those.
     let by_path = path_only_files();
     assert_eq!(setup.table.stats().by_open_fd, if by_path { 0 } else { 2 });
 
@@ -187,9 +187,9 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
-/// And lasts until it is released.
+/// A refused file puts its inode alone in server mode, until the inode's last release.
 #[apply(needs_passthrough)]
-fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_refused_file_affects_only_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let good = setup.file("1");
     let refused = setup
@@ -201,7 +201,7 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(refused.reply(keeps).open_flags(), keeps);
     assert_eq!(id(&refused), None);
 
-    // This inode stays in server mode whatever is brought, others do not care.
+    // A good file does not change the mode of this inode; other inodes are unaffected.
     let again = setup.table.open(&1, RDONLY, for_reading(&good))?;
     assert_eq!(again.server_reason(), Some(reason));
     assert!(setup.table.share(&1, RDONLY).is_none());
@@ -225,9 +225,9 @@ fn a_failure_is_of_its_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// One that concerns the connection, for every thread.
+/// The table remembers a refusal that concerns the connection, for every thread, until `reset`.
 #[apply(needs_passthrough)]
-fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_refusal_of_the_connection_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::unanswered(sandbox, FuseDevice::open()?.into_inner())?;
     let setup = Setup::on(sandbox, connection)?;
     let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
@@ -235,10 +235,10 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     let refused = apart(|| setup.open(1));
     assert_eq!(refused.server_reason(), Some(ServerReason::Refused(error)));
     assert_eq!(setup.table.stats().refused, Some(error));
-    // From here on it could be registered.
+    // From here on the kernel would register files.
     let device: Arc<OwnedFd> = setup.connection.device().into_inner();
     handshake(&device, Init::passthrough(1))?;
-    // And is not: it would be open in passthrough mode.
+    // The table does not try: inode 2 would be in passthrough mode.
     assert_eq!(
         setup.open(2).server_reason(),
         Some(ServerReason::Refused(error))
@@ -253,9 +253,9 @@ fn a_refusal_is_remembered(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Other inodes are none the worse for it, if another thread opens them.
+/// Inodes that another thread opens are passed through.
 #[apply(needs_passthrough)]
-fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_missing_capability_affects_only_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let error = BackingError::NotPermitted(NotPermitted::MissingCapability);
     assert_eq!(error.scope(), Scope::Thread);
@@ -268,11 +268,11 @@ fn a_missing_capability_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed
     );
     let other = setup.open(2);
     assert!(other.is_passthrough());
-    // Nor is the thread remembered: each of its attempts is one.
+    // The table does not remember the thread: each of its opens tries to register.
     let again = without_cap_sys_admin(|| setup.open(3));
     assert_eq!(again.server_reason(), reason);
 
-    // The inode stays as it is, whoever opens it, until its last release.
+    // The refused inode stays in server mode for every thread, until its last release.
     let further = setup.open(1);
     assert_eq!(further.server_reason(), reason);
     drop(refused);
@@ -289,7 +289,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let read = File::open(setup.tmpfs.path().join("1"))?;
     let exceeded = |granted, wanted| OpenError::AccessExceeded { granted, wanted };
 
-    // Nothing is counted or registered for an open that asks for too much.
+    // An open that asks for too much is neither counted nor registered.
     let refused = setup.table.open(&1, RDWR, ServerFile::new(&read));
     assert_eq!(
         refused.err(),
@@ -302,7 +302,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.table.share(&1, RDONLY).is_some());
     assert!(setup.table.share(&1, WRONLY).is_none());
     assert!(setup.table.share(&1, RDWR).is_none());
-    // Somebody else's registration does not help.
+    // The open registration does not widen what this fd grants.
     let refused = setup.table.open(&1, WRONLY, ServerFile::new(&read));
     assert_eq!(
         refused.err(),
@@ -324,7 +324,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     let reader = setup.table.open(&1, RDONLY, ServerFile::new(&read))?;
     assert!(setup.table.share(&1, RDWR).is_none());
 
-    // What is kept, idle or because it cannot be closed, grants no more than it did.
+    // An id that is kept, idle or because its close failed, grants no more than before.
     setup.table.set_idle_limit(1);
     drop(reader);
     assert!(setup.table.share(&1, RDWR).is_none());
@@ -337,7 +337,7 @@ fn access_widens_with_proof(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A mount of one file, by a server that opens the backing file with the client's access mode.
+/// Serves one file. The server opens the backing file for reading; `access` is what it claims to grant, if set.
 fn serve(
     sandbox: &Sandbox,
     init: Init,
@@ -367,7 +367,8 @@ fn serve(
     Ok(connection)
 }
 
-/// The control is `passthrough::access_mode_is_ignored`, and the claim of too much below.
+/// A client cannot write if the server's fd is read-only. The controls are `passthrough::access_mode_is_ignored`, and
+/// below a server that grants too much.
 #[apply(needs_passthrough)]
 fn access_reaches_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -386,7 +387,7 @@ fn access_reaches_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(std::fs::read_to_string(&path)?, "content");
     assert_eq!(connection.seen.reads.load(Ordering::SeqCst), 0);
 
-    // A server that grants more than its fd does is believed, and so is the kernel's client.
+    // The table believes a server that grants more than its fd does, and the kernel lets the client write.
     let connection = serve(
         sandbox,
         Init::passthrough(1),
@@ -409,8 +410,8 @@ fn truncate(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     )
 }
 
-/// Why `O_TRUNC` asks nothing of a registration: where the kernel leaves it to the server, with
-/// `FUSE_ATOMIC_O_TRUNC`, opening the backing file again does not truncate it.
+/// Why `O_TRUNC` needs no access of a registration: with `FUSE_ATOMIC_O_TRUNC` the server is to truncate, and the
+/// kernel does not truncate when it opens the backing file again.
 #[apply(needs_passthrough)]
 fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
     const FUSE_ATOMIC_O_TRUNC: u64 = 1 << 3;
@@ -419,7 +420,7 @@ fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
     std::fs::write(&path, "content")?;
     let mut init = Init::passthrough(1);
     init.flags |= FUSE_ATOMIC_O_TRUNC;
-    // This server does not truncate, as it should.
+    // This server does not truncate, although it should.
     let connection = serve(sandbox, init, &path, None)?;
     let result = client::run("truncate", &[connection.path("file").as_os_str()])?;
     assert_eq!(result, "opened");
@@ -428,7 +429,7 @@ fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 #[apply(needs_passthrough)]
-fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_different_file_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let other = setup.file("other");
     let open = setup.open(1);
@@ -442,7 +443,7 @@ fn another_file(sandbox: &Sandbox) -> Result<(), Failed> {
         id(&open)
     );
 
-    // An idle registration of a file that is not there any more gives way.
+    // A different file replaces a registration that is idle.
     setup.table.set_idle_limit(1);
     drop(open);
     assert_eq!(setup.table.stats().idle, 1);
@@ -469,7 +470,7 @@ fn share_says_none(sandbox: &Sandbox) -> Result<(), Failed> {
     drop(open);
     assert!(
         setup.table.share(&1, RDONLY).is_none(),
-        "not registered any more"
+        "no longer registered"
     );
     Ok(())
 }
@@ -509,7 +510,7 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(stats.ids, 2);
     assert_eq!(stats.served, [(ServerReason::LimitReached, 1)]);
 
-    // Idle ids go first.
+    // Idle ids are closed first.
     drop(three);
     setup.table.set_idle_limit(2);
     drop(one);
@@ -518,7 +519,7 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(three.is_passthrough());
     assert_eq!((setup.table.stats().ids, setup.table.stats().idle), (2, 0));
 
-    // A limit below what is open closes nothing that is open, and keeps nothing that is released.
+    // A limit below the number of open ids closes none of them; those released beyond it are not kept idle.
     setup.table.set_limit(1);
     assert_eq!(setup.table.stats().ids, 2);
     drop(two);
@@ -538,7 +539,7 @@ fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
 
 #[apply(needs_passthrough)]
 fn opens_beside_share(sandbox: &Sandbox) -> Result<(), Failed> {
-    // It asks to write, which no open is granted.
+    // It asks to write, which none of the opens grants.
     sequential_opens(sandbox, |table| {
         assert!(table.share(&1, WRONLY).is_none());
     })
@@ -564,7 +565,7 @@ fn opens_beside_trimming(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn opens_beside_invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     sequential_opens(sandbox, |table| {
-        // It may well meet an open.
+        // The answer depends on whether it meets an open.
         let _done = table.invalidate(&1);
     })
 }
@@ -577,14 +578,14 @@ impl Drop for Done<'_> {
     }
 }
 
-/// One thread opens and releases. Each time nothing is open, whatever another thread looks at or closes
-/// meanwhile, and so the outcome is that of a first open.
+/// One thread opens and releases, while another looks at or closes what is registered. Each open finds nothing open,
+/// so its outcome is that of a first open.
 fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Result<(), Failed> {
     const OPENS: u32 = 200_000;
-    /// Opens, with that of `serve`.
+    /// Opens in a round, the one of `serve` among them.
     const IN_A_ROUND: u32 = 9;
 
-    // A kernel that keeps a record of each allocation takes minutes for them.
+    // A kernel that records each allocation would take minutes for all of them.
     let opens = OPENS / if fail_nth() { 20 } else { patience_times() };
     let setup = Setup::new(sandbox)?;
     let table = &setup.table;
@@ -594,7 +595,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
         let file = ServerFile::new(file).access(Access::ReadOnly);
         table.open(&inode, RDONLY, file)
     };
-    // One that is open or being closed for longer than it should would take the room.
+    // There is room for one id: one that stays open, or is still being closed, would show.
     table.set_limit(1);
     table.set_idle_limit(1);
     let (done, others) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -611,10 +612,10 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
                 others.fetch_add(1, Ordering::Relaxed);
             }
         });
-        // Also when this thread panics.
+        // Stops the other thread even if this one panics.
         let _done = Done(&done);
         for _ in 0..opens.div_ceil(IN_A_ROUND) {
-            // In turn, so that each would be another file or mode than that before.
+            // Each open differs in its file or mode from the one before.
             for (what, file) in [("one file", &one), ("another file", &other), ("one", &one)] {
                 let opened = open(1, file);
                 let passed = matches!(&opened, Ok(open) if open.is_passthrough());
@@ -640,7 +641,7 @@ fn sequential_opens(sandbox: &Sandbox, meanwhile: impl Fn(&Table) + Sync) -> Res
         }
     });
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert!(others.into_inner() > 100, "hardly anything happened beside");
+    assert!(others.into_inner() > 100, "the other thread hardly ran");
     table.set_idle_limit(0);
     assert_eq!(table.stats().ids, 0);
     drop((one, other));
@@ -654,14 +655,14 @@ fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     for inode in 1..=3 {
         drop(setup.open(inode));
     }
-    // The oldest went; the others are reopened under their id.
+    // The oldest was closed; the others are reopened with their ids.
     assert_eq!(setup.table.stats().idle, 2);
     assert!(setup.table.share(&1, RDONLY).is_none());
     let two = setup.table.share(&2, RDWR).ok_or("idle")?;
     assert_eq!((id(&two), id(&setup.open(3))), (Some(2), Some(3)));
     assert!(setup.pinned());
     drop(two);
-    // 3 was released before 2, so that it is the oldest now.
+    // 3 was released before 2, and is the oldest now.
     drop(setup.open(4));
     assert!(setup.table.share(&3, RDONLY).is_none());
     assert!(setup.table.share(&2, RDONLY).is_some());
@@ -689,14 +690,14 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     listed.sort();
     assert_eq!(listed, [(Some(1), true), (Some(2), false)]);
 
-    // Each closes its own.
+    // Each open closes its own id.
     drop(old);
     assert_eq!(setup.table.stats().ids, 1);
     assert_eq!(id(&setup.table.share(&1, RDONLY).ok_or("open")?), Some(2));
     drop(new);
     assert_eq!(setup.table.stats().ids, 0);
 
-    // A forgotten inode does not become idle, and an idle one is closed.
+    // The id of a forgotten inode does not become idle, and an idle one is closed.
     setup.table.set_idle_limit(5);
     let old = setup.open(1);
     setup.table.forget(&1);
@@ -746,14 +747,14 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!((listed[0].opens, listed[0].close_failed), (0, Some(cause)));
     assert!(setup.pinned());
 
-    // Reusable: the same id, and released again.
+    // The id can be shared again, and its next release closes it.
     let again = setup.table.share(&1, RDWR).ok_or("kept")?;
     assert_eq!(id(&again), Some(1));
     assert_eq!(setup.table.list()[0].close_failed, None);
     drop(again);
     assert_eq!(setup.table.stats().ids, 0);
 
-    // Retried, once permitted.
+    // `retry_closes` closes it once permitted.
     release_incapably(setup.open(2));
     let retried = without_cap_sys_admin(|| setup.table.retry_closes());
     assert_eq!(retried, Err(cause));
@@ -761,7 +762,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.table.retry_closes()?;
     assert_eq!((setup.table.stats().ids, setup.table.list().len()), (0, 0));
 
-    // Nor is it lost where its number goes to another file.
+    // The id is not lost when its inode number goes to another file.
     release_incapably(setup.open(3));
     without_cap_sys_admin(|| setup.table.forget(&3));
     assert_eq!(setup.table.stats().ids, 1);
@@ -775,7 +776,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.tmpfs.unmount_when_idle()
 }
 
-/// Somebody closes a raw id that is the table's: nothing is left to be closed, and it is counted.
+/// If someone else closes a raw id of the table, the table counts a failed close and keeps no entry.
 #[apply(needs_passthrough)]
 fn closed_behind_its_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
@@ -814,7 +815,7 @@ fn dropped_before_its_files(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Ids that cannot be closed do not keep the device, and so the connection ends and closes them.
+/// Ids that cannot be closed do not keep the device: the connection ends, which closes them.
 #[apply(needs_passthrough)]
 fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     let Setup {
@@ -830,7 +831,7 @@ fn dropped_without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// As `dropped_without_capability`, for what is released when the table is gone.
+/// As `dropped_without_capability`, with a release after the table was dropped.
 #[apply(needs_passthrough)]
 fn released_without_capability_and_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let Setup {
@@ -917,7 +918,7 @@ fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// For a log: figures and modes, no addresses and no device.
+/// Debug output suits a log: it shows figures and modes, no addresses and no device.
 #[apply(needs_passthrough)]
 fn debug(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
@@ -935,19 +936,19 @@ fn debug(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 thread_local! {
-    /// After how many calls a key's own code panics.
-    static FUSE: Cell<Option<u32>> = const { Cell::new(None) };
+    /// How many more calls of `Key::hash` succeed before one panics; `None` if none is to panic.
+    static CALLS_LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// A key whose own code can panic: the first call is made for the shard, the second under its lock.
+/// A key whose `hash` can panic. An open calls it twice: to choose the shard, and under the shard lock.
 #[derive(Clone, PartialEq, Eq)]
 struct Key(u64);
 
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        match FUSE.get() {
+        match CALLS_LEFT.get() {
             Some(0) => resume_unwind(Box::new("a key that cannot be hashed")),
-            fuse => FUSE.set(fuse.map(|calls| calls - 1)),
+            left => CALLS_LEFT.set(left.map(|calls| calls - 1)),
         }
         self.0.hash(state);
     }
@@ -959,21 +960,21 @@ fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
     let table: BackingTable<Device, Key> = BackingTable::new(Arc::new(connection.device()));
     let file = tempfile::tempfile()?;
     let open = |key| table.open(&Key(key), RDONLY, for_reading(&file));
-    // So many that every shard is met.
+    // Enough keys to reach every shard.
     for key in 0..2_000 {
         for calls in 0..2 {
-            FUSE.set(Some(calls));
+            CALLS_LEFT.set(Some(calls));
             let panicked = catch_unwind(AssertUnwindSafe(|| open(key).is_ok()));
-            FUSE.set(None);
+            CALLS_LEFT.set(None);
             assert!(panicked.is_err(), "{calls}");
         }
     }
-    // In a release, which leaves the key in the map.
+    // A release that panics leaves the key in the map.
     for key in 0..2_000 {
         let opened = open(key)?;
-        FUSE.set(Some(0));
+        CALLS_LEFT.set(Some(0));
         let panicked = catch_unwind(AssertUnwindSafe(|| drop(opened)));
-        FUSE.set(None);
+        CALLS_LEFT.set(None);
         assert!(panicked.is_err());
     }
     for key in 0..2_000 {
@@ -985,7 +986,7 @@ fn panicking_keys(sandbox: &Sandbox) -> Result<(), Failed> {
 
 const SHARES: usize = 100;
 
-/// In a process of one thread, traced.
+/// Runs in a process of one thread, whose system calls are traced.
 fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table: BackingTable<_> = BackingTable::new(&device);
@@ -1003,7 +1004,7 @@ fn share_and_release(args: &[String]) -> Result<String, Box<dyn std::error::Erro
         handles.open(&3, RDWR, known, FopenFlags::empty())
     };
     let _held = open()?;
-    // Its slot is made.
+    // Makes the slot that the opens below reuse.
     drop(handles.release(open()?.fh));
     trace::traced(|| {
         for _ in 0..SHARES {
@@ -1032,7 +1033,7 @@ fn share_costs_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What they cost in memory, and how much slower it is to open and release one more.
+/// What a million open inodes cost in memory, and how much slower they make it to open and release one more.
 #[apply(needs_passthrough)]
 fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     const FEW: u64 = 1_000;
@@ -1040,7 +1041,7 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     const BATCH: u64 = 200;
     const ATTEMPTS: u32 = 10;
 
-    // A million takes minutes where the kernel keeps a record of each allocation, or the machine is emulated.
+    // A million takes minutes if the kernel records each allocation, or if the machine is emulated.
     let slow = fail_nth() || patience_times() > 1;
     let many = if slow { 100_000 } else { 1_000_000 };
     let setup = Setup::new(sandbox)?;
@@ -1060,7 +1061,7 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
     let few: Vec<_> = (0..FEW).map(|inode| open(&small, inode)).collect();
     assert!(held.iter().chain(&few).all(OpenFile::is_passthrough));
 
-    // Interleaved, on a machine that does other things.
+    // The rounds of both tables alternate, so that the machine's other work slows both.
     let time = |setup: &Setup, round: u64| {
         let start = Instant::now();
         for n in 0..BATCH {
@@ -1075,10 +1076,10 @@ fn a_million_inodes(sandbox: &Sandbox) -> Result<(), Failed> {
         ratios.sort_by(f64::total_cmp);
         ratios[ratios.len() / 2]
     };
-    // An emulator walks page tables in software, at each of the misses that many inodes bring: 2.8 was
-    // seen on mips64.
+    // Many inodes miss the TLB often, and an emulator walks page tables in software at each miss: the ratio was 2.8
+    // on mips64.
     let most = if patience_times() > 1 { 4.0 } else { 1.5 };
-    // What others do with the machine's caches makes this look worse, never better.
+    // Other work on the machine's caches raises the ratio, never lowers it: the lowest counts.
     let mut ratio = median();
     for _ in 1..ATTEMPTS {
         if ratio > most {

@@ -1,4 +1,4 @@
-//! A global allocator that counts what each thread asks of it, and has not given back.
+//! A global allocator that counts each thread's allocations, and the bytes that the thread has not freed.
 
 #![allow(unsafe_code)]
 
@@ -12,7 +12,7 @@ thread_local! {
     static LIVE: Cell<i64> = const { Cell::new(0) };
 }
 
-/// Allocations by this thread so far, reallocations among them.
+/// Allocations by this thread so far, including reallocations.
 pub fn count() -> u64 {
     COUNT.get()
 }
@@ -23,12 +23,12 @@ pub fn live_bytes() -> i64 {
 }
 
 fn add(calls: u64, bytes: i64) {
-    // A thread that is ending has no counters any more, and nobody who reads them.
+    // A thread that is ending has lost its counters, and nothing reads them.
     let _ = COUNT.try_with(|count| count.set(count.get() + calls));
     let _ = LIVE.try_with(|live| live.set(live.get() + bytes));
 }
 
-// SAFETY: every call goes on to the system's allocator as it came; counting does not allocate.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         add(1, layout.size() as i64);

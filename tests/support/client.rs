@@ -1,7 +1,7 @@
 //! Child processes: clients of a mount, and roles that need a process of their own.
 //!
-//! A process that holds files open on its own FUSE mount can deadlock when it exits, so whatever
-//! opens a file of a mount that the test process serves is a re-execution of the test binary.
+//! A process that holds files open on its own FUSE mount can deadlock when it exits. So files of a mount that the test
+//! process serves are opened by a child, which executes the test binary again.
 
 use std::env;
 use std::ffi::OsStr;
@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
 
-/// The argument by which the test binary knows that it is a child.
+/// The first argument of a child: it tells the test binary that it is one.
 const MARK: &str = "--fuse-backing-child";
 
-/// A child's part: gets its arguments, talks on stdout, returns what it ends with.
+/// What a child does: it gets its arguments, may print lines, and returns its last line.
 pub type Role = fn(&[String]) -> Result<String, Box<dyn std::error::Error>>;
 
-/// Runs this process's part, if it is a child.
+/// Runs this process's role, if it is a child.
 pub fn play(roles: &[(&str, Role)]) -> Option<ExitCode> {
     let mut args = env::args().skip(1);
     if args.next()? != MARK {
@@ -29,7 +29,7 @@ pub fn play(roles: &[(&str, Role)]) -> Option<ExitCode> {
     let rest: Vec<_> = args.collect();
     let found: Vec<_> = roles.iter().filter(|(role, _)| *role == name).collect();
     let [(_, role)] = found[..] else {
-        println!("{} roles {name}", found.len());
+        println!("{} roles are called {name}", found.len());
         return Some(ExitCode::FAILURE);
     };
     let (last, code) = match role(&rest) {
@@ -40,7 +40,7 @@ pub fn play(roles: &[(&str, Role)]) -> Option<ExitCode> {
     Some(code)
 }
 
-/// A child that was started. Killed when dropped before it ended.
+/// A child that was started. Dropping it kills it.
 pub struct Client {
     child: Child,
     input: Option<ChildStdin>,
@@ -52,7 +52,7 @@ impl Client {
         Self::start_with(role, args, Stdio::piped())
     }
 
-    /// With an fd as its standard input: the one way to hand it over that needs no inheritable fd.
+    /// Starts it with an fd as its standard input, the only way to pass an fd that is not inheritable.
     pub fn start_with_fd(role: &str, args: &[&OsStr], fd: OwnedFd) -> Result<Self, Failed> {
         Self::start_with(role, args, Stdio::from(fd))
     }
@@ -75,14 +75,14 @@ impl Client {
         self.child.id()
     }
 
-    /// The next line that it prints.
+    /// The next line that the child prints.
     pub fn line(&mut self) -> Result<String, Failed> {
         let mut line = String::new();
         self.output.read_line(&mut line)?;
         Ok(line.trim_end().to_owned())
     }
 
-    /// Lets a child go on that waits in `wait_for_parent`.
+    /// Ends the child's `wait_for_parent`.
     pub fn proceed(&mut self) -> Result<(), Failed> {
         self.input.as_mut().ok_or("no pipe")?.write_all(b"\n")?;
         Ok(())
@@ -92,7 +92,7 @@ impl Client {
         Ok(self.child.kill()?)
     }
 
-    /// Whether it ends within that time.
+    /// Whether the child ends within this time.
     pub fn ends_within(&mut self, time: Duration) -> Result<bool, Failed> {
         let deadline = Instant::now() + time;
         while self.child.try_wait()?.is_none() {
@@ -104,7 +104,7 @@ impl Client {
         Ok(true)
     }
 
-    /// Waits for its end, and returns the last line that it printed.
+    /// Waits for the child's end, and returns the last line that it printed.
     pub fn finish(mut self) -> Result<String, Failed> {
         drop(self.input.take());
         let mut last = String::new();
@@ -125,7 +125,7 @@ impl Drop for Client {
     }
 }
 
-/// A child that is yet to be started, with no argument so far.
+/// The command that starts a child of this role, without arguments.
 pub fn command(role: &str) -> Result<Command, Failed> {
     let mut command = Command::new(env::current_exe()?);
     command
@@ -134,12 +134,12 @@ pub fn command(role: &str) -> Result<Command, Failed> {
     Ok(command)
 }
 
-/// Start to end.
+/// Starts a child, waits for its end, and returns the last line that it printed.
 pub fn run(role: &str, args: &[&OsStr]) -> Result<String, Failed> {
     Client::start(role, args)?.finish()
 }
 
-/// In the child.
+/// In the child: waits for `Client::proceed`.
 pub fn wait_for_parent() -> std::io::Result<()> {
     std::io::stdin().read_line(&mut String::new()).map(drop)
 }

@@ -3,7 +3,7 @@
 use fuse_backing::Access;
 use landlock::{AccessFs, BitFlags, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError};
 
-/// The calling thread can open no file for more than this any more. An error where the kernel has no Landlock.
+/// From now on the calling thread can open files only for this access. Fails if the kernel has no Landlock.
 pub fn restrict(to: Access) -> Result<(), RulesetError> {
     let denied: BitFlags<AccessFs> = match to {
         Access::ReadOnly => AccessFs::WriteFile | AccessFs::Truncate,

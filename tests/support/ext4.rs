@@ -12,16 +12,16 @@ use rustix::mount::{FsOpenFlags, UnmountFlags, fsopen, unmount};
 
 use crate::sandbox::Sandbox;
 
-/// mount(8) marks its loop device to be detached at unmount, so that none is left behind.
+/// A mounted ext4. mount(8) marks its loop device to be detached at unmount, so that none is left behind.
 pub struct Ext4(PathBuf);
 
-/// Whether this kernel can mount one.
+/// Whether this kernel can mount ext4 from a file.
 pub fn is_supported() -> Result<bool, Failed> {
     if let Err(errno) = fsopen("ext4", FsOpenFlags::FSOPEN_CLOEXEC) {
         assert_eq!(errno, Errno::NODEV);
         return Ok(false);
     }
-    // Without loop devices there is nothing to mount. Opening this file loads their driver, where there is one.
+    // Mounting needs a loop device. Opening this file loads the driver, if there is one.
     if let Err(error) = File::open("/dev/loop-control") {
         let drivers = fs::read_to_string("/proc/misc")?;
         assert!(!drivers.contains("loop-control"), "/dev: {error}");
@@ -31,7 +31,7 @@ pub fn is_supported() -> Result<bool, Failed> {
 }
 
 impl Ext4 {
-    /// Of that size in bytes, with these further arguments of mkfs.ext4(8).
+    /// Makes and mounts one of this size in bytes, with these further arguments of mkfs.ext4(8).
     pub fn new(sandbox: &Sandbox, size: u64, arguments: &[&str]) -> Result<Self, Failed> {
         let image = sandbox.folder("image")?.join("ext4");
         File::create_new(&image)?.set_len(size)?;
@@ -58,13 +58,13 @@ impl Drop for Ext4 {
     }
 }
 
-/// Runs a program of this Debian package.
+/// Runs a program, which this Debian package has.
 fn run(program: &str, package: &str, args: &[&OsStr]) -> Result<(), Failed> {
     let output = match Command::new(program).args(args).output() {
         Ok(output) => output,
         Err(error) if error.kind() == ErrorKind::NotFound => {
             return Err(format!(
-                "the kernel has ext4, and there is no {program}: apt-get install {package}"
+                "the kernel has ext4, but there is no {program}: apt-get install {package}"
             )
             .into());
         }

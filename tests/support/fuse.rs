@@ -50,10 +50,10 @@ pub struct Node {
 /// The answer to OPEN: the body of the reply, or an errno.
 pub type OpenAnswer = Result<uapi::fuse_open_out, Errno>;
 
-/// Answers OPEN, given nodeid and the client's flags. Node ids are those of `Connection::NODE` on.
+/// Answers OPEN, given the nodeid and the client's flags. The first file's nodeid is `Connection::NODE`.
 pub type OnOpen = dyn Fn(u64, i32) -> OpenAnswer + Send + Sync;
 
-/// What is asked of the server.
+/// Counts the requests that the server got, and configures some of its answers.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub opens: AtomicU64,
@@ -61,13 +61,13 @@ pub struct Seen {
     pub writes: AtomicU64,
     pub releases: AtomicU64,
     pub getxattrs: AtomicU64,
-    /// Whether the server has extended attributes; without them it does not know GETXATTR.
+    /// Whether GETXATTR is answered with ENODATA, rather than ENOSYS.
     pub has_xattrs: AtomicBool,
     /// Whether all files are reported to have the same inode number.
     pub has_one_number: AtomicBool,
 }
 
-/// What the kernel said in its INIT request.
+/// What the kernel offered in its INIT request.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer {
     pub minor: u32,
@@ -77,11 +77,10 @@ pub struct Offer {
 pub struct Connection {
     device: Arc<OwnedFd>,
     mountpoint: PathBuf,
-    /// fusectl's `abort`, opened while the connection is known to be this one: the number that names
-    /// its folder goes to the next mount once this one is gone.
+    /// fusectl's `abort` file, opened at mount: once this connection is gone, its number goes to the next mount.
     abort: Option<Arc<File>>,
     server: Option<JoinHandle<()>>,
-    /// Behind a lock, so that a connection can be looked at from other threads.
+    /// The lock lets threads share the connection.
     negotiated: Option<Mutex<mpsc::Receiver<Offer>>>,
     offer: Option<Offer>,
     pub seen: Arc<Seen>,
@@ -118,7 +117,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// A mount whose server reads the device before it is mounted, as synchronous INIT demands.
+    /// A mount whose server reads the device before it is mounted, as synchronous INIT requires.
     pub fn serve_before_mount(
         sandbox: &Sandbox,
         init: Init,
@@ -131,7 +130,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// A mount whose INIT nobody answers.
+    /// A mount whose INIT is not answered.
     pub fn unanswered(sandbox: &Sandbox, device: OwnedFd) -> Result<Self, Failed> {
         let mut connection = Self::new(sandbox, device)?;
         connection.attach(sandbox)?;
@@ -170,8 +169,8 @@ impl Connection {
     }
 
     fn wait_for_init(&mut self) -> Result<(), Failed> {
-        let negotiated = self.negotiated.take().ok_or("nobody serves")?;
-        let negotiated = negotiated.into_inner().expect("nobody panicked");
+        let negotiated = self.negotiated.take().ok_or("no server thread")?;
+        let negotiated = negotiated.into_inner().expect("no panic");
         self.offer = Some(negotiated.recv_timeout(Duration::from_secs(10))?);
         Ok(())
     }
@@ -199,7 +198,7 @@ impl Connection {
         unmount(&self.mountpoint, UnmountFlags::DETACH)
     }
 
-    /// RELEASE is sent after close(2) has returned.
+    /// Waits, since the kernel sends RELEASE after close(2) has returned.
     pub fn wait_for_releases(&self, count: u64) -> Result<(), Failed> {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.seen.releases.load(Ordering::SeqCst) < count {
@@ -214,7 +213,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        // Abort first: after it, no call on the mount can hang, this thread's among them.
+        // Abort first: after it, no call on the mount can hang, not even this thread's.
         let _ = self.abort();
         let _ = self.unmount();
         if let Some(server) = self.server.take() {
@@ -241,7 +240,7 @@ pub fn attach(device: &OwnedFd, mountpoint: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A connection in a process of one thread: mounted, and INIT answered.
+/// Mounts and answers INIT in this thread, for a process that has no other.
 pub fn mounted(mountpoint: &Path, init: Init) -> Result<FuseDevice<OwnedFd>, Failed> {
     let device = FuseDevice::open()?.into_inner();
     attach(&device, mountpoint)?;
@@ -249,7 +248,7 @@ pub fn mounted(mountpoint: &Path, init: Init) -> Result<FuseDevice<OwnedFd>, Fai
     Ok(FuseDevice::new(device)?)
 }
 
-/// Mounts, says so, and serves in this thread until the connection ends: for a process that is killed.
+/// Mounts, prints "mounted", and serves in this thread until the connection ends. For a process that is killed.
 pub fn serve_here(
     mountpoint: &Path,
     init: Init,
@@ -269,7 +268,7 @@ pub fn serve_here(
     Ok(())
 }
 
-/// Answers INIT, and leaves whatever comes next unread.
+/// Answers INIT, and leaves later requests unread.
 pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
     let mut buffer = vec![0; BUFFER];
     let length = rustix::io::read(device, &mut buffer[..])?;
@@ -279,12 +278,13 @@ pub fn handshake(device: &OwnedFd, init: Init) -> Result<Offer, Failed> {
     Ok(Offer::of(&request))
 }
 
-/// fusectl's `abort` of a mount, which the watchdog has then too.
+/// Opens fusectl's `abort` file of a mount, for the watchdog too.
 pub fn watched(sandbox: &Sandbox, mountpoint: &Path) -> Result<Arc<File>, Failed> {
     sandbox.watch(connection_number(mountpoint)?)
 }
 
-/// The minor number of the mount's device, from mountinfo: stat(2) would ask the server.
+/// The connection's number, which is the minor number of the mount's device. It is read from mountinfo, since stat(2)
+/// would ask the server.
 pub fn connection_number(mountpoint: &Path) -> Result<u32, Failed> {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo")?;
     let path = mountpoint.to_str().ok_or("the path is not UTF-8")?;
@@ -307,23 +307,23 @@ struct Server {
     seen: Arc<Seen>,
 }
 
-/// For the largest WRITE that `init_reply` permits, and its headers.
-const BUFFER: usize = (1 << 20) + 4096;
+/// Room for the largest WRITE that `init_reply` permits, with its headers.
+pub const BUFFER: usize = (1 << 20) + 4096;
 
-const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
-const OPEN: u32 = 14;
-const READ: u32 = 15;
-const WRITE: u32 = 16;
+pub const LOOKUP: u32 = 1;
+pub const FORGET: u32 = 2;
+pub const GETATTR: u32 = 3;
+pub const SETATTR: u32 = 4;
+pub const OPEN: u32 = 14;
+pub const READ: u32 = 15;
+pub const WRITE: u32 = 16;
 const STATFS: u32 = 17;
-const RELEASE: u32 = 18;
+pub const RELEASE: u32 = 18;
 const GETXATTR: u32 = 22;
-const FLUSH: u32 = 25;
+pub const FLUSH: u32 = 25;
 const INIT: u32 = 26;
-const INTERRUPT: u32 = 36;
-const BATCH_FORGET: u32 = 42;
+pub const INTERRUPT: u32 = 36;
+pub const BATCH_FORGET: u32 = 42;
 
 impl Server {
     fn run(self, init: Init, ready: &mpsc::Sender<Offer>) {
@@ -412,7 +412,7 @@ impl Server {
                 }
             }
             FLUSH => Ok(Vec::new()),
-            // A `struct fuse_statfs_out`: nothing is known.
+            // A zeroed `struct fuse_statfs_out`.
             STATFS => Ok(vec![0; 80]),
             _ => Err(Errno::NOSYS),
         }
@@ -429,15 +429,21 @@ impl Server {
             true if nodeid != 1 => Connection::NODE,
             _ => nodeid,
         };
-        let mut attr = [number, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
-        // The nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize, flags.
-        let rest = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0];
-        attr.extend(rest.map(u32::to_ne_bytes).concat());
-        Ok(attr)
+        Ok(attr(number, size, mode))
     }
 }
 
-fn reply(device: &OwnedFd, request: &Request<'_>, answer: Result<Vec<u8>, Errno>) {
+/// A `struct fuse_attr` with this inode number.
+pub fn attr(number: u64, size: u64, mode: u32) -> Vec<u8> {
+    let mut attr = [number, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
+    // The nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize, flags.
+    let rest = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0];
+    attr.extend(rest.map(u32::to_ne_bytes).concat());
+    attr
+}
+
+/// Answers a request.
+pub fn reply(device: impl AsFd, request: &Request<'_>, answer: Result<Vec<u8>, Errno>) {
     let (error, body) = match answer {
         Ok(body) => (0, body),
         Err(errno) => (-errno.raw_os_error(), Vec::new()),
@@ -446,14 +452,16 @@ fn reply(device: &OwnedFd, request: &Request<'_>, answer: Result<Vec<u8>, Errno>
     reply.extend(error.to_ne_bytes());
     reply.extend(request.unique().to_ne_bytes());
     reply.extend(body);
-    // ENOENT: the request was interrupted. ENODEV: the connection was aborted.
+    // Fails with ENOENT if the request was interrupted, with ENODEV if the connection was aborted.
     let _ = rustix::io::write(device, &reply);
 }
 
-fn errno(error: io::Error) -> Errno {
+pub fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
+/// A `struct fuse_init_out` of protocol 7.40. Besides what `init` says, it has a `max_write` of 1 MiB and a `time_gran`
+/// of 1 ns.
 fn init_reply(init: Init) -> Vec<u8> {
     let words: [u32; 16] = [
         7,
@@ -476,30 +484,31 @@ fn init_reply(init: Init) -> Vec<u8> {
     words.map(u32::to_ne_bytes).concat()
 }
 
-/// `fuse_in_header` and what follows it.
-struct Request<'a>(&'a [u8]);
+/// A request: a `fuse_in_header` of 40 bytes, and the body.
+pub struct Request<'a>(pub &'a [u8]);
 
 impl Request<'_> {
     fn field<const N: usize>(&self, offset: usize) -> [u8; N] {
         self.0[offset..offset + N].try_into().expect("N bytes")
     }
-    fn opcode(&self) -> u32 {
+    pub fn opcode(&self) -> u32 {
         u32::from_ne_bytes(self.field(4))
     }
     fn unique(&self) -> u64 {
         u64::from_ne_bytes(self.field(8))
     }
-    fn nodeid(&self) -> u64 {
+    pub fn nodeid(&self) -> u64 {
         u64::from_ne_bytes(self.field(16))
     }
-    fn body(&self) -> &[u8] {
+    pub fn body(&self) -> &[u8] {
         &self.0[40..]
     }
-    /// In the body.
-    fn u32(&self, offset: usize) -> u32 {
+    /// The field at this offset in the body.
+    pub fn u32(&self, offset: usize) -> u32 {
         u32::from_ne_bytes(self.field(40 + offset))
     }
-    fn u64(&self, offset: usize) -> u64 {
+    /// The field at this offset in the body.
+    pub fn u64(&self, offset: usize) -> u64 {
         u64::from_ne_bytes(self.field(40 + offset))
     }
 }

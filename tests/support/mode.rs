@@ -6,11 +6,11 @@ use libtest_mimic::{Completion, Failed, Trial};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// Ignored, all of them.
+    /// Every test is ignored.
     Off,
-    /// Ignored, with the reason.
+    /// A test that cannot run is ignored, with the reason.
     Auto,
-    /// Failed, with the reason.
+    /// A test that cannot run fails, with the reason.
     Require,
 }
 
@@ -31,14 +31,14 @@ impl Mode {
         ready: &Result<(), String>,
         test: impl FnOnce() -> Result<(), Failed> + Send + 'static,
     ) -> Trial {
-        let verdict = match (self, ready) {
+        let outcome = match (self, ready) {
             (Self::Off, _) => Some(Ok(Completion::ignored_with("FUSE_BACKING_TEST=off"))),
             (_, Ok(())) => None,
             (Self::Auto, Err(why)) => Some(Ok(Completion::ignored_with(why))),
             (Self::Require, Err(why)) => Some(Err(Failed::from(format!("cannot run here: {why}")))),
         };
-        Trial::ignorable_test(name, move || match verdict {
-            Some(verdict) => verdict,
+        Trial::ignorable_test(name, move || match outcome {
+            Some(outcome) => outcome,
             None => test().map(|()| Completion::Completed),
         })
     }

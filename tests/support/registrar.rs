@@ -1,4 +1,4 @@
-//! A registrar that stands for the kernel: no root, no `/dev/fuse`.
+//! A registrar in place of the kernel: it needs no root and no `/dev/fuse`.
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
@@ -10,19 +10,20 @@ use fuse_backing::error::{BackingCloseError, BackingError, Scope};
 use fuse_backing::{Access, BackingId, Register, error::Errno};
 use rustix::fs::{OFlags, fcntl_getfl, fstat};
 
-/// Stands for the kernel.
+/// A registrar in place of the kernel.
 #[derive(Debug, Default)]
 pub(crate) struct Fake {
-    /// What was registered, by id.
+    /// What is registered now, by id.
     pub(crate) registered: Mutex<BTreeMap<i32, Registration>>,
-    /// All that ever was.
+    /// All registrations so far, including the closed ones.
     pub(crate) past: Mutex<Vec<Registration>>,
-    /// Refuse the next call with this.
+    /// Refuses the next call with this.
     pub(crate) refusal: Mutex<Option<(Errno, Scope)>>,
+    /// Makes the next call panic.
     pub(crate) panics: AtomicBool,
     pub(crate) enforces_grant: bool,
     pub(crate) takes_open_fd: bool,
-    /// As before Linux 6.12.
+    /// Refuses `O_PATH` fds, as the kernel does before Linux 6.12.
     pub(crate) refuses_path_fds: bool,
 }
 
@@ -46,7 +47,7 @@ impl Fake {
         *self.refusal.lock().unwrap() = Some((errno, scope));
     }
 
-    fn fuse(&self) {
+    fn panic_if_asked(&self) {
         if self.panics.swap(false, Ordering::SeqCst) {
             resume_unwind(Box::new("a registrar that panics"));
         }
@@ -55,7 +56,7 @@ impl Fake {
 
 impl Register for Fake {
     fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
-        self.fuse();
+        self.panic_if_asked();
         if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
             return Err(BackingError::Registrar { errno, scope });
         }
@@ -76,7 +77,7 @@ impl Register for Fake {
     }
 
     fn unregister(&self, id: BackingId) -> Result<(), BackingCloseError<BackingId>> {
-        self.fuse();
+        self.panic_if_asked();
         if let Some((errno, scope)) = self.refusal.lock().unwrap().take() {
             let cause = BackingError::Registrar { errno, scope };
             return Err(BackingCloseError::new(id, cause));

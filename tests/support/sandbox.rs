@@ -1,5 +1,4 @@
-//! What every kernel test stands in: a mount namespace of its own, a scratch tmpfs, fusectl, and a
-//! watchdog.
+//! Where every test that mounts runs: a private mount namespace, a scratch tmpfs, fusectl, and a watchdog.
 
 use std::collections::HashMap;
 use std::env;
@@ -20,10 +19,10 @@ use rustix::mount::{
 use rustix::process::geteuid;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// After this the test's connections are aborted, which fails whatever hangs on them. Times
-/// `FUSE_BACKING_PATIENCE`, for machines that are slow.
+/// After this time the watchdog aborts the test's connections, which fails the calls that hang on them. Slow machines
+/// multiply it by `FUSE_BACKING_PATIENCE`.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// After this the process ends.
+/// If the test still hangs this long after `PATIENCE`, the process ends.
 const GRACE: Duration = Duration::from_secs(20);
 
 static ROOT: OnceLock<PathBuf> = OnceLock::new();
@@ -34,17 +33,17 @@ struct Watched {
     name: String,
     since: Instant,
     patience: Duration,
-    /// Whether it was told what its threads are at.
-    told: bool,
+    /// Whether the watchdog has reported the hang.
+    reported: bool,
     folder: PathBuf,
-    /// fusectl's `abort` of connections, which may have no mount when the test hangs.
+    /// fusectl's `abort` files of connections that may not be mounted when the test hangs.
     connections: Vec<Arc<File>>,
 }
 
 impl Watched {
-    /// fusectl's `abort` of every connection that the test has.
+    /// fusectl's `abort` file of each connection of the test.
     fn aborts(&mut self) -> Vec<Arc<File>> {
-        // What is mounted now has its number now.
+        // A number names the same connection as long as that is mounted.
         let mounted = mounted_connections(&self.folder).into_iter();
         let paths = mounted.map(|number| fusectl().join(number.to_string()).join("abort"));
         let open = |path| File::options().write(true).open(path).ok();
@@ -72,8 +71,8 @@ fn fusectl() -> PathBuf {
     ROOT.get().expect("entered").join("fusectl")
 }
 
-/// Leaves the machine's mount namespace for a private one, where nothing that a test mounts can be
-/// left behind. Before any thread is started, since a namespace belongs to a thread.
+/// Enters a private mount namespace, so that no mount of a test is left behind. Must be called before any thread is
+/// started: unshare(2) moves the calling thread only.
 pub fn enter() -> Result<(), String> {
     if !geteuid().is_root() {
         return Err("not root: mount(2) and CAP_SYS_ADMIN are needed".into());
@@ -89,7 +88,7 @@ pub fn enter() -> Result<(), String> {
         .tempdir()
         .map_err(|e| format!("a scratch folder: {e}"))?
         .keep();
-    // As mountinfo has it, which the watchdog reads.
+    // The watchdog looks for the path that mountinfo has.
     let root = root.canonicalize().map_err(|e| e.to_string())?;
     if root.to_string_lossy().contains(char::is_whitespace) {
         return Err(format!(
@@ -102,14 +101,14 @@ pub fn enter() -> Result<(), String> {
     fs::create_dir(&fusectl).map_err(|e| e.to_string())?;
     mount("fusectl", &fusectl, "fusectl", MountFlags::empty(), None)
         .map_err(|e| failed("fusectl", e))?;
-    // Files of which a test says nothing else are on a filesystem that is no stack: /tmp may be one.
+    // Temporary files are made on this tmpfs: /tmp may be on a stacked filesystem.
     tempfile::env::override_temp_dir(&root).map_err(|_| "there is an override already")?;
     ROOT.set(root).map_err(|_| "entered twice")?;
     thread::spawn(watchdog);
     Ok(())
 }
 
-/// Takes the scratch folder away again; the mounts go with the namespace.
+/// Removes the scratch folder; the mounts end with the namespace.
 pub fn leave() {
     if let Some(root) = ROOT.get() {
         let _ = unmount(root, UnmountFlags::DETACH);
@@ -117,21 +116,19 @@ pub fn leave() {
     }
 }
 
-/// Whether the watchdog had to abort a connection: the error that a test got from that may be just
-/// what it expects.
+/// Whether the watchdog aborted a connection. The run fails then: a test may have passed because of the error that the
+/// abort caused.
 pub fn hung() -> bool {
     HUNG.load(Ordering::Relaxed)
 }
 
 #[allow(unsafe_code)]
 fn unshare_mounts() -> rustix::io::Result<()> {
-    // SAFETY: CLONE_NEWNS does not touch the table of file descriptors, which is what makes
-    // `unshare` unsafe.
+    // SAFETY: what makes `unshare` unsafe is a change of the table of file descriptors; CLONE_NEWNS does not touch it.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
-/// How many times longer things may take here, an emulated machine most likely: 1 unless
-/// `FUSE_BACKING_PATIENCE` says otherwise.
+/// How many times longer things may take on this machine: 1, or `FUSE_BACKING_PATIENCE`, set for emulated machines.
 pub fn patience_times() -> u32 {
     let times = env::var("FUSE_BACKING_PATIENCE").ok();
     times.map_or(1, |times| times.parse().expect("a number"))
@@ -146,8 +143,8 @@ fn watchdog() {
             let age = test.since.elapsed();
             if age > test.patience * times {
                 let aborts = test.aborts();
-                if !test.told {
-                    test.told = true;
+                if !test.reported {
+                    test.reported = true;
                     let (name, count) = (&test.name, aborts.len());
                     eprintln!("watchdog: {name} has run for {age:.0?}\n{}", threads());
                     eprintln!("watchdog: {name} hangs, aborting its connections: {count}");
@@ -169,8 +166,8 @@ fn watchdog() {
     }
 }
 
-/// What each thread of this process and of its children is at: its state, its ticks and its parent among
-/// the fields of `stat`, its system call, and its kernel stack.
+/// What each thread of this process and of its children is doing: the fields of `stat`, with its state, ticks and
+/// parent, its system call, and its kernel stack.
 fn threads() -> String {
     let me = process::id().to_string();
     let numbers = |folder: &str| -> Vec<String> {
@@ -179,10 +176,10 @@ fn threads() -> String {
         names.filter(|name| name.parse::<u32>().is_ok()).collect()
     };
     let read = |path: String| fs::read_to_string(path).unwrap_or_default();
-    let mut told = String::new();
+    let mut report = String::new();
     for pid in numbers("/proc") {
         let stat = read(format!("/proc/{pid}/stat"));
-        // After the command's name, which may have anything in it: the state, and the parent.
+        // The state and the parent follow the command's name, which may contain any character.
         let after_name = stat.rsplit(')').next().unwrap_or_default();
         if pid != me && after_name.split_whitespace().nth(1) != Some(&me) {
             continue;
@@ -191,17 +188,17 @@ fn threads() -> String {
         for thread in numbers(&tasks) {
             let of = |file| read(format!("{tasks}/{thread}/{file}"));
             let (stat, call, stack) = (of("stat"), of("syscall"), of("stack"));
-            told += &format!(
+            report += &format!(
                 "watchdog: {}\n  system call {}\n{stack}",
                 stat.trim(),
                 call.trim()
             );
         }
     }
-    told
+    report
 }
 
-/// One test's place: a folder of its own, and the watchdog's eye.
+/// A folder for one test, which the watchdog watches until the last clone is dropped.
 #[derive(Clone)]
 pub struct Sandbox(Arc<Inner>);
 
@@ -216,7 +213,7 @@ impl Sandbox {
         Self::patient(test, PATIENCE)
     }
 
-    /// For what may take longer than a test.
+    /// As `new`, for a test that may take longer.
     pub fn patient(test: &str, patience: Duration) -> Result<Self, Failed> {
         static KEYS: AtomicU64 = AtomicU64::new(0);
         let key = KEYS.fetch_add(1, Ordering::Relaxed);
@@ -227,7 +224,7 @@ impl Sandbox {
             name: test.to_owned(),
             since: Instant::now(),
             patience,
-            told: false,
+            reported: false,
             folder: folder.clone(),
             connections: Vec::new(),
         };
@@ -248,15 +245,15 @@ impl Sandbox {
         Ok(folder)
     }
 
-    /// A tmpfs of its own, to see by unmounting it whether anything pins a file on it.
+    /// Mounts a new tmpfs. Unmounting it shows whether anything pins a file on it.
     pub fn tmpfs(&self) -> Result<Tmpfs, Failed> {
         let folder = self.folder("tmpfs")?;
         mount("tmpfs", &folder, "tmpfs", MountFlags::empty(), None)?;
         Ok(Tmpfs(folder))
     }
 
-    /// fusectl's `abort` of a connection. If the test hangs the watchdog writes it, whether the connection is
-    /// mounted then or not.
+    /// Opens fusectl's `abort` file of a connection. If the test hangs, the watchdog writes to it, even if the
+    /// connection is no longer mounted.
     pub fn watch(&self, connection: u32) -> Result<Arc<File>, Failed> {
         let path = fusectl().join(connection.to_string()).join("abort");
         let abort = Arc::new(File::options().write(true).open(path)?);
@@ -264,7 +261,7 @@ impl Sandbox {
         Ok(abort)
     }
 
-    /// Adds an `abort` that another sandbox has opened.
+    /// As `watch`, for an `abort` file that is open already.
     pub fn also_watch(&self, abort: Arc<File>) {
         let mut tests = TESTS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(test) = tests.as_mut().and_then(|tests| tests.get_mut(&self.0.key)) {
@@ -282,7 +279,7 @@ impl Drop for Inner {
     }
 }
 
-/// The leak oracle: it cannot be unmounted while any of its files is open or registered.
+/// A tmpfs that shows leaks: it cannot be unmounted while any of its files is open or registered.
 pub struct Tmpfs(PathBuf);
 
 impl Tmpfs {
@@ -290,7 +287,7 @@ impl Tmpfs {
         &self.0
     }
 
-    /// A file of this content, open for reading and writing.
+    /// Makes a file with this content, and opens it for reading and writing.
     pub fn file(&self, name: &str, content: &str) -> Result<File, Failed> {
         let path = self.0.join(name);
         fs::write(&path, content)?;
@@ -306,8 +303,8 @@ impl Tmpfs {
     }
 }
 
-/// Patient, because a child of another test has, between its fork and its exec, all fds of this
-/// process; and because the kernel puts a file's last reference a moment after close(2).
+/// Retries for 10 seconds: between fork and exec, a child of another test has all fds of this process, and the kernel
+/// drops a file's last reference a moment after close(2).
 pub fn unmount_when_idle(path: &Path) -> Result<(), Failed> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

@@ -1,5 +1,5 @@
-//! Forges the results of system calls for the calling thread, with a seccomp filter: what the kernel
-//! will not do on request.
+//! Forges the results of the calling thread's system calls, with a seccomp filter: for results that the kernel does not
+//! give on request.
 
 #![allow(unsafe_code)]
 
@@ -18,18 +18,18 @@ use libc::{
 use rustix::io::Errno;
 use rustix::ioctl::opcode;
 
-// Not in every libc that has the structs.
+// Some targets' libc has the structs, but not these constants.
 const SECCOMP_IOCTL_NOTIF_RECV: libc::Ioctl =
     opcode::read_write::<libc::seccomp_notif>(b'!', 0) as _;
 const SECCOMP_IOCTL_NOTIF_SEND: libc::Ioctl =
     opcode::read_write::<libc::seccomp_notif_resp>(b'!', 1) as _;
-/// The same: the call is made after all.
+/// Makes the kernel make the call after all. Some targets' libc does not have it either.
 const SECCOMP_USER_NOTIF_FLAG_CONTINUE: u32 = 1;
 
-/// `struct seccomp_data`: the number of the call.
+/// The offset of the call's number in `struct seccomp_data`.
 const OFFSET_OF_NUMBER: u32 = 0;
 
-/// In the same: the low half of an argument, counted from 0.
+/// The offset of the low half of argument `n`, counted from 0, in `struct seccomp_data`.
 const fn offset_of_argument(n: u32) -> u32 {
     16 + 8 * n + if cfg!(target_endian = "big") { 4 } else { 0 }
 }
@@ -42,8 +42,8 @@ pub enum Forged {
     Value(i32),
 }
 
-/// Makes every later ioctl of these numbers by this thread return what it says. For the rest of the
-/// thread's life: run it in a thread of its own.
+/// Makes every later ioctl of these numbers by this thread return the forged result. It lasts as long as the thread:
+/// run it in a thread of its own.
 pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
     let count = u8::try_from(ioctls.len()).map_err(io::Error::other)?;
     let mut program = vec![
@@ -56,7 +56,7 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
         program.push(skip_unless(request, 1));
         program.push(answer(match forged {
             Forged::Error(errno) => error(errno),
-            // A filter cannot say more than an errno: somebody else has to.
+            // A filter can return nothing but an errno: a supervisor returns the value.
             Forged::Value(value) => {
                 values.push((request, value));
                 SECCOMP_RET_USER_NOTIF
@@ -75,13 +75,13 @@ pub fn forge(ioctls: &[(u32, Forged)]) -> io::Result<()> {
     })
 }
 
-/// Makes every later call of this number by this thread fail with this errno. As [`forge`], for the rest of
-/// the thread's life; what was forged or refused before stays so.
+/// Makes every later call of this number by this thread fail with this errno. Like [`forge`], it lasts as long as the
+/// thread. Earlier filters stay in force.
 pub fn refuse(number: c_long, errno: Errno) -> io::Result<()> {
     install(&mut answering(number, error(errno)), false).map(drop)
 }
 
-/// The next call of this number by this thread fails with this errno. Later ones are made.
+/// Makes the next call of this number by this thread fail with this errno. Later ones are made.
 pub fn refuse_next(number: c_long, errno: Errno) -> io::Result<()> {
     let mut refusal = Some(errno);
     let mut program = answering(number, SECCOMP_RET_USER_NOTIF);
@@ -90,12 +90,12 @@ pub fn refuse_next(number: c_long, errno: Errno) -> io::Result<()> {
     })
 }
 
-/// This thread's next call of this number kills it. Nothing that it has is dropped.
+/// Makes the next call of this number by this thread kill the thread. Nothing that it owns is dropped.
 pub fn kill_at(number: c_long) -> io::Result<()> {
     install(&mut answering(number, SECCOMP_RET_KILL_THREAD), false).map(drop)
 }
 
-/// What a supervisor says to a call.
+/// A supervisor's answer to a call.
 enum Answer {
     Value(i64),
     Error(Errno),
@@ -104,24 +104,25 @@ enum Answer {
 
 fn install_supervised(
     program: &mut [sock_filter],
-    says: impl FnMut(&libc::seccomp_data) -> Answer + Send + 'static,
+    decide: impl FnMut(&libc::seccomp_data) -> Answer + Send + 'static,
 ) -> io::Result<()> {
-    // Started before there is a filter, which it would inherit.
+    // The supervisor is started before the filter is installed, since it would inherit the filter.
     let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || receiver.recv().map(|listener| supervise(&listener, says)));
+    thread::spawn(move || receiver.recv().map(|listener| supervise(&listener, decide)));
     if let Some(listener) = install(program, true)? {
         sender.send(listener).map_err(io::Error::other)?;
     }
     Ok(())
 }
 
-/// Makes every later call of this number by this thread return 0 without being made, and by the program that it
-/// executes. As [`forge`], for the rest of the thread's life.
+/// Makes every later call of this number, by this thread and by the program that it executes, return 0 without being
+/// made. Like [`forge`], it lasts as long as the thread.
 pub fn pretend(number: c_long) -> io::Result<()> {
     install(&mut answering(number, SECCOMP_RET_ERRNO), false).map(drop)
 }
 
-/// The fd, if one is asked for, is where the calls are told of that the filter leaves to others.
+/// Installs a filter. With `listen`, returns the fd from which a supervisor reads the calls that the filter leaves to
+/// it.
 fn install(program: &mut [sock_filter], listen: bool) -> io::Result<Option<OwnedFd>> {
     let program = sock_fprog {
         len: program.len() as u16,
@@ -154,10 +155,10 @@ fn install(program: &mut [sock_filter], listen: bool) -> io::Result<Option<Owned
     Ok(listen.then(|| unsafe { OwnedFd::from_raw_fd(result as i32) }))
 }
 
-/// Answers for the kernel, until the thread with the filter ends.
+/// Answers calls in place of the kernel, until the thread with the filter ends.
 fn supervise(
     listener: &OwnedFd,
-    mut says: impl FnMut(&libc::seccomp_data) -> Answer,
+    mut decide: impl FnMut(&libc::seccomp_data) -> Answer,
 ) -> io::Result<()> {
     loop {
         let mut poll = libc::pollfd {
@@ -172,7 +173,7 @@ fn supervise(
         if poll.revents & POLLIN == 0 {
             return Ok(());
         }
-        // The kernel takes none that is not zeroed.
+        // The kernel refuses a struct that is not zeroed.
         let mut call = MaybeUninit::<libc::seccomp_notif>::zeroed();
         // SAFETY: the kernel writes a `seccomp_notif`.
         let result = unsafe {
@@ -185,9 +186,9 @@ fn supervise(
         if result != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: zeroed and then filled in by the kernel, and integers all.
+        // SAFETY: zeroed, and then filled in by the kernel; all fields are integers.
         let call = unsafe { call.assume_init() };
-        let (val, error, flags) = match says(&call.data) {
+        let (val, error, flags) = match decide(&call.data) {
             Answer::Value(value) => (value, 0, 0),
             Answer::Error(errno) => (0, -errno.raw_os_error(), 0),
             Answer::Made => (0, 0, SECCOMP_USER_NOTIF_FLAG_CONTINUE),

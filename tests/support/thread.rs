@@ -1,4 +1,4 @@
-//! What belongs to a thread: capabilities, and ids.
+//! Capabilities and ids of a thread.
 
 use rustix::fs::{Gid, Uid};
 use rustix::thread::{
@@ -26,7 +26,7 @@ pub fn apart<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Makes this thread that user's, whose group is of the same number, and who is in these groups too.
+/// Gives this thread the user id and group id `id`, and these supplementary groups.
 pub fn become_user(id: u32, groups: &[u32]) -> rustix::io::Result<()> {
     let groups: Vec<_> = groups.iter().copied().map(Gid::from_raw).collect();
     let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));

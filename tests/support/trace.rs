@@ -28,7 +28,7 @@ pub fn traced<T>(f: impl FnOnce() -> T) -> io::Result<T> {
     Ok(result)
 }
 
-/// In the parent: what a child of this role calls between its marks, until which it must come.
+/// In the parent: the system calls that a child of this role makes between its marks.
 pub fn calls_of(role: &str, args: &[&OsStr]) -> Result<Vec<Call>, Failed> {
     let mut child = Client::start(role, args)?;
     assert_eq!(child.line()?, "ready");
@@ -43,7 +43,7 @@ pub fn calls_of(role: &str, args: &[&OsStr]) -> Result<Vec<Call>, Failed> {
     }
 }
 
-/// Lets a child go on that waits for its parent, and records what it calls until it ends.
+/// Lets the waiting child proceed, and records its system calls until it ends.
 fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
     let pid = child.id() as libc::pid_t;
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACEEXIT;
@@ -59,7 +59,7 @@ fn calls(child: &mut Client) -> Result<Vec<Call>, Failed> {
         if signal == libc::SIGTRAP | 0x80 {
             calls.extend(entry(pid)?);
         } else if event == libc::PTRACE_EVENT_EXIT {
-            // Whoever started it waits for it.
+            // `Client::finish` waits for its end.
             ptrace(libc::PTRACE_DETACH, pid, 0, 0)?;
             break;
         } else if event == 0 {
@@ -80,7 +80,7 @@ fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
         size_of::<libc::ptrace_syscall_info>(),
         info.as_mut_ptr() as usize,
     );
-    // User-mode Linux does not know it.
+    // User-mode Linux does not know PTRACE_GET_SYSCALL_INFO.
     #[cfg(target_arch = "x86_64")]
     if result.as_ref().err().and_then(io::Error::raw_os_error) == Some(libc::EIO) {
         return entry_by_registers(pid);
@@ -91,7 +91,7 @@ fn entry(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
     if info.op != libc::PTRACE_SYSCALL_INFO_ENTRY {
         return Ok(None);
     }
-    // SAFETY: of an entry, this is the member that the kernel filled in.
+    // SAFETY: `op` says that the kernel filled in this member.
     let entry = unsafe { info.u.entry };
     Ok(Some(Call {
         number: entry.nr as libc::c_long,
@@ -106,7 +106,7 @@ fn entry_by_registers(pid: libc::pid_t) -> Result<Option<Call>, Failed> {
     ptrace(libc::PTRACE_GETREGS, pid, 0, data)?;
     // SAFETY: zeroed, and every bit pattern is one of these integers.
     let registers = unsafe { registers.assume_init() };
-    // What a call returns until it has been made.
+    // The register holds this from the call's entry until the call was made.
     let is_entry = registers.rax as i64 == -i64::from(libc::ENOSYS);
     Ok(is_entry.then_some(Call {
         number: registers.orig_rax as i64,

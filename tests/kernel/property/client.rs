@@ -1,4 +1,4 @@
-//! A client process that lives as long as a sequence, and does what it is told.
+//! A client process that lives as long as a sequence, and obeys commands.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,16 +15,16 @@ use crate::client::{Client, Role};
 
 pub const ROLES: &[(&str, Role)] = &[("obey", obey)];
 
-/// How much of a file a mapping covers.
+/// How many bytes of a file a mapping covers.
 pub const MAPPED: usize = 4 * 4096;
 
-/// One that was started.
+/// A client process that was started.
 pub struct Puppet {
     client: Client,
     commands: File,
 }
 
-/// What a command gave: bytes in hexadecimal where there are some, or the errno.
+/// The answer to a command: a text, in which bytes are hexadecimal, or an errno.
 pub type Answer = Result<String, i32>;
 
 impl Puppet {
@@ -36,7 +36,7 @@ impl Puppet {
         })
     }
 
-    /// Sends a command, whose answer is yet to be waited for.
+    /// Sends a command. The caller must then wait for its `answer`.
     pub fn send(&mut self, command: &str) -> io::Result<()> {
         self.commands.write_all(format!("{command}\n").as_bytes())
     }
@@ -154,7 +154,7 @@ impl Hands {
     }
 }
 
-/// Unlike dropping it, says what came of it.
+/// Closes a file, and reports the result, which dropping it would not.
 #[allow(unsafe_code)]
 fn close(file: File) -> io::Result<()> {
     // SAFETY: the fd was this file's alone.
@@ -164,7 +164,7 @@ fn close(file: File) -> io::Result<()> {
     }
 }
 
-/// Shared with the file. Whoever uses it keeps to the file's size, beyond which is SIGBUS.
+/// A `MAP_SHARED` mapping. Access beyond the file's size is the caller's fault, and raises SIGBUS.
 struct Mapping(*mut u8);
 
 #[allow(unsafe_code)]
@@ -172,7 +172,7 @@ impl Mapping {
     fn new(file: &File, write: bool) -> io::Result<Self> {
         let prot = libc::PROT_READ | if write { libc::PROT_WRITE } else { 0 };
         let (null, fd) = (std::ptr::null_mut(), file.as_raw_fd());
-        // SAFETY: a new mapping, where the kernel finds room.
+        // SAFETY: the kernel chooses where the new mapping goes.
         let map = unsafe { libc::mmap(null, MAPPED, prot, libc::MAP_SHARED, fd, 0) };
         if map == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -192,7 +192,7 @@ impl Mapping {
     fn write(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
         assert!(offset + bytes.len() <= MAPPED);
         for (at, byte) in (offset..).zip(bytes) {
-            // SAFETY: as above; only a mapping that may be written is told to.
+            // SAFETY: as above; "poke" is sent only for a mapping that was made writable.
             unsafe { self.0.add(at).write_volatile(*byte) };
         }
         // SAFETY: the whole of the mapping.
@@ -206,7 +206,7 @@ impl Mapping {
 #[allow(unsafe_code)]
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping, which nobody has any more.
+        // SAFETY: the whole mapping, to which nothing refers any more.
         unsafe { libc::munmap(self.0.cast(), MAPPED) };
     }
 }

@@ -1,4 +1,4 @@
-//! What a `BackingTable` is to do, written down a second time: for one thread, without a kernel.
+//! A model of `BackingTable`: a second implementation, for one thread, without a kernel.
 
 use std::collections::BTreeMap;
 
@@ -6,36 +6,35 @@ use fuse_backing::error::{BackingError, NotPermitted, OpenError, ServerReason};
 use fuse_backing::table::Entry;
 use fuse_backing::{Access, ClientFlags};
 
-/// From what kind of thread the table is called.
+/// The kind of thread that calls the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thread {
     Able,
-    /// Without `CAP_SYS_ADMIN`: it can neither register nor close.
+    /// It lacks `CAP_SYS_ADMIN`: it can neither register nor close.
     Incapable,
     /// Its registrations fail with `ENOMEM`.
     OutOfMemory,
-    /// Its registrations are denied by a policy, which counts for the whole connection.
+    /// A policy denies its registrations, which the table takes to concern the whole connection.
     Denied,
 }
 
-/// The file behind a fd that is handed to the table.
+/// The file of an fd that is handed to the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId {
     pub device: u64,
     pub inode: u64,
-    /// Whether the kernel takes it as a backing file.
+    /// Whether the kernel accepts it as a backing file.
     pub registrable: bool,
 }
 
-/// One registration, or one open inode in server mode. There can be several under one key, of which
-/// one is attached.
+/// A registration, or an open inode in server mode. Of those with one key, at most one is attached.
 #[derive(Clone, Copy, Debug)]
 struct Inode {
     key: u64,
     attached: bool,
     mode: Mode,
     opens: u64,
-    /// When it became idle.
+    /// When it became idle, by the model's clock.
     idle: Option<u64>,
     close_failed: bool,
 }
@@ -43,7 +42,7 @@ struct Inode {
 #[derive(Clone, Copy, Debug)]
 enum Mode {
     Passthrough {
-        /// `None` until the table has said it.
+        /// `None` until the table has answered with it.
         id: Option<i32>,
         granted: Access,
         file: FileId,
@@ -66,7 +65,7 @@ pub struct Model {
     pub refused: Option<BackingError>,
 }
 
-/// What an incapable thread gets.
+/// The error that `Thread::Incapable` gets.
 const INCAPABLE: BackingError = BackingError::NotPermitted(NotPermitted::MissingCapability);
 const DENIED: BackingError = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
 
@@ -187,7 +186,7 @@ impl Model {
         }
     }
 
-    /// Unless it is open.
+    /// Forgets the inode unless it is open.
     pub fn invalidate(&mut self, key: u64, thread: Thread) -> bool {
         let is_open = self.opens(key) > 0;
         if !is_open {
@@ -209,7 +208,7 @@ impl Model {
     pub fn retry_closes(&mut self, thread: Thread) -> Result<(), BackingError> {
         let failed = self.inodes.iter().filter(|(_, inode)| inode.close_failed);
         let failed: Vec<_> = failed.map(|(uid, _)| *uid).collect();
-        // All are tried.
+        // Each is tried, even after one has failed.
         let mut result = Ok(());
         for uid in failed {
             result = result.and(self.close(uid, thread));
@@ -217,24 +216,24 @@ impl Model {
         result
     }
 
-    /// Holds the id of an open against what is known of it; `None` is server mode.
-    pub fn check_id(&mut self, uid: Uid, said: Option<i32>) -> Result<(), String> {
-        let twice =
-            |inode: &Inode| matches!(inode.mode, Mode::Passthrough { id, .. } if id == said);
-        let taken = self.inodes.values().any(twice);
-        match (&mut self.inode(uid).mode, said) {
+    /// Compares the id that the table answered an open with to the inode's; `None` is server mode.
+    pub fn check_id(&mut self, uid: Uid, answered: Option<i32>) -> Result<(), String> {
+        let has_it =
+            |inode: &Inode| matches!(inode.mode, Mode::Passthrough { id, .. } if id == answered);
+        let taken = self.inodes.values().any(has_it);
+        match (&mut self.inode(uid).mode, answered) {
             (
                 Mode::Passthrough {
                     id: Some(known), ..
                 },
-                Some(said),
-            ) if *known == said => Ok(()),
-            (Mode::Passthrough { id: id @ None, .. }, Some(said)) if !taken => {
-                *id = Some(said);
+                Some(answered),
+            ) if *known == answered => Ok(()),
+            (Mode::Passthrough { id: id @ None, .. }, Some(answered)) if !taken => {
+                *id = Some(answered);
                 Ok(())
             }
             (Mode::Server(_), None) => Ok(()),
-            (mode, said) => Err(format!("answered with id {said:?}, to be {mode:?}")),
+            (mode, answered) => Err(format!("answered with id {answered:?}, expected {mode:?}")),
         }
     }
 
@@ -245,7 +244,7 @@ impl Model {
         }
     }
 
-    /// Of the inode that has this number now.
+    /// How often the inode that has this number now is open.
     pub fn opens(&self, key: u64) -> u64 {
         self.attached(key).map_or(0, |uid| self.inodes[&uid].opens)
     }
@@ -270,7 +269,7 @@ impl Model {
         self.count(|inode| inode.idle.is_some())
     }
 
-    /// As `rows` has the table's.
+    /// The model's state, in the form of the free function `rows`.
     pub fn rows(&self) -> Vec<String> {
         let row = |inode: &Inode| {
             let (id, granted, file, reason) = match inode.mode {
@@ -356,7 +355,7 @@ impl Model {
         }
     }
 
-    /// An id that cannot be closed stays where it is.
+    /// Closes an id. The inode of an id that cannot be closed stays.
     fn close(&mut self, uid: Uid, thread: Thread) -> Result<(), BackingError> {
         if thread == Thread::Incapable {
             self.close_failures += 1;
@@ -368,7 +367,7 @@ impl Model {
         Ok(())
     }
 
-    /// Closes what nobody has open. If that fails, it has lost its number all the same.
+    /// Closes the id of an inode that is not open. The inode loses its number even if the close fails.
     fn detach(&mut self, uid: Uid, thread: Thread) {
         self.inode(uid).attached = false;
         let _ = self.close(uid, thread);
@@ -389,7 +388,7 @@ impl Model {
     }
 }
 
-/// What the table lists, to be compared and printed.
+/// The table's list, in a form to be compared and printed.
 pub fn rows(entries: &[Entry<u64>]) -> Vec<String> {
     sorted(entries.iter().map(|entry| {
         row(

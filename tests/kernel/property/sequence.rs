@@ -1,4 +1,4 @@
-//! Random sequences of what clients and the server do, carried out one after the other.
+//! Random sequences of operations of the clients and the server, and their execution.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -20,29 +20,29 @@ use crate::sandbox::{Sandbox, Tmpfs};
 
 #[derive(Clone)]
 pub struct Case {
-    /// `FUSE_ATOMIC_O_TRUNC`: without it, `O_TRUNC` comes as a SETATTR of its own.
+    /// `FUSE_ATOMIC_O_TRUNC`: without it, the kernel sends a SETATTR for `O_TRUNC`.
     pub atomic_trunc: bool,
     /// `FUSE_DIRECT_IO_ALLOW_MMAP`.
     pub allow_mmap: bool,
-    /// Whether the kernel may keep names, or has to look them up at each open.
+    /// Whether the kernel may cache names, or looks them up at each open.
     pub entries_stay: bool,
-    /// Whether the server tells the table of FORGET, or leaves it to `open` to see that a number
-    /// names another file.
+    /// Whether the server passes FORGET on to the table, or leaves it to `open` to find that a number names another
+    /// file.
     pub forgets: bool,
     pub drop: WhenDropped,
     pub ops: Vec<Op>,
 }
 
-/// What is left to the table's destructor.
+/// What is left for the table's destructor to close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WhenDropped {
     Nothing,
     Idle,
-    /// And to the files that outlive it.
+    /// Idle ids, and open files that outlive the table.
     Open,
 }
 
-/// In the form in which it can be read in a report.
+/// One line for each operation, for a report.
 impl fmt::Debug for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
@@ -57,7 +57,7 @@ impl fmt::Debug for Case {
     }
 }
 
-/// `nth` picks one of the open files or mappings that there are; without any, nothing is done.
+/// `nth` picks one of the open files or mappings; if there are none, the operation does nothing.
 #[derive(Clone, Debug)]
 pub enum Op {
     Open {
@@ -65,7 +65,7 @@ pub enum Op {
         name: usize,
         how: How,
         plan: Plan,
-        /// One that another client closes at the same time.
+        /// The open file that another client closes at the same time.
         closing: Option<usize>,
     },
     Close {
@@ -104,11 +104,11 @@ pub enum Op {
         nth: usize,
         thread: Thread,
     },
-    /// The kernel's memory of a name is dropped: what is not open it forgets.
+    /// The kernel drops a name from its cache, and forgets the inode unless it is open.
     DropName {
         name: usize,
     },
-    /// Another file behind a name, or none.
+    /// The name gets another file, or none.
     Replace {
         name: usize,
         new: bool,
@@ -139,7 +139,7 @@ pub enum Op {
 /// The client's open(2).
 #[derive(Clone, Copy, Debug)]
 pub struct How {
-    /// An access mode, 3 among them, which can neither read nor write.
+    /// An access mode. Mode 3, which permits neither reading nor writing, is among them.
     mode: i32,
     truncate: bool,
     append: bool,
@@ -156,7 +156,7 @@ impl How {
     }
 }
 
-/// `tight`: with few ids, idle ones, and closes that fail.
+/// `tight` limits the ids to a few, keeps some idle, and makes more closes fail.
 pub fn case(tight: bool) -> impl Strategy<Value = Case> {
     let settings = (
         prop::bool::weighted(0.8),
@@ -195,13 +195,13 @@ pub fn case(tight: bool) -> impl Strategy<Value = Case> {
     })
 }
 
-/// One close of so many fails, and one more.
+/// One close in `able` + 1 fails.
 fn op(able: u32) -> impl Strategy<Value = Op> {
     let nth = || 0..16_usize;
     let offset = || prop_oneof![2 => 0..200_usize, 3 => 0..9000_usize];
     let length = || prop_oneof![3 => 1..200_usize, 1 => 1..1200_usize];
     let nodeid = || 1..9_u64;
-    // From where the table closes ids.
+    // The thread on which the table closes ids.
     let thread = move || prop_oneof![able => Just(Thread::Able), 1 => Just(Thread::Incapable)];
     prop_oneof![
         14 => open(),
@@ -296,7 +296,7 @@ struct OpenFile {
     how: How,
     direct: bool,
     passthrough: bool,
-    /// Not closed yet.
+    /// Whether its fd is still open.
     fd: bool,
     mapped: bool,
 }
@@ -310,27 +310,26 @@ impl OpenFile {
         matches!(self.how.mode, libc::O_WRONLY | libc::O_RDWR)
     }
 
-    /// Whether its READs and WRITEs pass the server by.
-    fn is_direct_to_backing(&self) -> bool {
+    /// Whether reads and writes bypass the server.
+    fn bypasses_server(&self) -> bool {
         self.passthrough && !self.direct
     }
 
-    /// Whether RELEASE is yet to come. A mapping in passthrough mode is of the backing file, and
-    /// does not hold the open file.
-    fn holds(&self) -> bool {
+    /// Whether it is not released yet. A mapping in passthrough mode maps the backing file, and does not hold the open
+    /// file.
+    fn is_held(&self) -> bool {
         self.fd || self.mapped && !self.passthrough
     }
 }
 
-/// What clients and server are in. Torn down in this order: the connection first, after which
-/// nothing can hang.
+/// The clients, the server, and what they share. The connection goes first, after which nothing can hang.
 struct Run {
     server: Option<Server>,
     connection: Option<Connection>,
     clients: Vec<Puppet>,
     tmpfs: Tmpfs,
     files: Vec<OpenFile>,
-    /// What each file is to hold, where it is not what it held at first.
+    /// The expected content of each file that was written, by serial.
     contents: HashMap<u64, Vec<u8>>,
     last_slot: u64,
     allow_mmap: bool,
@@ -349,13 +348,13 @@ impl Drop for Run {
     }
 }
 
-/// What came of a sequence, and whether the rule was broken that was to be.
+/// The result of a sequence, and whether it broke the rule that it was to break.
 pub struct Outcome {
     pub result: Result<(), Wrong>,
     pub sabotaged: bool,
 }
 
-/// From mounting to unmounting. `offered`: the kernel's INIT flags.
+/// Runs a sequence, from mounting to unmounting. `offered` has the kernel's INIT flags.
 pub fn run(
     sandbox: &Sandbox,
     offered: u64,
@@ -449,7 +448,7 @@ impl Run {
         Ok(())
     }
 
-    /// Index of the `nth` file that fits.
+    /// The index of the `nth` file that fits, counted round.
     fn pick(&self, nth: usize, fits: impl Fn(&OpenFile) -> bool) -> Option<usize> {
         let fitting: Vec<_> = (0..self.files.len())
             .filter(|at| fits(&self.files[*at]))
@@ -465,7 +464,7 @@ impl Run {
         self.clients[file.client].ask(&command).map_err(failed)
     }
 
-    /// Asks, and holds the answer against what it is to be.
+    /// Asks, and compares the answer.
     fn expect(&mut self, at: usize, verb: &str, rest: &str, answer: Answer) -> Result<(), Wrong> {
         let got = self.ask(at, verb, rest)?;
         compare(verb, &answer, &got)
@@ -480,7 +479,7 @@ impl Run {
         content.unwrap_or(&backing.initial)
     }
 
-    /// Of a length that the model can hold in mind.
+    /// Writes to the expected content.
     fn write(&mut self, at: usize, offset: usize, bytes: &[u8]) {
         let backing = &self.files[at].backing;
         let content = self.contents.entry(backing.serial);
@@ -558,7 +557,7 @@ impl Run {
             },
             Op::DropName { name } => {
                 self.server().invalidate_entry(name);
-                // A mapping of the backing file holds the inode even after RELEASE.
+                // A mapping of the backing file holds the inode even after RELEASE, so that there is no FORGET.
                 let backing = self.server().world().backing(name).map(|b| b.serial);
                 let mut held = self.files.iter().map(|file| file.backing.serial);
                 if held.any(|serial| Some(serial) == backing) {
@@ -604,7 +603,7 @@ impl Run {
         mut plan: Plan,
         closing: Option<usize>,
     ) -> Result<(), Wrong> {
-        // The kernel's own count is another one for a moment then, and a broken rule none.
+        // A close at the same time changes the kernel's count of opens, so that a broken rule may be none.
         let closing = closing.filter(|_| !self.sabotaged);
         let closing = closing.and_then(|nth| {
             self.pick(nth, |file| file.fd && !file.mapped && file.client != client)
@@ -615,7 +614,7 @@ impl Run {
             .is_some_and(|nodeid| world.model.is_open_in_passthrough(nodeid));
         match plan.fd {
             Fd::Other if !open || closing.is_some() => plan.fd = Fd::Own,
-            // Such a server would have to refuse O_TRUNC itself.
+            // A server with a read-only fd would have to refuse O_TRUNC itself.
             Fd::Narrow if how.truncate => plan.fd = Fd::Own,
             _ => {}
         }
@@ -661,7 +660,7 @@ impl Run {
         };
         if let Some(Ok(opened)) = last {
             if got.is_err() {
-                // The kernel gives back what it objected to.
+                // The kernel releases a file whose reply it refused.
                 let released = |world: &World| world.asked(opened.fh).is_none();
                 self.server().wait("RELEASE", released)?;
             } else {
@@ -701,10 +700,10 @@ impl Run {
         self.wait_for_release(at)
     }
 
-    /// After its fd was closed or its mapping taken away.
+    /// To be called after its fd was closed or its mapping removed.
     fn wait_for_release(&mut self, at: usize) -> Result<(), Wrong> {
         let (fh, mapped) = (self.files[at].fh, self.files[at].mapped);
-        if !self.files[at].holds() {
+        if !self.files[at].is_held() {
             let released = |world: &World| world.asked(fh).is_none();
             self.server().wait("RELEASE", released)?;
             if !mapped {
@@ -727,7 +726,7 @@ impl Run {
         self.expect(at, "read", &format!("{offset} {length}"), expected)?;
         let reads = self.asked(at)?.0 - before.0;
         let file = &self.files[at];
-        if file.is_direct_to_backing() && reads > 0 {
+        if file.bypasses_server() && reads > 0 {
             return Err(Wrong::Rule(format!("{reads} READs in passthrough mode")));
         }
         if file.direct && file.reads() && reads == 0 {
@@ -757,7 +756,7 @@ impl Run {
         self.expect(at, "write", &rest, Ok(bytes.len().to_string()))?;
         self.write(at, start, bytes);
         let writes = self.asked(at)?.1 - before.1;
-        if self.files[at].is_direct_to_backing() != (writes == 0) {
+        if self.files[at].bypasses_server() != (writes == 0) {
             return Err(Wrong::Rule(format!("{writes} WRITEs")));
         }
         Ok(())
@@ -804,8 +803,8 @@ impl Run {
         let Some((start, end)) = within(self.content(at).len(), offset, length) else {
             return Ok(());
         };
-        // A mapping of the backing file outlives the open file, and passthrough mode with it. What
-        // is written by it then the page cache of server mode does not hear of.
+        // A mapping of the backing file outlives the open file and the inode's passthrough mode. In server mode, the
+        // FUSE page cache would not see what it writes.
         let serial = self.files[at].backing.serial;
         if self.files[at].passthrough && self.server().world().in_server_mode(serial) {
             return Ok(());
@@ -827,7 +826,7 @@ impl Run {
         self.server().world().tally.hit(what);
     }
 
-    /// Closes everything. Then nothing is left in the table but idle ids, and then nothing at all.
+    /// Closes everything. The table then has only idle ids, and none after it was dropped.
     fn end(&mut self, case: &Case) -> Result<(), Wrong> {
         if case.drop == WhenDropped::Open {
             self.server().world().table = None;
@@ -845,7 +844,7 @@ impl Run {
 
         let mut world = self.server().world();
         if world.open_files() > 0 {
-            return Err(Wrong::Rule("a file is open still".into()));
+            return Err(Wrong::Rule("a file is still open".into()));
         }
         if world.table.is_some() {
             world.retry_closes(Thread::Able)?;
@@ -859,7 +858,7 @@ impl Run {
         world.check_closed()?;
         world.close_files();
         drop(world);
-        // While the connection lives: with it, the kernel would let go of any id.
+        // The connection still exists: its end would close every id.
         self.tmpfs.unmount_when_idle().map_err(failed)
     }
 }
@@ -871,18 +870,18 @@ fn compare(verb: &str, expected: &Answer, got: &Answer) -> Result<(), Wrong> {
     Err(match (expected, got) {
         (_, Err(errno)) => Wrong::Errno {
             text: format!(
-                "{verb}: the client gets {}, to be {expected:?}",
+                "{verb}: the client gets {}, expected {expected:?}",
                 Errno::from_raw_os_error(*errno)
             ),
             errno: *errno,
         },
         _ => Wrong::Rule(format!(
-            "{verb}: the client gets {got:?}, to be {expected:?}"
+            "{verb}: the client gets {got:?}, expected {expected:?}"
         )),
     })
 }
 
-/// Where two files begin to differ.
+/// How the contents of two files differ.
 fn difference(expected: &[u8], got: &[u8]) -> Option<String> {
     if expected == got {
         return None;
@@ -890,13 +889,13 @@ fn difference(expected: &[u8], got: &[u8]) -> Option<String> {
     let mut pairs = expected.iter().zip(got);
     let at = pairs.position(|(a, b)| a != b);
     Some(format!(
-        "{} bytes, to be {}; the first difference at {at:?}",
+        "{} bytes, expected {}; the first difference at {at:?}",
         got.len(),
         expected.len()
     ))
 }
 
-/// A range that is not empty, in a file of this size.
+/// A non-empty range in a file of this size; `None` if the file is empty.
 fn within(size: usize, offset: usize, length: usize) -> Option<(usize, usize)> {
     let start = offset.checked_rem(size)?;
     Some((start, size.min(start + length)))

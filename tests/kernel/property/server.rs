@@ -10,8 +10,9 @@ use fuse_backing::error::Errno;
 
 use super::Wrong;
 use super::world::{Device, World, name_of};
+use crate::fuse::{BATCH_FORGET, BUFFER, FORGET, INTERRUPT, Request, reply};
 
-/// The thread that serves, and what it serves.
+/// The thread that serves, and the state that it shares.
 pub struct Server {
     shared: Arc<(Mutex<World>, Condvar)>,
     device: Device,
@@ -19,7 +20,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// On a connection whose INIT is answered.
+    /// Serves a connection whose INIT was answered.
     pub fn start(world: World) -> Self {
         let device = world.device();
         let shared = Arc::new((Mutex::new(world), Condvar::new()));
@@ -36,7 +37,7 @@ impl Server {
         lock(&self.shared.0)
     }
 
-    /// Bounded: RELEASE is sent after close(2) has returned, and FORGET some time later.
+    /// Waits for at most 5 seconds: the kernel sends RELEASE after close(2) has returned, and FORGET some time later.
     pub fn wait(&self, what: &str, done: impl Fn(&World) -> bool) -> Result<(), Wrong> {
         let deadline = Instant::now() + Duration::from_secs(5);
         let mut world = self.world();
@@ -51,7 +52,7 @@ impl Server {
         Ok(())
     }
 
-    /// Has the kernel look a name up again. What is not open it then forgets.
+    /// Makes the kernel look a name up again. It then forgets the inode, unless that is open.
     pub fn invalidate_entry(&self, name: usize) {
         const FUSE_NOTIFY_INVAL_ENTRY: u32 = 3;
         let name = name_of(name);
@@ -62,11 +63,11 @@ impl Server {
         message.extend([name.len() as u32, 0].map(u32::to_ne_bytes).concat());
         message.extend(name.as_bytes());
         message.push(0);
-        // ENOENT: it does not know the name.
+        // Fails with ENOENT if the kernel does not know the name.
         let _ = rustix::io::write(self.device.as_fd(), &message);
     }
 
-    /// After the connection was aborted or unmounted.
+    /// To be called after the connection was aborted or unmounted.
     pub fn join(self) {
         let _ = self.thread.join();
     }
@@ -77,22 +78,8 @@ fn lock(world: &Mutex<World>) -> MutexGuard<'_, World> {
 }
 
 pub const ROOT: u64 = 1;
-/// For the largest WRITE that the INIT reply permits, and its headers.
-const BUFFER: usize = (1 << 20) + 4096;
-
-pub const LOOKUP: u32 = 1;
-const FORGET: u32 = 2;
-pub const GETATTR: u32 = 3;
-pub const SETATTR: u32 = 4;
-pub const OPEN: u32 = 14;
-pub const READ: u32 = 15;
-pub const WRITE: u32 = 16;
-pub const RELEASE: u32 = 18;
 pub const FSYNC: u32 = 20;
-pub const FLUSH: u32 = 25;
 pub const CREATE: u32 = 35;
-const INTERRUPT: u32 = 36;
-const BATCH_FORGET: u32 = 42;
 
 fn serve(shared: &(Mutex<World>, Condvar), device: &Device) {
     let mut buffer = vec![0; BUFFER];
@@ -123,53 +110,12 @@ fn serve(shared: &(Mutex<World>, Condvar), device: &Device) {
         }));
         let answer = answer.unwrap_or_else(|_| {
             let opcode = request.opcode();
-            Some(Err(world.trouble(format!("a panic at request {opcode}"))))
+            Some(Err(world.trouble(format!("a panic at opcode {opcode}"))))
         });
         drop(world);
         shared.1.notify_all();
         if let Some(answer) = answer {
             reply(device, &request, answer);
         }
-    }
-}
-
-fn reply(device: &Device, request: &Request<'_>, answer: Result<Vec<u8>, Errno>) {
-    let (error, body) = match answer {
-        Ok(body) => (0, body),
-        Err(errno) => (-errno.raw_os_error(), Vec::new()),
-    };
-    let mut reply = ((16 + body.len()) as u32).to_ne_bytes().to_vec();
-    reply.extend(error.to_ne_bytes());
-    reply.extend(request.unique().to_ne_bytes());
-    reply.extend(body);
-    // ENODEV: the connection was aborted.
-    let _ = rustix::io::write(device.as_fd(), &reply);
-}
-
-/// `fuse_in_header` and what follows it.
-pub struct Request<'a>(&'a [u8]);
-
-impl Request<'_> {
-    fn field<const N: usize>(&self, offset: usize) -> [u8; N] {
-        self.0[offset..offset + N].try_into().expect("N bytes")
-    }
-    pub fn opcode(&self) -> u32 {
-        u32::from_ne_bytes(self.field(4))
-    }
-    fn unique(&self) -> u64 {
-        u64::from_ne_bytes(self.field(8))
-    }
-    pub fn nodeid(&self) -> u64 {
-        u64::from_ne_bytes(self.field(16))
-    }
-    pub fn body(&self) -> &[u8] {
-        &self.0[40..]
-    }
-    /// In the body.
-    pub fn u32(&self, offset: usize) -> u32 {
-        u32::from_ne_bytes(self.field(40 + offset))
-    }
-    pub fn u64(&self, offset: usize) -> u64 {
-        u64::from_ne_bytes(self.field(40 + offset))
     }
 }

@@ -1,5 +1,5 @@
-//! What the server knows: it answers every OPEN through one `BackingTable`, and holds each answer
-//! of the table against the model's.
+//! The server's state. It answers every OPEN through one `BackingTable`, and compares each answer of the table with the
+//! model's.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -17,29 +17,30 @@ use fuse_backing::{
 
 use super::model::{FileId, Model, Thread, Uid, rows};
 use super::sequence::Case;
-use super::server::{
-    CREATE, FLUSH, FSYNC, GETATTR, LOOKUP, OPEN, READ, RELEASE, ROOT, Request, SETATTR, WRITE,
-};
+use super::server::{CREATE, FSYNC, ROOT};
 use super::{NAMES, Wrong};
+use crate::fuse::{
+    FLUSH, GETATTR, LOOKUP, OPEN, READ, RELEASE, Request, SETATTR, WRITE, attr, errno,
+};
 use crate::seccomp::{Forged, forge};
 use crate::thread::{apart, without_cap_sys_admin};
 
 pub type Device = Arc<FuseDevice<Arc<OwnedFd>>>;
 type Table = BackingTable<Device>;
 
-/// How the server goes about the next OPEN or CREATE.
+/// How the server answers the next OPEN or CREATE.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub first: First,
     pub fd: Fd,
-    /// Besides what the mode demands.
+    /// Whether it adds `FOPEN_DIRECT_IO`.
     pub direct: bool,
     pub noflush: bool,
     pub parallel: bool,
     pub thread: Thread,
 }
 
-/// What is tried before `BackingTable::open`.
+/// The method that is tried first; after `share` or `serve`, `BackingTable::open` follows if they decline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum First {
     Open,
@@ -47,27 +48,27 @@ pub enum First {
     Serve,
 }
 
-/// What `BackingTable::open` is handed.
+/// The fd that `BackingTable::open` gets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fd {
     /// Opened with the client's flags.
     Own,
-    /// Opened for reading and writing, whatever the client wants.
+    /// Always opened for reading and writing.
     Wide,
-    /// Opened for reading, whatever the client wants.
+    /// Always opened for reading.
     Narrow,
-    /// Of another file than the inode's. Only while the inode is open in passthrough mode: else it
-    /// would be served.
+    /// Of a file that is not the inode's. Only while the inode is open in passthrough mode: otherwise the table would
+    /// serve this file.
     Other,
-    /// Of a file that the kernel does not take. On /proc: which other files it refuses depends on
-    /// its version.
+    /// Of a file that the kernel refuses. It is on /proc: which other files are refused depends on the kernel's
+    /// version.
     Unfit,
 }
 
-/// A rule that is broken, to see the kernel object.
+/// A rule that the server breaks, which the kernel must refuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sabotage {
-    /// A further open of an inode in passthrough mode is answered without.
+    /// A further open of an inode in passthrough mode is answered without passthrough.
     CachedWhilePassthrough,
     /// A further open of an inode in cached mode is answered with passthrough.
     PassthroughWhileCached,
@@ -85,11 +86,11 @@ pub struct Backing {
     pub serial: u64,
     path: PathBuf,
     pub file: File,
-    /// What it held when it was made.
+    /// Its content when it was made.
     pub initial: Vec<u8>,
 }
 
-/// What the server made of an OPEN or CREATE.
+/// The result of an OPEN or CREATE that succeeded.
 #[derive(Clone, Debug)]
 pub struct Opened {
     pub fh: u64,
@@ -103,7 +104,7 @@ struct Node {
     generation: u64,
     /// How many references the kernel has.
     lookups: u64,
-    /// Not opened yet under this number, which may have been another file's before.
+    /// Not opened yet under this number. The number may have been another file's before.
     fresh: bool,
 }
 
@@ -111,7 +112,7 @@ struct Node {
 struct Name {
     backing: Option<Arc<Backing>>,
     node: Option<u64>,
-    /// From LOOKUP, so that the kernel sends CREATE.
+    /// Whether LOOKUP does not find it, so that the kernel sends CREATE.
     hidden: bool,
 }
 
@@ -134,27 +135,27 @@ pub struct World {
     pub model: Model,
     names: [Name; NAMES],
     nodes: BTreeMap<u64, Node>,
-    /// Numbers that the kernel has forgotten, which are given out again first.
+    /// Numbers that the kernel has forgotten. They are given out again before new ones.
     free: Vec<u64>,
     generation: u64,
     serial: u64,
     handles: HashMap<u64, Handle>,
     last_handle: u64,
     pub plan: Plan,
-    /// Of the last OPEN or CREATE.
+    /// The answer to the last OPEN or CREATE.
     pub last: Option<Result<Opened, Errno>>,
     sabotage: Option<Sabotage>,
     pub sabotaged: bool,
-    /// The first thing that went wrong while a request was answered.
+    /// The first error that was found while a request was answered.
     trouble: Option<String>,
-    /// At the last check.
+    /// How many ids there were at the last check.
     ids: usize,
-    /// The greatest that was given out.
+    /// The greatest id that was given out.
     greatest_id: i32,
     pub tally: Tally,
 }
 
-/// How often what happened.
+/// How often each event happened.
 #[derive(Clone, Debug, Default)]
 pub struct Tally(pub BTreeMap<&'static str, u64>);
 
@@ -170,7 +171,7 @@ impl Tally {
     }
 }
 
-/// Calls the table from such a thread.
+/// Runs `f` on a thread of this kind.
 fn on<T: Send>(thread: Thread, f: impl FnOnce() -> T + Send) -> T {
     match thread {
         Thread::Able => f(),
@@ -180,7 +181,7 @@ fn on<T: Send>(thread: Thread, f: impl FnOnce() -> T + Send) -> T {
     }
 }
 
-/// From a thread whose registrations fail so.
+/// Runs `f` on a thread whose registrations fail with this errno.
 fn registering_fails<T: Send>(errno: Errno, f: impl FnOnce() -> T + Send) -> T {
     apart(|| {
         let error = Forged::Error(errno);
@@ -226,7 +227,7 @@ impl World {
             greatest_id: 0,
             tally: Tally::default(),
         };
-        // The last name is free, to be created.
+        // The last name has no file until a client creates it.
         for name in 0..NAMES - 1 {
             world.new_backing(name, content_of(name as u64))?;
         }
@@ -241,7 +242,7 @@ impl World {
         self.table.as_ref().expect("not dropped yet")
     }
 
-    /// Gives a name a new file; whoever has the old one open keeps it.
+    /// Gives a name a new file. The old file stays open where it is open.
     fn new_backing(&mut self, name: usize, initial: Vec<u8>) -> io::Result<()> {
         self.remove(name)?;
         self.serial += 1;
@@ -259,8 +260,7 @@ impl World {
         Ok(())
     }
 
-    /// Takes a name's file away. Its node stays as long as the kernel knows it, and is never opened
-    /// again.
+    /// Removes a name's file. Its node stays until the kernel forgets it, and is never opened again.
     fn remove(&mut self, name: usize) -> io::Result<()> {
         self.names[name].node = None;
         match self.names[name].backing.take() {
@@ -286,7 +286,7 @@ impl World {
         self.names.iter().any(|name| name.node == Some(nodeid))
     }
 
-    /// All that are read or written through any name or open file.
+    /// The backing files of all names and open files.
     pub fn backings(&self) -> Vec<Arc<Backing>> {
         let names = self.names.iter().filter_map(|name| name.backing.as_ref());
         let handles = self.handles.values().map(|handle| &handle.backing);
@@ -298,13 +298,13 @@ impl World {
         handles.any(|handle| handle.backing.serial == serial && !handle.open.is_passthrough())
     }
 
-    /// How often READ and WRITE came for an open file; `None` once it is released.
+    /// How many READs and WRITEs an open file had; `None` once it is released.
     pub fn asked(&self, fh: u64) -> Option<(u64, u64)> {
         let handle = self.handles.get(&fh)?;
         Some((handle.reads, handle.writes))
     }
 
-    /// The thread that is to drop it.
+    /// Sets the kind of thread that drops the open file.
     pub fn release_on(&mut self, fh: u64, thread: Thread) {
         if let Some(handle) = self.handles.get_mut(&fh) {
             handle.release = thread;
@@ -315,14 +315,14 @@ impl World {
         self.handles.len()
     }
 
-    /// Lets go of the server's own fds.
+    /// Closes the server's own fds.
     pub fn close_files(&mut self) {
         self.names = Default::default();
         self.nodes.clear();
     }
 
-    /// Replaces the file behind a name, or takes it away. The number that it had is done with at
-    /// once, or when the kernel forgets it.
+    /// Replaces or removes the file of a name. With `forget`, the table forgets the old number at once, otherwise when
+    /// the kernel does.
     pub fn replace(&mut self, name: usize, new: bool, forget: Option<Thread>) -> Result<(), Wrong> {
         let old = self.names[name].node;
         if new {
@@ -339,7 +339,7 @@ impl World {
         Ok(())
     }
 
-    /// The table's `forget`. Not of an open inode that has a name: the kernel may open it again.
+    /// Calls `BackingTable::forget`. The inode must not be both open and named: the kernel might open it again.
     pub fn forget(&mut self, key: u64, thread: Thread) {
         if self.model.is_idle(key) {
             self.tally.hit("forgotten while idle");
@@ -382,7 +382,7 @@ impl World {
         same("retry_closes", expected, got)
     }
 
-    /// What has to hold between any two requests.
+    /// Checks what must hold between any two requests.
     pub fn check(&mut self) -> Result<(), Wrong> {
         if let Some(trouble) = self.trouble.take() {
             return Err(Wrong::Rule(trouble));
@@ -399,7 +399,7 @@ impl World {
         let failures = self.model.close_failures;
         same("close_failures", failures, stats.close_failures)?;
         same("refused", self.model.refused, stats.refused)?;
-        // Whatever the model says: above the limit there are only fewer and fewer.
+        // Independent of the model: above the limit, the number of ids only falls.
         if stats.ids > stats.limit.max(self.ids) {
             return Err(Wrong::Rule(format!(
                 "{} ids, the limit is {}",
@@ -410,7 +410,7 @@ impl World {
         Ok(())
     }
 
-    /// That no more is registered than what is kept idle.
+    /// Checks that only idle ids are registered.
     pub fn check_idle(&mut self) -> Result<(), Wrong> {
         self.check()?;
         let (stats, rows) = (self.table().stats(), self.table().list());
@@ -419,12 +419,12 @@ impl World {
             Ok(())
         } else {
             Err(Wrong::Rule(format!(
-                "everything is closed: {stats:?} {rows:?}"
+                "all files are closed, but {stats:?} {rows:?}"
             )))
         }
     }
 
-    /// That the kernel has none of the ids any more.
+    /// Checks that the kernel has none of the ids any more.
     pub fn check_closed(&self) -> Result<(), Wrong> {
         for id in 1..=self.greatest_id {
             let id = BackingId::from_raw(id).ok_or("positive")?;
@@ -526,7 +526,7 @@ impl World {
         self.handles.get_mut(&fh).ok_or(Errno::BADF)
     }
 
-    /// The number that a name has, with one more reference to it.
+    /// The number of a name, which gets one if it has none. Adds a reference.
     fn look_up(&mut self, name: usize) -> Result<u64, Errno> {
         const FIRST: u64 = 2;
         let backing = self.names[name].backing.clone().ok_or(Errno::NOENT)?;
@@ -560,7 +560,7 @@ impl World {
         Ok(nodeid)
     }
 
-    /// The kernel drops references; with the last one, the number is free.
+    /// Drops references of the kernel. After the last one, the number is free.
     pub fn dereference(&mut self, nodeid: u64, count: u64) {
         let Some(node) = self.nodes.get_mut(&nodeid) else {
             return;
@@ -606,11 +606,7 @@ impl World {
             let metadata = self.node(nodeid)?.backing.file.metadata();
             (0o100_666, metadata.map_err(errno)?.len())
         };
-        let mut attr = [nodeid, size, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
-        // The nanoseconds of three times, mode, nlink, uid, gid, rdev, blksize, flags.
-        let rest = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0];
-        attr.extend(rest.map(u32::to_ne_bytes).concat());
-        Ok(attr)
+        Ok(attr(nodeid, size, mode))
     }
 
     fn open(&mut self, nodeid: u64, flags: i32) -> Result<uapi::fuse_open_out, Errno> {
@@ -630,14 +626,14 @@ impl World {
         let plan = self.plan;
         let node = self.nodes.get_mut(&nodeid).ok_or(Errno::STALE)?;
         let backing = Arc::clone(&node.backing);
-        // What is registered under a number that was another file's is not to be shared.
+        // The number may have been another file's, whose registration must not be shared.
         let fresh = std::mem::replace(&mut node.fresh, false);
         if self.sabotage == Some(Sabotage::ForgottenNumber)
             && self.model.is_open_in_passthrough(nodeid)
             && plan.fd == Fd::Own
             && !plan.direct
         {
-            // From here on, model and table are right, and the server is wrong.
+            // This is the server's error: model and table still agree.
             self.forget(nodeid, Thread::Able);
             self.sabotaged = true;
         }
@@ -678,7 +674,7 @@ impl World {
         self.last_handle += 1;
         let fh = self.last_handle;
         let reply = match open.id() {
-            // `OpenFile::reply` leaves it out.
+            // `OpenFile::reply` would leave DIRECT_IO out.
             Some(id) if plan.direct => OpenReply::passthrough(id, Access::ReadWrite, flags, extra)
                 .map_err(|why| self.trouble(format!("{why}")))?,
             _ => open.reply(extra),
@@ -687,14 +683,14 @@ impl World {
         let id = (out.backing_id != 0).then_some(out.backing_id);
         let passthrough = out.open_flags & uapi::FOPEN_PASSTHROUGH != 0;
         if passthrough != open.is_passthrough() || passthrough != id.is_some() {
-            self.trouble(format!("a reply at odds with itself: {out:?}"));
+            self.trouble(format!("a reply that contradicts itself: {out:?}"));
         }
         let known = self.model.check_id(uid, id);
         known.map_err(|why| self.trouble(why))?;
         self.greatest_id = self.greatest_id.max(out.backing_id);
         if self.model.reason(uid) != open.server_reason() {
             let (expected, got) = (self.model.reason(uid), open.server_reason());
-            self.trouble(format!("reason: {got:?}, to be {expected:?}"));
+            self.trouble(format!("reason: {got:?}, expected {expected:?}"));
         }
         match self.model.reason(uid) {
             None => self.tally.hit(match plan.direct {
@@ -731,7 +727,7 @@ impl World {
         Ok((opened, out))
     }
 
-    /// What a server does that has no passthrough: it opens the file; and then asks the table.
+    /// Opens the file, as a server without passthrough would, and hands the fd to the table.
     fn open_with_fd(
         &mut self,
         nodeid: u64,
@@ -794,13 +790,13 @@ impl World {
                 }
             }),
             (expected, got) => Err(self.trouble(format!(
-                "open: {:?}, to be {expected:?}",
+                "open: {:?}, expected {expected:?}",
                 got.map(|open| open.is_passthrough())
             ))),
         }
     }
 
-    /// Both, if both have it.
+    /// Pairs the two answers. It is an error if only one of them opens the file.
     fn agree(
         &mut self,
         what: &str,
@@ -809,7 +805,7 @@ impl World {
     ) -> Option<(Uid, OpenFile<Device>)> {
         if expected.is_some() != got.is_some() {
             let (expected, got) = (expected.is_some(), got.is_some());
-            self.trouble(format!("{what}: opens {got}, to be {expected}"));
+            self.trouble(format!("{what}: opens {got}, expected {expected}"));
         }
         expected.zip(got)
     }
@@ -842,7 +838,7 @@ impl World {
         self.sabotaged = true;
     }
 
-    /// Keeps the first, and gives what to answer.
+    /// Keeps the first error, and returns the errno to answer with.
     pub fn trouble(&mut self, what: String) -> Errno {
         self.trouble.get_or_insert(what);
         Errno::NOTRECOVERABLE
@@ -853,7 +849,7 @@ pub fn name_of(name: usize) -> String {
     format!("file{name}")
 }
 
-/// Not the same in any two, and over more than one page.
+/// More than one page of bytes, which differ between seeds.
 fn content_of(seed: u64) -> Vec<u8> {
     let byte = |at: u64| (at ^ at >> 8).wrapping_add(seed) as u8;
     (0..5000).map(byte).collect()
@@ -864,7 +860,7 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, expected: T, got: T) -> Resu
         Ok(())
     } else {
         Err(Wrong::Rule(format!(
-            "{what}: {got:#?}, to be {expected:#?}"
+            "{what}: {got:#?}, expected {expected:#?}"
         )))
     }
 }
@@ -892,13 +888,9 @@ fn file_id(file: &File, registrable: bool) -> io::Result<FileId> {
     })
 }
 
-/// By the path, as a server's own open does it.
+/// Truncates by path, as a server's own open(2) would.
 fn truncate(backing: &Backing) -> Result<(), Errno> {
     let mut options = File::options();
     let file = options.write(true).truncate(true).open(&backing.path);
     file.map(drop).map_err(errno)
-}
-
-fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }

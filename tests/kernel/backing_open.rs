@@ -1,4 +1,4 @@
-//! `FUSE_DEV_IOC_BACKING_OPEN`: which files and which connections, and the error for all others.
+//! `FUSE_DEV_IOC_BACKING_OPEN`: which files and connections the kernel accepts, and the errors for all others.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -29,7 +29,7 @@ pub const ROLES: &[(&str, Role)] = &[
     ("register-on-closed-device", register_on_closed_device),
 ];
 
-/// The error of registering `fd`; nothing is left registered if there is none.
+/// The error of registering `fd`, if it fails. If it succeeds, the id is closed.
 fn error(device: &FuseDevice<impl DeviceFd>, fd: impl AsFd) -> Option<BackingError> {
     match device.backing_open(fd) {
         Ok(id) => {
@@ -50,7 +50,7 @@ fn assert_error(error: Option<BackingError>, debug: &str, errno: Errno, scope: S
     assert_eq!(io_error.to_string(), error.to_string());
 }
 
-/// The remainder of `EPERM`.
+/// The cause that remains for `EPERM` when all others are ruled out.
 #[track_caller]
 fn assert_not_negotiated(error: Option<BackingError>) {
     assert_error(
@@ -72,7 +72,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     };
     not_attached(refused, refused.errno());
 
-    // As the first releases with passthrough.
+    // The errno of the first kernel releases with passthrough.
     let file = tempfile::tempfile()?;
     let forged = apart(|| {
         let invalid = Forged::Error(Errno::INVAL);
@@ -95,7 +95,7 @@ fn negotiations_ignored_silently(sandbox: &Sandbox) -> Result<(), Failed> {
     use uapi::{FUSE_INIT_EXT, FUSE_PASSTHROUGH, FUSE_WRITEBACK_CACHE};
     for (flags, max_stack_depth) in [
         (0, 0),
-        // No INIT_EXT: flags2 is not looked at.
+        // Without INIT_EXT the kernel does not read flags2.
         (FUSE_PASSTHROUGH, 1),
         (FUSE_INIT_EXT, 1),
         (FUSE_INIT_EXT | FUSE_PASSTHROUGH, 0),
@@ -127,7 +127,7 @@ fn negotiations_accepted(sandbox: &Sandbox) -> Result<(), Failed> {
 
 #[apply(needs_passthrough)]
 fn regular_files(sandbox: &Sandbox) -> Result<(), Failed> {
-    // 2, because the machine's scratch filesystem may be an overlay.
+    // Depth 2, because the machine's scratch filesystem may be an overlay.
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();
     let accepted = |what: &str, fd: OwnedFd| {
@@ -162,7 +162,7 @@ fn regular_files(sandbox: &Sandbox) -> Result<(), Failed> {
             Mode::empty(),
         ) {
             Ok(fd) => accepted("O_DIRECT", fd),
-            // The filesystem's refusal, not the FUSE driver's.
+            // The filesystem refuses it, not the FUSE driver.
             Err(errno) => assert_eq!(errno, Errno::INVAL),
         }
     }
@@ -177,8 +177,8 @@ fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();
     let known = expect::regular_files_only();
-    // Not by every kernel, and before Linux 6.12 with other errnos.
-    let said = |refused: &Option<BackingError>| match refused {
+    // Some kernels accept other files, and kernels before Linux 6.12 refuse them with other errnos.
+    let is_possible = |refused: &Option<BackingError>| match refused {
         None => known != Some(true),
         Some(BackingError::PathOnlyFd) => !expect::path_only_files(),
         Some(refused) => matches!(refused, BackingError::NotRegularFile { .. }),
@@ -189,7 +189,7 @@ fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
             let debug = format!("NotRegularFile {{ file_type: {file_type:?}, errno: {errno:?} }}");
             assert_error(refused, &debug, errno, Scope::File);
         } else {
-            assert!(said(&refused), "{file_type:?}: {refused:?}");
+            assert!(is_possible(&refused), "{file_type:?}: {refused:?}");
         }
     };
     let folder = sandbox.folder("files")?;
@@ -250,13 +250,13 @@ fn other_files(sandbox: &Sandbox) -> Result<(), Failed> {
     if known == Some(true) {
         assert_eq!(anonymous.expect("refused").errno(), Errno::INVAL);
     }
-    assert!(said(&anonymous), "{anonymous:?}");
+    assert!(is_possible(&anonymous), "{anonymous:?}");
     Ok(())
 }
 
 const TOO_DEEP: (&str, Errno, Scope) = ("StackedTooDeep", Errno::LOOP, Scope::File);
 
-/// procfs counts as stacked as deep as can be, so that nothing is stacked on it.
+/// procfs has the maximum stack depth, so that nothing can be stacked on it.
 #[apply(needs_passthrough)]
 fn procfs(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
@@ -331,7 +331,7 @@ pub fn overlay(
     Ok(merged)
 }
 
-/// A plain FUSE mount is no stack; one with passthrough is as deep as it negotiated.
+/// A plain FUSE mount has stack depth 0; one with passthrough has the depth that it negotiated.
 #[apply(needs_passthrough)]
 fn files_of_other_fuse_mounts(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -379,7 +379,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     );
     assert_eq!(error(&device, &file), None, "this thread still has it");
 
-    // The kernel looks at the connection first, and so do we.
+    // The kernel checks the connection before the capability, and so does the diagnosis.
     let unattached = FuseDevice::open()?;
     let refused = without_cap_sys_admin(|| error(&unattached, &file));
     assert!(
@@ -389,7 +389,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Root in there, all capabilities, and not enough.
+/// Root of a user namespace has all capabilities there, which the kernel does not accept.
 #[apply(needs_passthrough)]
 fn in_a_user_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -431,7 +431,7 @@ fn after_unmount(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A closed id is not handed out again soon, so that a late close or reply hits nobody else's.
+/// The kernel does not soon reuse a closed id, so that a late close or reply does not hit another file's.
 #[apply(needs_passthrough)]
 fn ids_are_cyclic(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -451,7 +451,7 @@ fn hundred_thousand_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     let file = tmpfs.file("file", "content")?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
-    // More than any limit on open files of this process would let it have open.
+    // More than the limit on open files would let this process open.
     let ids = (0..100_000)
         .map(|_| device.backing_open(&file))
         .collect::<Result<Vec<_>, _>>()?;
@@ -469,7 +469,7 @@ fn fd_may_be_closed_at_once(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let device = connection.device();
-    // By value: the file is closed when the call returns.
+    // Passing the file by value closes it when the call returns.
     let id = device.backing_open(tmpfs.file("file", "content")?)?;
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
     device.backing_close(id)?;
@@ -493,19 +493,19 @@ fn failures_register_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(FuseDevice::open()?.backing_open(&file).is_err());
 
     drop(file);
-    // While both connections live.
+    // Both connections still exist: their end would close every id.
     tmpfs.unmount_when_idle()?;
     Ok(())
 }
 
-/// An implementation of `AsFd` that is wrong, which is possible without unsafe code of the caller's.
+/// A wrong implementation of `AsFd`: such a value can reach the crate from safe code.
 #[derive(Debug)]
 struct Closed;
 
 impl AsFd for Closed {
     #[allow(unsafe_code)]
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: not kept: no fd has this number. The kernel is asked about it all the same.
+        // SAFETY: the contract is broken on purpose, since no fd has this number. The kernel answers EBADF.
         unsafe { BorrowedFd::borrow_raw(1 << 29) }
     }
 }
@@ -522,7 +522,7 @@ fn closed_fd(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A device that is closed behind its handle's back: the backing file is not to blame for `EBADF`.
+/// If the device's fd was closed elsewhere, the error does not blame the backing file for `EBADF`.
 #[apply(needs_passthrough)]
 fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let never_open = FuseDevice::new(Closed.as_fd()).unwrap_err();
@@ -538,13 +538,13 @@ fn closed_device(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a process of a single thread, where nobody else gets the number of an fd that was closed.
+/// Runs in a process of one thread, where no other thread can reuse the number of the closed fd.
 #[allow(unsafe_code)]
 fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let stdin = std::io::stdin();
     let owned = stdin.as_fd().try_clone_to_owned()?;
-    // SAFETY: closed while it is borrowed, which is what is tried. Nothing is opened under its number
-    // in between: there is no other thread, and this one opens nothing.
+    // SAFETY: the fd is closed while it is borrowed, on purpose. No other fd gets its number until then: there is no
+    // other thread, and this one opens nothing in between.
     let lent = unsafe { BorrowedFd::borrow_raw(owned.as_raw_fd()) };
     let device = FuseDevice::new(lent).map_err(|refused| refused.cause())?;
     let file = tempfile::NamedTempFile::new()?;
@@ -564,7 +564,7 @@ fn register_on_closed_device(_: &[String]) -> Result<String, Box<dyn std::error:
     Ok("ok".into())
 }
 
-/// Where the user namespace cannot be told, nothing is ruled out.
+/// Without /proc the user namespace is unknown, and no cause of `EPERM` is ruled out.
 #[apply(needs_passthrough)]
 fn without_proc(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
@@ -583,14 +583,14 @@ fn register_without_proc(_: &[String]) -> Result<String, Box<dyn std::error::Err
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     mount("tmpfs", "/proc", "tmpfs", MountFlags::empty(), None)?;
     let without = error(&device, &file);
-    // Something else than procfs, that has a file of that name.
+    // Another filesystem at /proc with a file of that name makes no difference.
     fs::create_dir_all("/proc/thread-self/ns")?;
     fs::write("/proc/thread-self/ns/user", "")?;
     assert_eq!(error(&device, &file), without);
     Ok(format!("{without:?}"))
 }
 
-/// Whether a device is attached is asked by a write, which a read-only fd does not allow.
+/// The diagnosis writes to the device to find out whether it is attached, which a read-only fd does not allow.
 #[apply(needs_passthrough)]
 fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
     let undetermined = BackingError::NotPermitted(NotPermitted::Undetermined);
@@ -601,8 +601,7 @@ fn read_only_device(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A policy that denies the ioctl before the driver sees it, on a device whose reads block: finding
-/// out why does not.
+/// A policy denies the ioctl before the driver sees it, on a device whose reads block: the diagnosis does not block.
 #[apply(needs_sync_init)]
 fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
     let device = FuseDevice::open()?;
@@ -620,7 +619,7 @@ fn denied_in_synchronous_init(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Causes that this kernel does not have, or not on request.
+/// Errors whose causes this kernel does not have, or cannot produce on request.
 #[apply(needs_passthrough)]
 fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     const OPEN: u32 = uapi::FUSE_DEV_IOC_BACKING_OPEN;
@@ -651,7 +650,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         (Errno::NOMEM, "OutOfMemory", Scope::Transient),
         (Errno::NOSPC, "OutOfIds", Scope::Transient),
         (Errno::INTR, "Interrupted", Scope::Transient),
-        // The kernel asks for nothing that the file, the thread and the connection lack: a policy.
+        // File, thread and connection have all that the kernel requires: a policy denied it.
         (
             Errno::PERM,
             "NotPermitted(NotNegotiatedOrDenied)",
@@ -660,13 +659,13 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     ] {
         assert_error(forged(&file, &[(OPEN, errno)]), debug, errno, scope);
     }
-    // Known errnos whose usual cause is not there, and one that is not known: said to be unknown.
+    // The cause is unknown for errnos whose usual cause is absent, and for one that the crate does not know.
     for errno in [Errno::INVAL, Errno::BADF, Errno::FAULT, Errno::ACCESS] {
         let debug = format!("Other({errno:?})");
         assert_error(forged(&file, &[(OPEN, errno)]), &debug, errno, Scope::File);
     }
 
-    // EOPNOTSUPP: of the file, unless the kernel says the same of closing.
+    // EOPNOTSUPP concerns the file, unless BACKING_CLOSE gets it too.
     let unsupported = Errno::OPNOTSUPP;
     assert_error(
         forged(&file, &[(OPEN, unsupported)]),
@@ -680,7 +679,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
         unsupported,
         Scope::Connection,
     );
-    // An answer to closing that says neither.
+    // These errnos of BACKING_CLOSE leave the cause open.
     let unknown = format!("Other({unsupported:?})");
     for errno in [Errno::FAULT, Errno::PERM] {
         assert_error(
@@ -690,7 +689,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
             Scope::File,
         );
     }
-    // A file that cannot be looked at is not said to be of no type.
+    // If fstat(2) of the file fails, the error names no file type.
     for errno in [unsupported, Errno::INVAL] {
         let debug = format!("Other({errno:?})");
         assert_error(
@@ -730,8 +729,8 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// No backing id is 0 or negative, and one that is made of it would be sent to the kernel in a reply.
-/// Between -4095 and -1 it is an errno.
+/// A result of 0, or below -4095, is no backing id, and must not become one that a reply sends to the kernel. Results
+/// from -4095 to -1 are errnos.
 #[apply(needs_passthrough)]
 fn forged_success_without_id(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -747,7 +746,7 @@ fn forged_success_without_id(sandbox: &Sandbox) -> Result<(), Failed> {
         let debug = format!("InvalidId({value})");
         assert_error(forged(value).err(), &debug, Errno::PROTO, Scope::Connection);
     }
-    // The control: what is forged arrives.
+    // The control: forged values arrive.
     for value in [1, i32::MAX] {
         assert_eq!(forged(value).map(BackingId::into_raw), Ok(value));
     }

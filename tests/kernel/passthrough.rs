@@ -1,5 +1,4 @@
-//! What a registration is for: a client's reads and writes through the mount, and the ways in which
-//! they go wrong that this crate and its documentation speak of.
+//! Clients' reads and writes through a registration, and the failures that the crate and its documentation describe.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -32,7 +31,7 @@ pub const ROLES: &[(&str, Role)] = &[
 
 const CONTENT: &str = "what the backing file says";
 
-/// Prints what it reads, or the errno.
+/// Reads the file. Prints the content, or the errno.
 fn read(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(match fs::read_to_string(&args[0]) {
         Ok(content) => content,
@@ -51,7 +50,7 @@ fn overwrite(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     )
 }
 
-/// One write(2) a byte.
+/// Writes each byte with a write(2) of its own.
 fn overwrite_bytewise(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let mut file = File::options().write(true).open(&args[0])?;
     for byte in args[1].as_bytes() {
@@ -60,7 +59,7 @@ fn overwrite_bytewise(args: &[String]) -> Result<String, Box<dyn std::error::Err
     Ok("written".into())
 }
 
-/// Opens, says so, waits, and reads.
+/// Opens, prints "open", waits, and reads.
 fn hold(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let mut file = match File::open(&args[0]) {
         Ok(file) => file,
@@ -74,7 +73,7 @@ fn hold(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(content)
 }
 
-/// Opens, says so, waits, maps the file `MAP_SHARED` for a moment, says what came of it, waits, and reads.
+/// Opens, prints "open", waits, maps the file `MAP_SHARED` and unmaps it, prints the result, waits, and reads.
 #[allow(unsafe_code)]
 fn hold_and_map(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let mut file = File::open(&args[0])?;
@@ -95,7 +94,7 @@ fn hold_and_map(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
         let error = std::io::Error::last_os_error();
         println!("errno {}", error.raw_os_error().unwrap_or(0));
     } else {
-        // SAFETY: the mapping above, which nobody else has.
+        // SAFETY: the mapping above, to which nothing refers.
         let unmapped = unsafe { libc::munmap(mapped, CONTENT.len()) };
         println!("mapped, unmapped: {unmapped}");
     }
@@ -108,7 +107,7 @@ fn hold_and_map(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
 type Device = FuseDevice<Arc<OwnedFd>>;
 type Answer = dyn Fn(&Device, u64, i32) -> OpenAnswer + Send + Sync;
 
-/// A mount of one file, whose backing on `tmpfs` has `CONTENT`.
+/// Mounts one file, whose backing file on `tmpfs` has `CONTENT`.
 fn serve(sandbox: &Sandbox, tmpfs: &Tmpfs, answer: Arc<Answer>) -> Result<Connection, Failed> {
     serve_with(sandbox, tmpfs, Init::passthrough(1), answer)
 }
@@ -119,7 +118,7 @@ fn serve_with(
     init: Init,
     answer: Arc<Answer>,
 ) -> Result<Connection, Failed> {
-    // The server's closure is made before there is a device to give it.
+    // The server's closure is made before the device, which is set later.
     let late: Arc<OnceLock<Device>> = Arc::default();
     let device = Arc::clone(&late);
     let handles = AtomicU64::new(1);
@@ -136,7 +135,7 @@ fn serve_with(
     Ok(connection)
 }
 
-/// Registers a file for good and answers with it, checked or not.
+/// Registers a file at the first OPEN, for good. `reply` makes the flags and the id of each answer.
 fn registered(
     path: &Path,
     flags: OFlags,
@@ -162,13 +161,13 @@ fn registered(
     })
 }
 
-/// What a server does that has its reply checked.
+/// The two fields of a reply that `OpenReply` has checked.
 fn fields(reply: &OpenReply<'_>) -> (u32, i32) {
     let out = reply.to_fuse_open_out(0);
     (out.open_flags, out.backing_id)
 }
 
-/// What a server does that checks nothing.
+/// The reply of a server that checks nothing.
 fn unchecked(id: i32, _: i32) -> Result<(u32, i32), Errno> {
     Ok((uapi::FOPEN_PASSTHROUGH, id))
 }
@@ -188,9 +187,9 @@ fn backing_content(tmpfs: &Tmpfs) -> Result<String, Failed> {
     Ok(fs::read_to_string(tmpfs.path().join("file"))?)
 }
 
-/// The main job: a guard for each inode, checked replies, no READ and no WRITE.
+/// The main use: with a guard for each inode and checked replies, the server gets no READ and no WRITE.
 #[apply(needs_passthrough)]
-fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> {
+fn reads_and_writes_bypass_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
     let opens: Mutex<Vec<BackingFile<Arc<Device>>>> = Mutex::default();
@@ -227,7 +226,7 @@ fn reads_and_writes_pass_the_server_by(sandbox: &Sandbox) -> Result<(), Failed> 
     assert_eq!(seen.opens.load(Ordering::SeqCst), 3);
     assert_eq!(seen.reads.load(Ordering::SeqCst), 0);
     assert_eq!(seen.writes.load(Ordering::SeqCst), 0);
-    // The server's own fd of the node, then the id.
+    // Closes the id, then the server's own fd.
     opens.lock().unwrap().clear();
     drop(connection);
     tmpfs.unmount_when_idle()
@@ -249,7 +248,7 @@ fn direct_io_comes_to_the_server(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The control of `reads_and_writes_pass_the_server_by`: that READs are counted.
+/// The control of `reads_and_writes_bypass_the_server`: the counts of READs and WRITEs work.
 #[apply(needs_passthrough)]
 fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -265,8 +264,8 @@ fn server_reply_is_plain_fuse(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The kernel wants to know of each write whether it takes capabilities from the file, until the server
-/// says that it has no extended attributes.
+/// The kernel asks at each write whether the file has capabilities to remove, until the server answers that it has no
+/// extended attributes.
 #[apply(needs_passthrough)]
 fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
     const WRITES: &str = "WHAT";
@@ -286,8 +285,8 @@ fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What happens without the check: a client writes through a registration that the server made with
-/// a read-only fd, or with one that cannot even be read.
+/// Without the check, a client writes through a registration that the server made with a read-only fd, or with an
+/// `O_PATH` fd, which can neither read nor write.
 #[apply(needs_passthrough)]
 fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
     for flags in [OFlags::RDONLY, OFlags::PATH] {
@@ -303,9 +302,9 @@ fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The same server with the check.
+/// With the check, the same server refuses the client.
 #[apply(needs_passthrough)]
-fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
+fn checked_reply_refuses_the_access(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
     let granted = Access::of(File::open("/proc/self/exe")?)?;
@@ -325,8 +324,8 @@ fn access_is_held_against_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What the README recommends to whoever cannot trust every reply: a file opened through a detached
-/// read-only clone of its mount.
+/// The README's recommendation to servers that cannot trust every reply: the kernel refuses writes if the file was
+/// opened through a detached read-only clone of its mount.
 #[apply(needs_passthrough)]
 #[allow(unsafe_code)]
 fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
@@ -366,7 +365,7 @@ fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
 fn read_only(tree: &OwnedFd) {
     const MOUNT_ATTR_RDONLY: u64 = 1;
     let attr: [u64; 4] = [MOUNT_ATTR_RDONLY, 0, 0, 0];
-    // SAFETY: `attr` is a `struct mount_attr` of the size that is said, and the path a C string.
+    // SAFETY: `attr` is a `struct mount_attr` of the size that is passed, and the path is a C string.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -380,8 +379,8 @@ fn read_only(tree: &OwnedFd) {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// The control of `OpenError::FlagsNotAllowed`: with each of them the client gets EIO, and with
-/// each that is allowed it does not.
+/// The control of `OpenError::FlagsNotAllowed`: with each flag that is not allowed the client gets EIO, and with each
+/// allowed one it does not.
 #[apply(needs_passthrough)]
 fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
     for bit in 0..32 {
@@ -405,7 +404,7 @@ fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What the borrow in `OpenReply` rules out.
+/// The error that the borrow in `OpenReply` rules out.
 #[apply(needs_passthrough)]
 fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -421,11 +420,11 @@ fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
     });
     let connection = serve(sandbox, &tmpfs, answer)?;
     assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
-    // A RELEASE follows an open that failed so: the server's handle is not leaked.
+    // The kernel sends a RELEASE after such a failure, so that the server's handle is not leaked.
     connection.wait_for_releases(1)
 }
 
-/// Files that are open go on; a new open with the closed id fails.
+/// Open files keep working; a new open with the closed id fails.
 #[apply(needs_passthrough)]
 fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -445,12 +444,12 @@ fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Why one `BackingFile` serves all opens of an inode.
+/// The kernel refuses a second id for an open inode, so that one `BackingFile` must serve all its opens.
 #[apply(needs_passthrough)]
 fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let path = tmpfs.path().join("file");
-    // A registration for each open, of the same file.
+    // This server registers the same file at each open.
     let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
         let id = device
             .backing_open(File::open(&path).unwrap())
@@ -472,7 +471,7 @@ fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(
         client(&connection, "read", "")?,
         CONTENT,
-        "nobody has it open any more"
+        "no longer open elsewhere"
     );
     Ok(())
 }
@@ -481,7 +480,7 @@ const DIRECT: u32 = uapi::FOPEN_DIRECT_IO;
 const CACHED: u32 = 0;
 const PASSTHROUGH: u32 = uapi::FOPEN_PASSTHROUGH;
 
-/// A server that answers its first OPEN with the former flags, and all later ones with the latter.
+/// A server that answers the first OPEN with the flags `first`, and all later ones with `later`.
 fn first_and_later(tmpfs: &Tmpfs, first: u32, later: u32) -> Arc<Answer> {
     let opens = AtomicUsize::new(0);
     let path = tmpfs.path().join("file");
@@ -502,7 +501,8 @@ fn reads(connection: &Connection) -> u64 {
     connection.seen.reads.load(Ordering::SeqCst)
 }
 
-/// The one mixture that the kernel accepts, after a plain `DIRECT_IO` open; not after a cached one.
+/// The one mixture of modes that the kernel accepts is passthrough after a plain `DIRECT_IO` open. After a cached open
+/// it refuses passthrough.
 #[apply(needs_passthrough)]
 fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -516,7 +516,7 @@ fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed
         0,
         "passed through, while the file is open for direct I/O"
     );
-    // Each goes on in its own way, and has what the other wrote.
+    // Each stays in its own mode, and reads what was written.
     let content = CONTENT.replacen("what", "WHAT", 1);
     assert_eq!(reads(&connection), 0);
     direct.proceed()?;
@@ -540,7 +540,7 @@ fn passthrough_while_open_in_server_mode(sandbox: &Sandbox) -> Result<(), Failed
     Ok(())
 }
 
-/// The reverse order, which the kernel refuses in either server mode.
+/// The kernel refuses the reverse order, for both direct and cached opens.
 #[apply(needs_passthrough)]
 fn server_mode_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
     for later in [DIRECT, CACHED] {
@@ -559,15 +559,15 @@ fn server_mode_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed
     Ok(())
 }
 
-/// Direct files can be mapped `MAP_SHARED`.
+/// Lets clients map direct files `MAP_SHARED`.
 fn with_direct_mmap() -> Init {
     let mut init = Init::passthrough(1);
     init.flags |= uapi::FUSE_DIRECT_IO_ALLOW_MMAP;
     init
 }
 
-/// Why the table makes no use of the exception: a mapping puts the inode in cached mode, until the file
-/// that was mapped is released, and the server does not hear of it.
+/// Why the table does not pass through after direct opens: a mapping puts the inode in cached mode until the mapped
+/// file is released, and the kernel does not tell the server.
 #[apply(needs_passthrough)]
 fn passthrough_after_direct_file_was_mapped(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -586,7 +586,7 @@ fn passthrough_after_direct_file_was_mapped(sandbox: &Sandbox) -> Result<(), Fai
     Ok(())
 }
 
-/// Nor can it be mapped then, though it goes on otherwise.
+/// While the inode is open in passthrough mode, a direct file cannot be mapped, but can be read.
 #[apply(needs_passthrough)]
 fn direct_file_cannot_be_mapped_while_open_in_passthrough(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -603,7 +603,7 @@ fn direct_file_cannot_be_mapped_while_open_in_passthrough(sandbox: &Sandbox) -> 
     Ok(())
 }
 
-/// All opens of an inode have one mode.
+/// The table gives all opens of an inode one mode, even where the kernel would accept two.
 #[apply(needs_passthrough)]
 fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), Failed> {
     type Opens = Mutex<Vec<OpenFile<Arc<Device>>>>;
@@ -642,8 +642,8 @@ fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), F
     opens.lock().unwrap().clear();
     let before = reads(&connection);
     assert_eq!(client(&connection, "read", "")?, CONTENT);
-    assert!(opens.lock().unwrap()[0].is_passthrough(), "later");
-    // And without DIRECT_IO, with which the server would be asked.
+    assert!(opens.lock().unwrap()[0].is_passthrough(), "after release");
+    // The reply leaves DIRECT_IO out, which would send reads to the server.
     assert_eq!(reads(&connection), before);
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Whose rights passthrough I/O has: what the rows of the table in `fuse_backing::rights` say, and what becomes of
-//! the thread that registers. Without a kernel: tests/rights.rs.
+//! With whose rights passthrough I/O runs: the rows of the table in `fuse_backing::rights`, and the registering thread
+//! afterwards. tests/rights.rs has the tests that need no kernel.
 
 pub mod by_access;
 pub mod lowered;
@@ -35,12 +35,13 @@ pub const ROLES: &[(&str, Role)] = &[
 ];
 
 const CONTENT: &str = "content";
-/// What strangers write.
+/// What a stranger writes.
 const WRITTEN: &str = "CON";
 
 type Device = FuseDevice<Arc<OwnedFd>>;
 
-/// Who is not root, and where: root can reach the folder, wherever the tests are.
+/// Enters the file's folder, which only root may be able to reach, and becomes an ordinary user. Returns the file's
+/// name.
 fn become_stranger(path: &Path) -> Result<&OsStr, Box<dyn std::error::Error>> {
     env::set_current_dir(path.parent().ok_or("no folder")?)?;
     become_user(1001, &[])?;
@@ -48,7 +49,7 @@ fn become_stranger(path: &Path) -> Result<&OsStr, Box<dyn std::error::Error>> {
     Ok(path.file_name().unwrap_or_default())
 }
 
-/// Writes until there is no more space.
+/// As a stranger, appends to the file until ENOSPC.
 fn fill(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let name = become_stranger(Path::new(&args[0]))?;
     let mut file = File::options().append(true).open(name)?;
@@ -61,8 +62,8 @@ fn fill(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     }
 }
 
-/// Opens for an access, writes if it may, and reads if it may, as a user who is not root. Says what it read, or
-/// "written", or the errno.
+/// As a stranger, opens the file for "r", "w" or "rw". Writes if it opened for writing, otherwise reads. Prints
+/// "written", what it read, or the errno.
 fn stranger(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let name = become_stranger(Path::new(&args[0]))?;
     let (reads, writes) = (args[1].contains('r'), args[1].contains('w'));
@@ -89,8 +90,8 @@ fn errno(errno: Errno) -> String {
     format!("errno {}", errno.raw_os_error())
 }
 
-/// A mount of one file. Its server answers each OPEN with the id that was registered last, whatever the client
-/// wants.
+/// A mount of one file. Its server answers every OPEN with the id of the last `answer_with`, whatever the client's
+/// flags.
 struct Place {
     connection: Connection,
     id: Arc<AtomicI32>,
@@ -124,7 +125,7 @@ impl Place {
         as_stranger(&self.connection.path("file"), how)
     }
 
-    /// READ and WRITE requests.
+    /// How many READ and WRITE requests the server got.
     fn asked(&self) -> (u64, u64) {
         let seen = &self.connection.seen;
         let asked = [&seen.reads, &seen.writes].map(|count| count.load(Ordering::SeqCst));
@@ -132,7 +133,7 @@ impl Place {
     }
 }
 
-/// The kernel does not know this id any more.
+/// Asserts that the kernel no longer knows this id.
 #[track_caller]
 fn assert_closed(connection: &Connection, id: i32) {
     let closed = connection.device().backing_close(known(id));
@@ -147,7 +148,7 @@ fn sets() -> CapabilitySets {
     capabilities(None).expect("capget")
 }
 
-/// Does something once it has registered, or failed to, and notes what the thread had when it did.
+/// A device that notes the thread's capabilities and the id at each registration, and then calls `afterwards`.
 struct Noting<F = fn()> {
     device: Device,
     noted: Mutex<Vec<(CapabilitySets, Option<i32>)>>,
@@ -173,13 +174,13 @@ impl<F: Fn()> Noting<F> {
         self.noted.lock().unwrap().clone()
     }
 
-    /// What the thread could do at the last registration.
+    /// The thread's effective capabilities at the last registration.
     fn effective(&self) -> CapabilitySet {
         let noted = self.noted();
         noted.last().expect("registered").0.effective
     }
 
-    /// What the last registration gave.
+    /// The id of the last registration.
     fn id(&self) -> i32 {
         let noted = self.noted();
         noted.last().and_then(|(_, id)| *id).expect("registered")

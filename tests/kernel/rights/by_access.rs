@@ -1,5 +1,5 @@
-//! `ByAccess` on registrar threads in Landlock domains: the kernel holds clients to what was granted, whatever the
-//! server replies.
+//! `ByAccess` with registrar threads in Landlock domains: the kernel holds clients to the grant, whatever the server
+//! replies.
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -35,7 +35,7 @@ fn registrars(place: &Place) -> Result<ByAccess<Thread>, RegistrarThreadError<Ru
     ByAccess::new(|access| thread(place.connection.device(), access))
 }
 
-/// A kernel without it is no reason to skip: the server is told.
+/// Without Landlock in the kernel, the preparation of the threads fails, and the server gets the error.
 fn assert_no_landlock(place: &Place) {
     for access in [Access::ReadOnly, Access::WriteOnly] {
         assert!(apart(|| restrict(access)).is_err(), "{access}");
@@ -47,18 +47,18 @@ fn assert_no_landlock(place: &Place) {
     );
 }
 
-/// With each grant, what each client gets of a file that is registered for it.
+/// Registers the file for each grant, and checks what each client can do.
 fn holds_clients_to_the_grant(sandbox: &Sandbox, file: &mut File) -> Result<(), Failed> {
     let denied = errno(Errno::IO);
     let (written, changed) = ("written", CONTENT.replacen("con", WRITTEN, 1));
-    // For reading, for both, for writing alone; and what the file is afterwards.
+    // The results of clients that open for reading, for both, and for writing; and the content afterwards.
     let all = [CONTENT, written, written];
     let expected = [
         (Access::ReadOnly, [CONTENT, &denied, &denied], CONTENT),
         (Access::WriteOnly, [&denied, &denied, written], &changed),
         (Access::ReadWrite, all, &changed),
     ];
-    // 2, for files on overlayfs.
+    // Depth 2, for files on overlayfs.
     let place = Place::new(sandbox, Init::passthrough(2), file)?;
     if !expect::landlock() {
         assert_no_landlock(&place);
@@ -81,7 +81,7 @@ fn holds_clients_to_the_grant(sandbox: &Sandbox, file: &mut File) -> Result<(), 
     };
     for (grant, clients, after) in expected {
         check(&registrars, grant, clients, after)?;
-        // The control.
+        // The control: the device itself ignores the grant.
         check(&device, grant, all, &changed)?;
     }
     assert_eq!(place.asked(), (0, 0));
@@ -124,7 +124,7 @@ fn created(path: &Path) -> Result<File, Failed> {
     Ok(options.read(true).write(true).create_new(true).open(path)?)
 }
 
-/// On a mount that only that namespace has.
+/// The file is on a mount that exists only in another mount namespace.
 #[apply(needs_passthrough)]
 #[allow(unsafe_code)]
 fn other_mount_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
@@ -133,7 +133,7 @@ fn other_mount_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
         // SAFETY: neither touches the table of file descriptors.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
         mount("tmpfs", &folder, "tmpfs", MountFlags::empty(), None)?;
-        // The namespace lives for as long as this is open.
+        // The namespace exists as long as this is open.
         let namespace = File::open("/proc/thread-self/ns/mnt")?;
         let file = created(&folder.join("file"))?;
         Ok::<_, Failed>((namespace, file))
@@ -142,7 +142,7 @@ fn other_mount_namespace(sandbox: &Sandbox) -> Result<(), Failed> {
     holds_clients_to_the_grant(sandbox, &mut elsewhere.1)
 }
 
-/// Landlock does not restrict it, so that nothing but its refusal holds clients to a grant.
+/// Landlock does not restrict a memfd, so that the registrar must refuse every narrower grant.
 #[apply(needs_passthrough)]
 fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
     let mut file = File::from(memfd_create("memfd", MemfdFlags::CLOEXEC)?);
@@ -166,11 +166,11 @@ fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
         let reason = ServerReason::Refused(BackingError::NotEnforceable);
         assert_eq!(open(flags, access)?.server_reason(), Some(reason));
     }
-    // Of this file alone.
+    // The refusal concerns this file alone.
     assert_eq!(table.stats().refused, None);
     assert!(open(OFlags::RDWR, Access::ReadWrite)?.is_passthrough());
 
-    // The control: what would be written through such a registration.
+    // The control: through a registration that is not refused, a client writes.
     let read_only = thread(place.connection.device(), Access::ReadOnly)?;
     place.answer_with(read_only.register(file.as_fd(), Access::ReadOnly)?);
     assert_eq!(place.client("rw")?, "written");
@@ -179,7 +179,7 @@ fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The first open decides for how much the inode is registered, until it is released.
+/// The first open decides for which access the inode is registered, until its last release.
 #[apply(needs_passthrough)]
 fn in_a_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -209,13 +209,13 @@ fn in_a_table(sandbox: &Sandbox) -> Result<(), Failed> {
         refused,
         Err(OpenError::GrantExceeded { registered, wanted })
     );
-    // A server that answers it all the same.
+    // The kernel refuses the client even if the server answers with the id.
     assert_eq!(place.client("rw")?, errno(Errno::IO));
     assert_eq!(place.client("r")?, CONTENT);
     drop(open);
 
     for grant in [None, Some(wanted)] {
-        // Released, it can be registered for more; or it was so from the first open on.
+        // After the release it can be registered for more: by a writer, or by a reader with a wider grant.
         let open = grant.map_or_else(writing, |grant| reading(Some(grant)))?;
         place.answer_with(id(&open).ok_or("no passthrough")?);
         assert!(writing()?.is_passthrough());

@@ -1,4 +1,4 @@
-//! `Lowered` and `CapabilityGuard`: what the kernel records, and what the thread has afterwards.
+//! `Lowered` and `CapabilityGuard`: the rights that the kernel records, and those that the thread has afterwards.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
@@ -31,7 +31,7 @@ const CHOWN: CapabilitySet = CapabilitySet::CHOWN;
 const SUID: u32 = 0o4000;
 const SGID: u32 = 0o2000;
 
-/// Who registers the file that a stranger writes.
+/// A way to register the file that a stranger writes.
 type Registering = fn(Device, &File) -> BackingId;
 
 fn with_all_rights(device: Device, file: &File) -> BackingId {
@@ -56,7 +56,8 @@ fn without_fsetid() -> [Registering; 3] {
     ]
 }
 
-/// A stranger writes through a mount whose server says that it clears what is to be cleared.
+/// A stranger writes through a mount whose server negotiated `FUSE_HANDLE_KILLPRIV_V2`: it says that it clears set-ID
+/// bits and file capabilities itself.
 fn written(sandbox: &Sandbox, file: &File, registering: Registering) -> Result<(), Failed> {
     let mut init = Init::passthrough(1);
     init.flags |= uapi::FUSE_HANDLE_KILLPRIV_V2;
@@ -106,11 +107,11 @@ fn setid_bits_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// These go whatever the registrar may do.
+/// The kernel removes file capabilities whatever the registrar's rights.
 #[apply(needs_passthrough)]
 fn file_capabilities_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Failed> {
     const NAME: &str = "security.capability";
-    // `vfs_cap_data` of VFS_CAP_REVISION_2, effective: CAP_NET_RAW is permitted.
+    // A `vfs_cap_data` of VFS_CAP_REVISION_2 with the effective flag and CAP_NET_RAW permitted.
     let data = [0x0200_0001, 1 << 13, 0, 0, 0].map(u32::to_le_bytes);
     let has_some = |file: &File| fgetxattr(file, NAME, &mut [0; 64][..]).is_ok();
     for registering in without_fsetid().into_iter().chain([with_all_rights as _]) {
@@ -118,7 +119,7 @@ fn file_capabilities_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Fa
         let file = executable(&tmpfs, 0o777)?;
         match fsetxattr(&file, NAME, &data.concat(), XattrFlags::empty()) {
             Ok(()) => assert!(has_some(&file)),
-            // A kernel whose tmpfs has no attributes: CONFIG_TMPFS_XATTR. There the write is all.
+            // Without CONFIG_TMPFS_XATTR tmpfs has no such attribute. The write is all that can be tested.
             Err(errno) => assert_eq!(errno, Errno::OPNOTSUPP),
         }
         written(sandbox, &file, registering)?;
@@ -127,14 +128,14 @@ fn file_capabilities_after_a_strangers_write(sandbox: &Sandbox) -> Result<(), Fa
     Ok(())
 }
 
-/// `CapAmb` of this thread, which capget(2) does not tell.
+/// The ambient set of this thread, which capget(2) does not return.
 fn ambient() -> u64 {
     let status = fs::read_to_string("/proc/thread-self/status").expect("/proc");
     let ambient = status.lines().find_map(|line| line.strip_prefix("CapAmb:"));
     u64::from_str_radix(ambient.expect("a line").trim(), 16).expect("hexadecimal")
 }
 
-/// What the thread has of these is changed, and of nothing else.
+/// Changes this thread's capability sets.
 fn set(change: impl FnOnce(&mut CapabilitySets)) {
     let mut changed = sets();
     change(&mut changed);
@@ -216,7 +217,7 @@ fn for_good_lowers_the_thread(sandbox: &Sandbox) -> Result<(), Failed> {
 
 const ROUNDS: usize = 3;
 
-/// Registers as its second argument says, after a registration by its third.
+/// Registers with `Lowered` as `args[1]` names it, after a first registration as `args[2]` names it.
 pub(super) fn register(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let file = tempfile::tempfile()?;
@@ -239,7 +240,7 @@ fn system_calls(sandbox: &Sandbox) -> Result<(), Failed> {
     let each = [SYS_capget, SYS_capset, SYS_ioctl, SYS_capset];
     for (how, first, expected) in [
         ("around-each", "around-each", &each[..]),
-        // Nothing to lose.
+        // The thread has nothing left to lower.
         ("around-each", "for-good", &[SYS_capget, SYS_ioctl]),
         ("for-good", "for-good", &[SYS_ioctl]),
     ] {
@@ -265,7 +266,7 @@ fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), 
         let raised = CapabilityGuard::with(FSETID).expect("permitted");
         assert_eq!(sets().effective, ADMIN | FSETID);
         assert_eq!(registered(), ADMIN);
-        assert_eq!(sets().effective, ADMIN | FSETID, "of the server's still");
+        assert_eq!(sets().effective, ADMIN | FSETID, "restored afterwards");
         raised.restore().expect("capset");
         assert_eq!(sets().effective, ADMIN);
         assert_eq!(registered(), ADMIN);
@@ -277,7 +278,7 @@ fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), 
     Ok(())
 }
 
-/// What a guard promises holds while it lives, whether or not there was something to change.
+/// What a guard promises holds while it exists, even if it had nothing to change.
 #[apply(needs_passthrough)]
 fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
@@ -286,7 +287,7 @@ fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(),
         let raised = CapabilityGuard::with(FSETID).expect("permitted");
         lowered.unregister(by(&lowered, &file)).expect("closed");
         assert_eq!(noting.effective(), ADMIN);
-        assert!(sets().effective.contains(FSETID), "the guard lives");
+        assert!(sets().effective.contains(FSETID), "the guard exists");
         raised.restore().expect("nothing to restore");
         lowered.unregister(by(&lowered, &file)).expect("closed");
         assert_eq!(sets().effective, ADMIN);
@@ -295,7 +296,7 @@ fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(),
 }
 
 #[apply(needs_nothing)]
-fn guards_in_one_another(_: &Sandbox) -> Result<(), Failed> {
+fn nested_guards(_: &Sandbox) -> Result<(), Failed> {
     apart(|| {
         let before = sets();
         let only = CapabilityGuard::only(ADMIN | CHOWN).expect("capset");
@@ -313,7 +314,8 @@ fn guards_in_one_another(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What the thread gives up itself does not come back, at once or later. All else does.
+/// A guard does not restore what the thread itself gave up meanwhile; it restores all else. If capset(2) is refused, the
+/// next guard does so.
 #[apply(needs_nothing)]
 fn given_up_under_a_guard(_: &Sandbox) -> Result<(), Failed> {
     for is_refused in [false, true] {
@@ -357,7 +359,7 @@ fn raised_to_what_is_not_permitted(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// At setfsuid(2) to 0 the kernel makes permitted capabilities effective.
+/// setfsuid(2) to 0 makes permitted capabilities effective, so that the thread must be lowered again.
 #[apply(needs_passthrough)]
 fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
@@ -368,7 +370,7 @@ fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(),
     for (keep, make) in [
         (CapabilitySet::SETUID, Lowered::for_good as fn(_, _) -> _),
         (CapabilitySet::SETUID, Lowered::around_each),
-        // Without the capability a thread can go back to what it was.
+        // Without CAP_SETUID a thread can still return to its former ids.
         (NONE, Lowered::for_good),
         (NONE, Lowered::around_each),
     ] {
@@ -386,7 +388,7 @@ fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(),
                 assert_eq!(registered(&lowered), ADMIN | keep);
             }
         });
-        // One that begins with root's ids.
+        // This thread starts with root's ids.
         apart(|| {
             assert_eq!(registered(&lowered), ADMIN | keep);
             setfsuid(1000.into());
@@ -433,7 +435,7 @@ fn lowering_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
 
 const NOT_RESTORED: RightsError = RightsError::NotRestored(Errno::PERM);
 
-/// Nothing stays registered, and nobody goes on as if the thread had its rights.
+/// If the rights cannot be restored, nothing stays registered, and later calls fail too.
 #[apply(needs_passthrough)]
 fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -461,15 +463,15 @@ fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(noting.noted().len(), 1, "the others were not tried");
     assert_closed(&connection, noting.id());
 
-    // Of that thread only.
+    // Other threads are unaffected.
     let id = apart(|| by(&Lowered::around_each(connection.device(), NONE), &file));
     drop(file);
-    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "registered");
     connection.device().backing_close(id)?;
     tmpfs.unmount_when_idle()
 }
 
-/// The next registration pays what the thread is owed.
+/// If the rights could not be restored once, the thread's next registration restores them.
 #[apply(needs_passthrough)]
 fn restoring_that_is_refused_once(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -508,7 +510,7 @@ fn dropped_guard_that_cannot_restore(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Notes with what it was called.
+/// A registrar that notes the thread's effective capabilities, and panics.
 struct Panicking<'a>(&'a Mutex<CapabilitySet>);
 
 impl InCallingThread for Panicking<'_> {}

@@ -1,4 +1,4 @@
-//! `RegistrarThread`: how it starts, how it ends, and what is left when it dies.
+//! `RegistrarThread`: how it starts, how it ends, and what remains when it dies.
 
 use std::fs::{self, File, Permissions};
 use std::os::fd::AsFd;
@@ -28,9 +28,9 @@ use crate::sandbox::{Sandbox, patience_times, unmount_when_idle};
 use crate::seccomp::kill_at;
 use crate::thread::apart;
 
-/// A thread that is dead is missed within half a second.
+/// The first call to a dead thread must fail within this time. It takes half a second.
 const SOON: Duration = Duration::from_secs(5);
-/// No call looks for it again.
+/// Later calls must fail within this time: they do not wait for the thread again.
 const AT_ONCE: Duration = Duration::from_millis(400);
 
 const DIED: BackingError = BackingError::Registrar {
@@ -42,14 +42,14 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) -> Result<(), Failed>
     let deadline = Instant::now() + SOON * patience_times();
     while !holds() {
         if Instant::now() > deadline {
-            return Err(format!("{what}: not so").into());
+            return Err(format!("{what}: still not true").into());
         }
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }
 
-/// On the sandbox's own filesystem: what a thread was handed that is killed stays open.
+/// A file on the sandbox's own filesystem: a killed thread never closes the files that it was handed.
 fn file() -> File {
     tempfile::tempfile().expect("a file")
 }
@@ -73,11 +73,11 @@ fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
     let unknown = thread.unregister(known(raw)).unwrap_err();
     assert_eq!(unknown.cause(), BackingError::UnknownId);
     assert_eq!(unknown.into_inner().as_raw(), raw);
-    assert_eq!(sets(), before, "of this thread");
+    assert_eq!(sets(), before, "this thread keeps its own");
     Ok(())
 }
 
-/// Of ext4, as a stranger fills it. What is left, of what is reserved.
+/// A stranger fills an ext4. Root's reserved blocks stay free only if the registering thread has another fsuid.
 #[apply(needs_passthrough)]
 fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
     type Registering = fn(Device) -> Box<dyn Register + Send>;
@@ -101,7 +101,7 @@ fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
     for (registering, fills) in [
         (None, false),
         (Some(as_nobody), false),
-        // The controls. Root's fsuid is enough.
+        // The controls: root's fsuid alone opens the reserve.
         (Some(without_capabilities), true),
         (Some(with_all_rights), true),
     ] {
@@ -116,7 +116,7 @@ fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
         let filled = if let Some(registering) = registering {
             let place = Place::new(sandbox, Init::passthrough(1), &file)?;
             let device = place.connection.device();
-            // The thread stays lowered.
+            // In a thread of its own, which stays lowered.
             let id = apart(|| registering(device).register(file.as_fd(), Access::ReadWrite))?;
             place.answer_with(id);
             client::run("fill", &[place.connection.path("file").as_os_str()])?
@@ -171,12 +171,12 @@ fn killed_in_the_preparation(_: &Sandbox) -> Result<(), Failed> {
 
 type Afterwards = Box<dyn Fn() + Send + Sync>;
 
-/// The thread's next ioctl kills it.
+/// Makes the thread's next ioctl kill it.
 fn kills() -> Afterwards {
     Box::new(|| kill_at(libc::SYS_ioctl).expect("seccomp"))
 }
 
-/// At the second registration.
+/// Makes the second registration panic.
 fn panics_at_the_second() -> Afterwards {
     let is_first = AtomicBool::new(true);
     Box::new(move || {
@@ -186,7 +186,7 @@ fn panics_at_the_second() -> Afterwards {
     })
 }
 
-/// What was registered stays so, and can be closed by others. Nobody hangs.
+/// Runs `last`, in which the thread dies. Its registrations stay, others can close them, and no call hangs.
 fn dies(
     sandbox: &Sandbox,
     afterwards: Afterwards,
@@ -194,7 +194,7 @@ fn dies(
 ) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let backing = tmpfs.file("file", CONTENT)?;
-    // The server itself has another file, so that nothing but the id pins this one.
+    // The server's own fd is of another file, so that only the id pins this one.
     let place = Place::new(sandbox, Init::passthrough(1), &file())?;
     let device = place.connection.device();
     let noting = Noting::then(place.connection.device(), afterwards);
@@ -215,7 +215,7 @@ fn dies(
     assert_eq!(place.client("r")?, CONTENT);
     assert_eq!(place.asked(), (0, 0));
     drop(backing);
-    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "still registered");
     device.backing_close(failed.into_inner())?;
     tmpfs.unmount_when_idle()
 }
@@ -241,19 +241,19 @@ fn registrar_that_panics(sandbox: &Sandbox) -> Result<(), Failed> {
     dies(sandbox, panics_at_the_second(), last_registration)
 }
 
-/// In server mode, and says so.
+/// When the thread has died, the table serves new inodes in server mode, and reports it.
 #[apply(needs_passthrough)]
-fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
+fn table_outlives_a_killed_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let backing = tmpfs.file("file", CONTENT)?;
     let place = Place::new(sandbox, Init::passthrough(1), &file())?;
     let noting = Noting::then(place.connection.device(), kills());
     let thread = RegistrarThread::spawn(noting, || Ok::<(), Errno>(()))?;
     let table: BackingTable<_, u32> = BackingTable::new(thread);
-    let told = Arc::<Mutex<Vec<ServerReason>>>::default();
+    let reported = Arc::<Mutex<Vec<ServerReason>>>::default();
     table.on_server_mode({
-        let told = Arc::clone(&told);
-        move |why| told.lock().unwrap().push(why)
+        let reported = Arc::clone(&reported);
+        move |why| reported.lock().unwrap().push(why)
     });
     let open = |inode, file: &File| table.open(&inode, OFlags::RDWR, ServerFile::new(file));
 
@@ -265,7 +265,7 @@ fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
     for inode in [2, 3] {
         assert_eq!(open(inode, &other)?.server_reason(), Some(reason));
     }
-    assert_eq!(*told.lock().unwrap(), [reason]);
+    assert_eq!(*reported.lock().unwrap(), [reason]);
     let stats = table.stats();
     assert_eq!(
         (stats.refused, stats.served),
@@ -279,7 +279,7 @@ fn table_goes_on(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(table.list()[0].close_failed, Some(DIED));
     drop(table);
     drop(backing);
-    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "still registered");
     place.connection.device().backing_close(known(id))?;
     tmpfs.unmount_when_idle()
 }

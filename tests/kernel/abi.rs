@@ -1,5 +1,5 @@
-//! The numbers and the struct, against the running kernel and by another road than the crate's:
-//! libc's ioctl, and a struct declared here.
+//! The ioctl numbers and the struct, tested on the running kernel without the crate's code: with libc's ioctl, and a
+//! struct that is declared here.
 
 #![allow(unsafe_code)]
 
@@ -22,7 +22,7 @@ struct Map {
 }
 
 fn ioctl<T>(device: BorrowedFd<'_>, request: u32, argument: *const T) -> Result<i32, i32> {
-    // SAFETY: for the requests of this file the kernel reads what `argument` points to, if it can.
+    // SAFETY: the kernel only reads at `argument`, for the requests of this file, and fails if it cannot.
     match unsafe { libc::ioctl(device.as_raw_fd(), request as _, argument) } {
         -1 => Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)),
         value => Ok(value),
@@ -92,7 +92,7 @@ fn backing_close_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What `clone_connection` cannot run into, since it attaches a device that it has just opened.
+/// Errors that `clone_connection` cannot get, since it attaches a device that it has just opened.
 #[apply(needs_nothing)]
 fn clone_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::PLAIN)?;
@@ -115,7 +115,7 @@ fn clone_arguments(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What `FuseDevice::new` saves its users from taking for an old kernel.
+/// An ioctl on another device fails as on an old kernel; `FuseDevice::new` refuses such a device.
 #[apply(needs_nothing)]
 fn not_a_fuse_device(_: &Sandbox) -> Result<(), Failed> {
     let null = std::fs::File::open("/dev/null")?;

@@ -1,5 +1,4 @@
-//! `FUSE_DEV_IOC_BACKING_CLOSE`: what closing frees, each error, and each misuse that the types do
-//! not rule out.
+//! `FUSE_DEV_IOC_BACKING_CLOSE`: what closing frees, each error, and each misuse that the types do not rule out.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -28,7 +27,7 @@ pub const ROLES: &[(&str, Role)] = &[
 
 const CONTENT: &str = "what the backing file says";
 
-/// A connection, and a tmpfs whose unmounting says whether an id is open.
+/// A connection, and a tmpfs that cannot be unmounted while an id of its files is open.
 fn setup(sandbox: &Sandbox) -> Result<(Connection, Tmpfs), Failed> {
     Ok((
         Connection::mount(sandbox, Init::passthrough(1))?,
@@ -74,7 +73,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     );
     assert_eq!(failed.cause().scope(), Scope::Connection);
 
-    // As the first releases with passthrough.
+    // The errno of the first kernel releases with passthrough.
     let device = FuseDevice::open()?;
     let forged = apart(|| {
         let invalid = Forged::Error(Errno::INVAL);
@@ -101,7 +100,7 @@ fn without_capability(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(failed.cause().scope(), Scope::Thread);
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
 
-    // Nothing is lost: the id is in the error, and this thread may close it.
+    // The id is not lost: the error has it, and this thread may close it.
     let id = failed.into_inner();
     assert_eq!(id.as_raw(), raw);
     device.backing_close(id)?;
@@ -168,7 +167,7 @@ fn forged_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What `#[must_use]` warns of. Only the end of the connection frees the file.
+/// The misuse that `#[must_use]` warns of: only the end of the connection frees the file.
 #[apply(needs_passthrough)]
 fn misuse_dropped_id_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
@@ -196,7 +195,7 @@ fn misuse_forged_id(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Ids of all connections start at 1: the wrong device has such an id too.
+/// The ids of every connection start at 1, so that the wrong device has the same id.
 #[apply(needs_passthrough)]
 fn misuse_other_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     let (mine, tmpfs) = setup(sandbox)?;
@@ -211,7 +210,7 @@ fn misuse_other_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     others_tmpfs.unmount_when_idle()?;
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));
 
-    // What rules it out: a guard knows its device.
+    // A guard rules this misuse out: it knows its device.
     BackingFile::from_id(&mine.device(), others).close()?;
     tmpfs.unmount_when_idle()
 }
@@ -227,7 +226,7 @@ fn misuse_closed_twice(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The child's copy of the id and the parent's name one registration.
+/// After fork(2), the child's and the parent's copy of an id name one registration.
 #[apply(needs_passthrough)]
 fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
@@ -240,7 +239,7 @@ fn misuse_closed_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a process of a single thread, where fork is harmless.
+/// Runs in a process of one thread, where fork(2) is harmless.
 #[allow(unsafe_code)]
 fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let stdin = std::io::stdin();
@@ -263,8 +262,8 @@ fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     ))
 }
 
-/// The same of an `OpenFile`: if the child drops its copy, the parent answers with an id that is closed. If
-/// it merely exits, nothing is.
+/// The same misuse with an `OpenFile`: if the child drops its copy, the parent answers with a closed id. If the child
+/// merely exits, the id stays open.
 #[apply(needs_passthrough)]
 fn misuse_released_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
@@ -316,8 +315,8 @@ fn misuse_released_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// As `close_after_fork`. Where the child does not drop its `OpenFile` the parent does not either, so that
-/// the id is what the child has made of it.
+/// As `close_after_fork`. The parent drops its `OpenFile` only if the child did, so that the child alone decides
+/// whether the id is closed.
 #[allow(unsafe_code)]
 fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let [path, child] = args else {
@@ -342,7 +341,7 @@ fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Err
     let mut status = 0;
     // SAFETY: `status` is a live int.
     unsafe { libc::waitpid(pid, &raw mut status, 0) };
-    assert!(open.is_passthrough(), "the parent hears of nothing");
+    assert!(open.is_passthrough(), "the parent does not notice");
     assert_eq!(table.stats().ids, 1);
     if drops {
         drop(open);
@@ -367,7 +366,7 @@ fn guard_closes_on_drop(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// As a server keeps it: beyond the function that has the device, and sent to another thread.
+/// A guard can outlive the function that made its device, and can be dropped on another thread, as in a server.
 #[apply(needs_passthrough)]
 fn guard_in_an_arc(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
@@ -396,20 +395,20 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
     failed.into_inner().close()?;
     tmpfs.unmount_when_idle()?;
 
-    // An error that nobody looks into still holds the guard, which closes on drop.
+    // An error that is ignored still holds the guard, which closes on drop.
     let tmpfs = sandbox.tmpfs()?;
     let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     drop(without_cap_sys_admin(|| guard.close()));
     tmpfs.unmount_when_idle()?;
 
-    // Somebody closed the guard's id behind its back.
+    // The guard's id was closed elsewhere.
     let guard = BackingFile::open(&device, tempfile::tempfile()?, Access::ReadWrite)?;
     let raw = guard.id().as_raw();
     device.backing_close(id(raw))?;
     let failed = guard.close().unwrap_err();
     assert_eq!(failed.cause(), BackingError::UnknownId);
 
-    // What gets the number of such a guard next is another's, and not closed with it.
+    // A guard whose id was unknown does not close a later registration that gets the same number.
     let failed = BackingFile::from_id(&device, id(raw + 1))
         .close()
         .unwrap_err();
@@ -426,7 +425,7 @@ fn guard_close_reports(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Documented: a destructor has nobody to tell.
+/// As documented, dropping a guard cannot report that the close failed.
 #[apply(needs_passthrough)]
 fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, tmpfs) = setup(sandbox)?;
@@ -439,7 +438,7 @@ fn guard_drop_without_capability_leaks(sandbox: &Sandbox) -> Result<(), Failed> 
     tmpfs.unmount_when_idle()
 }
 
-/// It closes where it opened, and not where another file has the same id.
+/// A guard closes its id on its own device, not on another that has the same id.
 #[apply(needs_passthrough)]
 fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
     let (mine, tmpfs) = setup(sandbox)?;
@@ -455,7 +454,7 @@ fn guard_keeps_to_its_device(sandbox: &Sandbox) -> Result<(), Failed> {
     others_tmpfs.unmount_when_idle()
 }
 
-/// As an `io::Error`, for a log: why, and nothing that borrows the device.
+/// A close error becomes an `io::Error` that has the cause, and does not borrow the device.
 #[apply(needs_passthrough)]
 fn errors_become_io_errors(sandbox: &Sandbox) -> Result<(), Failed> {
     let (connection, _) = setup(sandbox)?;
@@ -474,7 +473,7 @@ fn guard_to_id_and_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let device = connection.device();
     let guard = BackingFile::open(&device, tmpfs.file("file", "")?, Access::ReadWrite)?;
     let raw = guard.into_id().into_raw();
-    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "nothing guards it");
+    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "still registered");
     drop(BackingFile::from_id(&device, id(raw)));
     tmpfs.unmount_when_idle()
 }

@@ -18,7 +18,7 @@ fn device_not_attached(_: &Sandbox) -> Result<(), Failed> {
     assert!(matches!(failed, DeviceError::NotAttached(_)), "{failed:?}");
     assert_eq!(failed.scope(), Scope::Connection);
 
-    // As older releases.
+    // The errno of older kernel releases.
     let device = FuseDevice::open()?;
     let forged = apart(|| {
         let invalid = Forged::Error(Errno::INVAL);
@@ -57,7 +57,7 @@ fn keeps_the_connection(sandbox: &Sandbox) -> Result<(), Failed> {
     clone.backing_close(id)?;
     tmpfs.unmount_when_idle()?;
 
-    // And the end of the last fd closes what is left.
+    // Closing the last fd closes the ids that are left.
     let tmpfs = sandbox.tmpfs()?;
     let leaked = clone.backing_open(tmpfs.file("file", "")?)?;
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY));

@@ -43,7 +43,7 @@ fn one_system_call_each(sandbox: &Sandbox) -> Result<(), Failed> {
     ];
     assert_eq!(made.len(), 3 * ROUNDS * ioctls.len());
     for (call, ioctl) in made.iter().zip(ioctls.iter().cycle()) {
-        // The kernel's `unsigned int`: some ABIs fill the register with copies of its sign.
+        // The kernel takes an `unsigned int`; some ABIs sign-extend it in the register.
         let request = call.args[1] as u32;
         assert_eq!((call.number, request), (libc::SYS_ioctl, *ioctl));
     }

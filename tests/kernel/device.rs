@@ -1,4 +1,4 @@
-//! `FuseDevice`: which fds it takes, and what it says of others.
+//! `FuseDevice`: which fds it accepts, and the errors for others.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -89,7 +89,7 @@ fn takes_a_node_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
 fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
     let folder = sandbox.folder("files")?;
     fs::write(folder.join("file"), "")?;
-    // A block device of the same number.
+    // A block device with the number of /dev/fuse.
     let block = folder.join("block");
     mknodat(
         CWD,
@@ -133,7 +133,7 @@ fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// It is 10:229, and every ioctl on it fails with EBADF.
+/// An `O_PATH` fd of /dev/fuse has the right device number, but every ioctl on it fails with EBADF.
 #[apply(needs_nothing)]
 fn refuses_o_path(_: &Sandbox) -> Result<(), Failed> {
     let fd = open("/dev/fuse", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
@@ -151,7 +151,7 @@ fn open_says_what_is_wrong(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a process of its own: it covers /dev in its mount namespace.
+/// Runs in a process of its own, which covers /dev in its mount namespace.
 #[allow(unsafe_code)]
 fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     // SAFETY: CLONE_NEWNS does not touch the table of file descriptors.
@@ -199,7 +199,7 @@ fn open_device_in_broken_dev(_: &[String]) -> Result<String, Box<dyn std::error:
     let error = FuseDevice::open().unwrap_err();
     assert!(matches!(error, DeviceError::NoDriver(_)), "{error:?}");
 
-    // A filesystem that denies devices to everybody.
+    // A filesystem on which no device can be opened.
     mount("tmpfs", "/dev", "tmpfs", MountFlags::NODEV, None)?;
     mknodat(
         CWD,

@@ -1,11 +1,11 @@
-//! What this kernel is known to do, told by `FUSE_BACKING_EXPECT` or shown by the kernel itself.
+//! What the tests expect of this kernel, from `FUSE_BACKING_EXPECT` or from the kernel itself.
 //!
-//! tests/kernels/run chooses the kernel and tells it. The tests then assert that, so that a kernel which lacks a
-//! feature by mistake fails. Where the variable is unset, what the kernel shows is believed, and what it does
-//! not show is left open: both outcomes pass. The tests say at their start which it is (`summary`).
+//! tests/kernels/run chooses a kernel and sets the variable to what it must do. The tests assert that, so that a kernel
+//! which lacks a feature by mistake fails. If the variable is unset, the tests rely on what the kernel shows; for what
+//! it does not show, both outcomes pass. The tests print at their start which applies (`summary`).
 //!
-//! It is `absent`, `disabled` or `present`, of passthrough, and then whichever hold of `WORDS`. A word with
-//! a question mark is left open.
+//! The variable's first word is the state of passthrough: `absent`, `disabled` or `present`. Then come those `WORDS`
+//! that hold. A word with a question mark is decided by what the kernel shows.
 
 use std::env;
 use std::fmt::Write as _;
@@ -21,17 +21,17 @@ use rustix::system::uname;
 use crate::fuse::{Connection, Init, Offer};
 use crate::sandbox::Sandbox;
 
-/// What a kernel has of passthrough.
+/// Whether a kernel has passthrough.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Support {
     Present,
-    /// Protocol 7.40 is of Linux 6.9, so the kernel knows passthrough, and was built without.
+    /// The kernel was built without it. Protocol 7.40 is that of Linux 6.9, which has passthrough.
     Disabled,
     Absent,
 }
 
 impl Support {
-    /// What it says in INIT.
+    /// What INIT shows.
     fn offered() -> Self {
         let offer = offer();
         if offer.flags & uapi::FUSE_PASSTHROUGH != 0 {
@@ -44,7 +44,7 @@ impl Support {
     }
 }
 
-/// A property of kernels, and what this one shows of it: `None` where nothing but the tested call itself would.
+/// A property of kernels, and whether this one shows that it has it: `None` if only the tested call would show it.
 #[derive(Clone, Copy)]
 struct Word {
     name: &'static str,
@@ -56,23 +56,23 @@ const SYNC_INIT: Word = Word {
     name: "sync-init",
     shown: || Some(offer().minor >= 45),
 };
-/// A process that is killed in mount(2), where that waits for INIT, does not end: CVE-2026-31713. Seen on
-/// 6.18.5, 6.18.15 and 6.19.14, not on 6.18.44 nor from 7.0.4 on.
+/// A process that is killed while mount(2) waits for INIT does not end: CVE-2026-31713. Seen on 6.18.5, 6.18.15 and
+/// 6.19.14, but not on 6.18.44 nor from 7.0.4 on.
 const SYNC_INIT_UNKILLABLE: Word = Word {
     name: "sync-init-unkillable",
     shown: || (offer().minor < 45).then_some(false),
 };
-/// Backing files that are not regular files are refused: Linux 6.12.48, 6.16.8, 6.17 and later.
+/// The kernel refuses backing files that are not regular files: Linux 6.12.48, 6.16.8, 6.17 and later.
 const REGULAR_FILES_ONLY: Word = Word {
     name: "regular-files-only",
     shown: || (offer().minor >= 45).then_some(true),
 };
-/// The ioctls of passthrough give `EPERM` for a device that is not mounted, else `EINVAL`.
+/// The passthrough ioctls fail with `EPERM` on a device that is not mounted. Other kernels give `EINVAL`.
 const UNATTACHED_EPERM: Word = Word {
     name: "unattached-eperm",
     shown: || None,
 };
-/// So does CLONE.
+/// CLONE of a device that is not mounted fails with `EPERM`. Other kernels give `EINVAL`.
 const CLONE_EPERM: Word = Word {
     name: "clone-eperm",
     shown: || None,
@@ -87,12 +87,12 @@ const LANDLOCK: Word = Word {
     name: "landlock",
     shown: || Some(has_landlock()),
 };
-/// There is overlayfs, to have files that are stacked.
+/// overlayfs is available, for files on a stacked filesystem.
 const OVERLAYFS: Word = Word {
     name: "overlayfs",
     shown: || Some(has_overlayfs()),
 };
-/// `/proc/self/fail-nth`: a kernel that was built to have its allocations fail.
+/// `/proc/self/fail-nth`: the kernel was built with fault injection, which makes its allocations fail.
 const FAIL_NTH: Word = Word {
     name: "fail-nth",
     shown: || Some(has_fail_nth()),
@@ -110,27 +110,27 @@ const WORDS: &[Word] = &[
 ];
 
 impl Word {
-    /// `None`: it is left open.
+    /// Whether the kernel has it; `None` if both outcomes pass.
     fn known(self) -> Option<bool> {
-        let Some(told) = told() else {
+        let Some(expected) = expectation() else {
             return (self.shown)();
         };
-        let is_told = |what: &str| told.words.iter().any(|word| word == what);
-        if is_told(&format!("{}?", self.name)) {
+        let is_listed = |what: &str| expected.words.iter().any(|word| word == what);
+        if is_listed(&format!("{}?", self.name)) {
             return (self.shown)();
         }
-        Some(is_told(self.name))
+        Some(is_listed(self.name))
     }
 }
 
-struct Told {
+struct Expectation {
     support: Support,
     words: Vec<String>,
 }
 
-fn told() -> Option<&'static Told> {
-    static TOLD: OnceLock<Option<Told>> = OnceLock::new();
-    TOLD.get_or_init(|| {
+fn expectation() -> Option<&'static Expectation> {
+    static EXPECTATION: OnceLock<Option<Expectation>> = OnceLock::new();
+    EXPECTATION.get_or_init(|| {
         let all = env::var("FUSE_BACKING_EXPECT").ok()?;
         let mut words = all.split_whitespace();
         let support = match words.next().unwrap_or_default() {
@@ -140,38 +140,38 @@ fn told() -> Option<&'static Told> {
             other => panic!("FUSE_BACKING_EXPECT: '{other}' is not absent, disabled or present"),
         };
         let words: Vec<_> = words.map(str::to_owned).collect();
-        for told in &words {
-            let name = told.trim_end_matches('?');
+        for word in &words {
+            let name = word.trim_end_matches('?');
             let known = WORDS.iter().any(|word| word.name == name);
-            assert!(known, "FUSE_BACKING_EXPECT: unknown '{told}'");
+            assert!(known, "FUSE_BACKING_EXPECT: unknown '{word}'");
         }
-        Some(Told { support, words })
+        Some(Expectation { support, words })
     })
     .as_ref()
 }
 
 static OFFER: OnceLock<Offer> = OnceLock::new();
 
-/// Asks the kernel what it has, once and before the tests.
+/// Asks the kernel what it offers. Called once, before the tests.
 pub fn ask() -> Result<(), String> {
     let ask = || {
-        let sandbox = Sandbox::new("what the kernel has")?;
+        let sandbox = Sandbox::new("what the kernel offers")?;
         Ok(Connection::mount(&sandbox, Init::PLAIN)?.offer())
     };
     let offer = ask().map_err(|failed: Failed| failed.message().unwrap_or("INIT").to_owned())?;
     OFFER.set(offer).map_err(|_| "asked twice".to_owned())
 }
 
-/// What the kernel said in INIT.
+/// What the kernel offered in INIT.
 pub fn offer() -> Offer {
     *OFFER.get().expect("asked")
 }
 
-/// What the tests go by, and where they have it from.
+/// What the tests expect, and its source.
 pub fn summary() -> String {
     let uname = uname();
     let release = uname.release().to_string_lossy();
-    let source = match told() {
+    let source = match expectation() {
         Some(_) => "FUSE_BACKING_EXPECT says",
         None => "FUSE_BACKING_EXPECT is not set, the kernel shows",
     };
@@ -183,7 +183,7 @@ pub fn summary() -> String {
     for (title, known) in [
         ("yes", Some(true)),
         ("no", Some(false)),
-        ("not known, so that either passes", None),
+        ("unknown, both outcomes pass", None),
     ] {
         let words = WORDS.iter().filter(|word| word.known() == known);
         let names: Vec<_> = words.map(|word| word.name).collect();
@@ -194,12 +194,12 @@ pub fn summary() -> String {
     summary
 }
 
-pub fn is_told() -> bool {
-    told().is_some()
+pub fn is_set() -> bool {
+    expectation().is_some()
 }
 
 pub fn support() -> Support {
-    told().map_or_else(Support::offered, |told| told.support)
+    expectation().map_or_else(Support::offered, |expected| expected.support)
 }
 
 pub fn sync_init() -> bool {
@@ -210,12 +210,12 @@ pub fn sync_init_unkillable() -> Option<bool> {
     SYNC_INIT_UNKILLABLE.known()
 }
 
-/// Linux 6.12, which has protocol 7.41, takes `O_PATH` backing fds.
+/// Whether the kernel accepts `O_PATH` backing fds, as it does from Linux 6.12 on, which has protocol 7.41.
 pub fn path_only_files() -> bool {
     offer().minor >= 41
 }
 
-/// `None`: it may be one of the stable releases that do.
+/// `None` if it may be one of the stable releases that refuse others.
 pub fn regular_files_only() -> Option<bool> {
     REGULAR_FILES_ONLY.known()
 }
@@ -245,7 +245,7 @@ fn has_landlock() -> bool {
     abi > 0
 }
 
-/// Opening it loads its module, where there is one.
+/// fsopen(2) loads the module, if there is one.
 fn has_overlayfs() -> bool {
     fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).is_ok()
 }
@@ -254,13 +254,13 @@ fn has_fail_nth() -> bool {
     Path::new("/proc/thread-self/fail-nth").exists()
 }
 
-/// Of a device that is not attached to a connection.
+/// Asserts the errno of a passthrough ioctl on a device that is not attached to a connection.
 #[track_caller]
 pub fn assert_unattached(errno: Errno) {
     assert_either(UNATTACHED_EPERM, errno);
 }
 
-/// Of CLONE, from such a device.
+/// Asserts the errno of CLONE from such a device.
 #[track_caller]
 pub fn assert_clone_unattached(errno: Errno) {
     assert_either(CLONE_EPERM, errno);
@@ -276,10 +276,10 @@ fn assert_either(eperm: Word, errno: Errno) {
     assert!(expected.contains(&errno), "{errno:?}, not {expected:?}");
 }
 
-/// By what it shows, which is what the crate goes by.
-#[apply(needs_told)]
+/// What the kernel shows agrees with `FUSE_BACKING_EXPECT`.
+#[apply(needs_expectation)]
 fn kernel_is_as_told(_: &Sandbox) -> Result<(), Failed> {
-    assert!(is_told());
+    assert!(is_set());
     assert_eq!(support(), Support::offered());
     for word in WORDS {
         if let (Some(known), Some(shown)) = (word.known(), (word.shown)()) {

@@ -1,9 +1,9 @@
-//! What fails for want of memory, or is forged to fail: a typed error each time, nothing registered,
-//! nothing leaked, and the next attempt works.
+//! Calls that fail for lack of memory, or are forged to fail. Each gives a typed error, registers nothing and leaks
+//! nothing, and the next attempt works.
 //!
-//! On a kernel with `CONFIG_FAULT_INJECTION` every allocation of a call, and every copy to and from
-//! user space, is failed in turn: the first of a call, then the second, until there are no more.
-//! Elsewhere the results are forged, see also `forged_errors` of each ioctl's tests.
+//! On a kernel with `CONFIG_FAULT_INJECTION`, every allocation of a call and every copy to and from user space fails in
+//! turn: first the first one, then the second, until there are no more. On other kernels the results are forged; see
+//! also `forged_errors` in each ioctl's tests.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -27,25 +27,25 @@ use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::apart;
 
-/// A walk that is longer than this goes in circles.
+/// A walk that is longer than this will not end.
 const MANY: u32 = 2000;
-/// Walks of each call. What else happens to the thread, a page fault or a file that is put late,
-/// allocates too, so that one walk may pass a failure by.
+/// How many walks each call gets. A page fault, or a file that is closed late, allocates on the thread too, so that one
+/// walk may miss a failure.
 const WALKS: u32 = 5;
 
-/// Has the allocations of this thread fail.
+/// Makes allocations of this thread fail.
 struct Failing(File);
 
 impl Failing {
     fn new(sandbox: &Sandbox) -> Result<Self, Failed> {
         let debugfs = sandbox.folder("debugfs")?;
         mount("debugfs", &debugfs, "debugfs", MountFlags::empty(), None)?;
-        // Those that may wait for memory too, which are nearly all.
+        // Includes allocations that may wait for memory, which are nearly all.
         for (file, value) in [
             ("failslab/ignore-gfp-wait", "N"),
             ("fail_page_alloc/ignore-gfp-wait", "N"),
             ("fail_page_alloc/min-order", "0"),
-            // Where it came from need not be on the console each time.
+            // Keeps the stack traces off the console.
             ("failslab/verbose", "0"),
             ("fail_page_alloc/verbose", "0"),
             ("fail_usercopy/verbose", "0"),
@@ -60,12 +60,12 @@ impl Failing {
         Ok(Self(fail_nth))
     }
 
-    /// What comes of `f` when its `n`th allocation fails, and whether it has that many.
+    /// The result of `f` when its `n`th allocation fails, and whether it has that many.
     fn nth<T>(&self, n: u32, f: impl FnOnce() -> T) -> Result<(T, bool), Failed> {
         let text = n.to_string();
         self.0.write_all_at(text.as_bytes(), 0)?;
         let result = f();
-        // The count goes on in these calls: if it runs out here, then it had not in `f`.
+        // The count continues in these calls. If it runs out here, `f` had fewer allocations.
         let mut left = [0; 16];
         let failed = match self.0.read_at(&mut left, 0) {
             Ok(length) => left[..length].trim_ascii() == b"0",
@@ -75,8 +75,8 @@ impl Failing {
         Ok((result, failed))
     }
 
-    /// Fails one after the other until there are no more, some times over, and `check`s each result. Returns
-    /// how many there were, where there were fewest.
+    /// Makes one allocation after the other fail until there are no more, in several walks, and `check`s each result.
+    /// Returns how many the shortest walk had.
     fn each<T>(
         &self,
         what: &str,
@@ -104,8 +104,8 @@ impl Failing {
     }
 }
 
-/// The errnos of a failed allocation, of a failed copy, and of a table of files that cannot grow.
-fn expect_want(errno: Errno, scope: Scope) -> Result<(), Failed> {
+/// Accepts the errnos of a failed allocation, of a table of files that cannot grow, and of a failed copy.
+fn expect_shortage(errno: Errno, scope: Scope) -> Result<(), Failed> {
     match (errno, scope) {
         (Errno::NOMEM, Scope::Transient) | (Errno::NFILE, _) | (Errno::FAULT, _) => Ok(()),
         other => Err(format!("{other:?}").into()),
@@ -132,7 +132,7 @@ fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
             drop(file);
             match result {
                 Ok(id) => {
-                    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "the control");
+                    assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "registered");
                     device.backing_close(id)?;
                 }
                 Err(error) => {
@@ -140,11 +140,11 @@ fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
                     seen.push(error);
                 }
             }
-            // Nothing of it is left.
+            // No registration is left.
             tmpfs.unmount_when_idle()
         },
     )?;
-    // The copy of the argument; the registration and its id.
+    // `copy` is from the ioctl's argument, `memory` from the registration and its id.
     let (copy, memory) = (BackingError::Other(Errno::FAULT), BackingError::OutOfMemory);
     assert!(seen.contains(&copy) && seen.contains(&memory), "{seen:?}");
     seen.retain(|error| ![copy, memory].contains(error));
@@ -152,7 +152,7 @@ fn failing_backing_open(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// It allocates nothing, so that memory can always be given back.
+/// BACKING_CLOSE allocates nothing, so that it can always free memory.
 #[apply(needs_fail_nth)]
 fn failing_backing_close(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
@@ -166,7 +166,7 @@ fn failing_backing_close(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// Opening the device, and attaching it.
+/// `clone_connection` opens the device and attaches it; both can fail.
 #[apply(needs_fail_nth)]
 fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
@@ -175,7 +175,7 @@ fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let refused = |error: DeviceError, failed: bool| {
         assert!(failed, "{error:?}");
-        expect_want(error.errno(), error.scope())
+        expect_shortage(error.errno(), error.scope())
     };
     let opening = failing.each("open", FuseDevice::open, |opened, failed| match opened {
         Err(error) => refused(error, failed),
@@ -196,7 +196,7 @@ fn failing_clone(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// mount(2), and what the crate says of a device whose mount has failed.
+/// mount(2) fails. The crate's error for the device then tells whether the device can be mounted again.
 #[apply(needs_fail_nth)]
 fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
     let failing = Failing::new(sandbox)?;
@@ -214,10 +214,9 @@ fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
                 assert!(failed, "{why:?}");
                 refused += 1;
                 match FuseDevice::new(&device)?.backing_open(&file) {
-                    // The same device can be mounted all the same.
+                    // The same device can still be mounted.
                     Err(BackingError::NotAttached(_)) => {}
-                    // What failed came after the filesystem was made, and has ended it: the device
-                    // is that of a connection that is gone.
+                    // The failure came after the connection was made, and ended it: the device is useless.
                     Err(BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied)) => {
                         spent += 1;
                         assert!(attach(&device, &mountpoint).is_err());
@@ -230,10 +229,10 @@ fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
             let attached = FuseDevice::new(&device)?;
             if is_readable(&device)? {
                 handshake(&device, Init::passthrough(1))?;
-                // Not closed: that is left to the end of the connection.
+                // The end of the connection closes the id.
                 let _ = attached.backing_open(&file)?.into_raw();
             } else {
-                // What failed was the INIT request: mount(2) succeeds, and it is never sent.
+                // The INIT request failed: mount(2) succeeded, and INIT is never sent.
                 assert!(failed);
                 silent += 1;
                 let denied = NotPermitted::NotNegotiatedOrDenied;
@@ -252,7 +251,7 @@ fn failing_mount(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// Whether there is a request, which after mount(2) there is.
+/// Whether the device has a request to read. After mount(2) it has INIT.
 fn is_readable(device: &OwnedFd) -> Result<bool, Failed> {
     let mut fds = [PollFd::new(device, PollFlags::IN)];
     let now = rustix::event::Timespec {
@@ -269,7 +268,7 @@ const OPEN: u32 = uapi::FUSE_DEV_IOC_BACKING_OPEN;
 const CLOSE: u32 = uapi::FUSE_DEV_IOC_BACKING_CLOSE;
 const RDWR: OFlags = OFlags::RDWR;
 
-/// Runs `f` on a thread whose calls of this ioctl return what is forged.
+/// Runs `f` on a thread whose calls of this ioctl return the forged result.
 fn with<T: Send>(ioctl: u32, forged: Forged, f: impl FnOnce() -> T + Send) -> T {
     apart(|| {
         forge(&[(ioctl, forged)]).expect("seccomp");
@@ -277,7 +276,8 @@ fn with<T: Send>(ioctl: u32, forged: Forged, f: impl FnOnce() -> T + Send) -> T 
     })
 }
 
-/// What passes is of the inode's opens, and forgotten with them.
+/// A transient failure puts only its inode in server mode, until the inode's last release. An invalid id is remembered
+/// for the connection.
 #[apply(needs_passthrough)]
 fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -301,9 +301,9 @@ fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
         assert_eq!((table.stats().ids, table.stats().refused), (0, None));
         assert!(open(2)?.is_passthrough(), "another inode, {errno:?}");
         drop(refused);
-        assert!(open(1)?.is_passthrough(), "later, {errno:?}");
+        assert!(open(1)?.is_passthrough(), "after release, {errno:?}");
     }
-    // No id, and so no file either; what answers so is not to be asked again.
+    // A value that is no id: nothing is registered, and the table does not ask such a kernel again.
     for value in [0, -4096, i32::MIN] {
         let refused = with(OPEN, Forged::Value(value), || open(1))?;
         let error = BackingError::InvalidId(value);
@@ -312,14 +312,14 @@ fn table_when_opens_fail(sandbox: &Sandbox) -> Result<(), Failed> {
         assert_eq!(table.stats().refused, Some(error));
         drop(refused);
         table.reset();
-        assert!(open(1)?.is_passthrough(), "later, {value}");
+        assert!(open(1)?.is_passthrough(), "after reset, {value}");
     }
     assert_eq!(table.stats().ids, 0);
     drop(file);
     tmpfs.unmount_when_idle()
 }
 
-/// What a close can be forged to fail with, and what that is.
+/// Forged errnos of a close, with the causes that they are reported as.
 const CLOSES: [(Errno, BackingError); 4] = [
     (Errno::INTR, BackingError::Interrupted),
     (Errno::NOMEM, BackingError::Other(Errno::NOMEM)),
@@ -330,7 +330,7 @@ const CLOSES: [(Errno, BackingError); 4] = [
     ),
 ];
 
-/// The id is kept, known, and closed when that is possible again.
+/// The table keeps an id that it could not close, lists it, and closes it when that is possible again.
 #[apply(needs_passthrough)]
 fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -351,7 +351,7 @@ fn table_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The guard comes back, and closes when it is dropped.
+/// A failed close returns the guard in the error, and dropping the error closes the id.
 #[apply(needs_passthrough)]
 fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -368,8 +368,8 @@ fn guard_when_closes_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// An id that somebody else has, for a file that is not registered at all: nobody can tell, but each
-/// is closed once, and the second of them is told.
+/// The kernel returns an id that another guard has, and registers nothing. Nothing shows this, but each guard closes
+/// the id once, and the second close fails.
 #[apply(needs_passthrough)]
 fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -385,7 +385,7 @@ fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     drop(file);
     mine.unmount_when_idle()?;
 
-    assert_eq!(others.unmount(), Err(Errno::BUSY), "the control");
+    assert_eq!(others.unmount(), Err(Errno::BUSY), "still registered");
     forged.close()?;
     others.unmount_when_idle()?;
     let failed = live.close().expect_err("it is closed");
@@ -393,7 +393,7 @@ fn id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a table: two inodes with one id are two registrations to it, of which one cannot be closed.
+/// A table counts two inodes with one id as two registrations, of which one cannot be closed.
 #[apply(needs_passthrough)]
 fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
@@ -409,11 +409,11 @@ fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Fail
     assert_eq!(id(&forged), Some(raw));
     assert_eq!((table.stats().ids, table.stats().close_failures), (2, 0));
     drop((live, forged));
-    // Nothing to be tried again.
+    // Nothing is left to retry.
     assert_eq!((table.stats().ids, table.stats().close_failures), (0, 1));
     assert!(table.list().is_empty());
 
-    // And goes on as if nothing had been.
+    // The table works on as usual.
     let again = table.open(&2, RDWR, ServerFile::new(&two))?;
     assert_ne!(id(&again), Some(raw));
     assert!(again.is_passthrough());

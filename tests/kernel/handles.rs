@@ -1,5 +1,5 @@
-//! `Handles` on real connections: attached after the mount, a negotiation that falls short, and a
-//! successor. Without a kernel: tests/handles.rs.
+//! `Handles` on real connections: attached after the mount, with an insufficient negotiation, and with a successor that
+//! adopts them. tests/handles.rs has the tests that need no kernel.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -22,10 +22,10 @@ const CONTENT: &str = "content";
 
 type Files = Handles<FuseDevice<Arc<std::os::fd::OwnedFd>>>;
 
-/// A mount of one file. The handles can be replaced, as those of a server that is restarted.
+/// A mount of one file. Its handles can be replaced, as if the server was restarted.
 struct Server {
     handles: Arc<Mutex<Arc<Files>>>,
-    /// Every handle, in the order of the opens.
+    /// Every file handle, in the order of the opens.
     opened: Arc<Mutex<Vec<u64>>>,
     connection: Connection,
     path: PathBuf,
@@ -66,7 +66,7 @@ impl Server {
         Arc::clone(&handles.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// RELEASE, of the open of that place in the order.
+    /// Releases the open at this index.
     fn release(&self, at: usize) -> bool {
         let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         let fh = opened.get(at).copied().unwrap_or(0);
@@ -75,7 +75,7 @@ impl Server {
 
     fn replace(&self, handles: Files) {
         let mut current = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        // A predecessor that is gone drops nothing.
+        // A predecessor that was killed drops nothing.
         std::mem::forget(std::mem::replace(&mut *current, Arc::new(handles)));
     }
 
@@ -112,9 +112,10 @@ fn attached_after_the_first_open(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// With fuser: `add_capabilities` without `set_max_stack_depth`. The kernel says nothing of it.
+/// The table reports a missing stack depth, which the kernel silently accepts. With fuser: `add_capabilities` without
+/// `set_max_stack_depth`.
 #[apply(needs_passthrough)]
-fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_forgotten_stack_depth_is_reported(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
     tmpfs.file("backing", CONTENT)?;
     let init = Init {
@@ -123,11 +124,12 @@ fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
     };
     let server = Server::start(sandbox, &tmpfs.path().join("backing"), init)?;
     server.attach()?;
-    let told: Arc<Mutex<Vec<ServerReason>>> = Arc::default();
+    let reported: Arc<Mutex<Vec<ServerReason>>> = Arc::default();
     server.handles().table().on_server_mode({
-        let told = Arc::clone(&told);
+        let reported = Arc::clone(&reported);
         move |why| {
-            told.lock()
+            reported
+                .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(why)
         }
@@ -138,15 +140,19 @@ fn a_forgotten_stack_depth_is_told(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_ne!(server.reads(), 0);
     let error = BackingError::NotPermitted(NotPermitted::NotNegotiatedOrDenied);
     let reason = ServerReason::Refused(error);
-    let told = told.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    assert_eq!(told, [reason]);
+    let reported = reported
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    assert_eq!(reported, [reason]);
     assert!(reason.to_string().contains("max_stack_depth 1 or 2"));
     let counted = server.handles().table().stats().served;
     assert_eq!(counted, [(reason, 3)]);
     Ok(())
 }
 
-/// A server that is restarted on its device fd, while a client has the file open.
+/// A server is restarted on its device fd, while a client has the file open. Opens work on if the successor adopts that
+/// open.
 #[apply(needs_passthrough)]
 fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
     for adopts in [true, false] {
@@ -162,7 +168,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
             *handle.open.inode(),
             handle.open.id().map(BackingId::as_raw),
         );
-        // So that it outlives what is forgotten.
+        // The handle is never dropped, as in a server that was killed.
         std::mem::forget(handle);
 
         let successor = Handles::new(BackingTable::new(server.connection.device()));
@@ -174,7 +180,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
             assert!(successor.adopt(fh, Handle { open, file }).is_ok());
         }
         server.replace(successor);
-        // Without, the kernel is given a second id for an inode that is open.
+        // Without adoption, the kernel gets a second id for an open inode.
         let errno = format!("errno {}", Errno::IO.raw_os_error());
         let expected = if adopts { CONTENT } else { &errno };
         assert_eq!(server.read()?, expected);
@@ -183,7 +189,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         assert_eq!(server.reads(), 0);
 
         if adopts {
-            // Of the holder's, and of the other.
+            // The holder's open, and the reader's.
             assert!(server.release(0) && server.release(1));
             let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
             let closed = server.connection.device().backing_close(id);

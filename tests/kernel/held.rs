@@ -1,5 +1,5 @@
-//! What a registration holds: nothing of a writer that was released, and the fd if the table keeps it.
-//! And what is registered where there is no `O_PATH` fd.
+//! What a registration holds: nothing of a released writer, and the fd if the table keeps it. Also what is registered
+//! if there is no `O_PATH` fd.
 
 use std::ffi::c_long;
 use std::fs::{self, File};
@@ -65,6 +65,7 @@ const RDWR: OFlags = OFlags::RDWR;
 /// How the file is registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Registered {
+    /// By a table, with its defaults.
     ByTable,
     /// By a table that keeps its fds.
     Kept,
@@ -75,7 +76,7 @@ enum Registered {
 }
 
 impl Registered {
-    /// Whether the registration of a writer's open keeps a writer.
+    /// Whether a registration that a writer's open made still counts as a writer after its release.
     fn holds_writer(self) -> bool {
         match self {
             Self::ByTable | Self::Kept => !path_only_files(),
@@ -84,7 +85,7 @@ impl Registered {
     }
 }
 
-/// A server of one program.
+/// A server of one file, which is a program.
 struct Server {
     connection: Connection,
     state: Arc<State>,
@@ -94,7 +95,7 @@ struct Server {
 struct State {
     registered: Registered,
     program: PathBuf,
-    // The server answers before there is a device to give it.
+    // The server's closure is made before the device and the table, which are set later.
     device: OnceLock<Device>,
     table: OnceLock<Table>,
     own: Mutex<Option<BackingFile<Device>>>,
@@ -109,7 +110,7 @@ struct Open {
 }
 
 impl State {
-    /// Opens the program with the client's access mode, and locks it for a writer.
+    /// Opens the program with the client's access mode. For a writer, also locks it.
     fn answer(&self, nodeid: u64, flags: i32) -> OpenAnswer {
         let access_mode = OFlags::from_bits_retain(flags as u32) & OFlags::RWMODE;
         let file = open(&self.program, access_mode | OFlags::CLOEXEC, Mode::empty())?;
@@ -164,7 +165,7 @@ impl Server {
     fn start(sandbox: &Sandbox, registered: Registered) -> Result<Self, Failed> {
         let tmpfs = sandbox.tmpfs()?;
         let program = tmpfs.path().join("program");
-        // The one program that is everywhere.
+        // This test binary is the one program that every machine has.
         fs::copy("/proc/self/exe", &program)?;
         let node = Node {
             name: "program".into(),
@@ -202,14 +203,14 @@ impl Server {
         self.state.table.get().expect("started")
     }
 
-    /// Waits for as many RELEASEs, and lets go of the opens that they are for.
+    /// Waits until there were so many RELEASEs, and drops the opens that were released.
     fn release(&self, releases: u64, which: impl Fn(&Open) -> bool) -> Result<(), Failed> {
         self.connection.wait_for_releases(releases)?;
         self.state.opens.lock().unwrap().retain(|open| !which(open));
         Ok(())
     }
 
-    /// Expects that what a writer or a lock is in the way of fails, or that it does not.
+    /// Asserts that every call of `CALLS` fails if `busy`, and succeeds otherwise.
     #[track_caller]
     fn expect(&self, busy: bool, when: &str) {
         let outcomes = CALLS.map(|(name, call, _)| (name, self.lasting(call, busy)));
@@ -217,9 +218,8 @@ impl Server {
         assert_eq!(outcomes, expected, "{:?}, {when}", self.state.registered);
     }
 
-    /// What comes of a call in the end. It fails for a moment for others: a child of another test has,
-    /// between its fork and its exec, all fds of this process, and the kernel puts the file of a client a
-    /// moment after its close(2).
+    /// The result of a call after retries. It can fail for a moment for other reasons: between fork and exec, a child
+    /// of another test has all fds of this process, and the kernel drops a client's file a moment after its close(2).
     fn lasting(&self, call: Call, busy: bool) -> Result<(), Errno> {
         let patience = Duration::from_millis(if busy { 100 } else { 10_000 }) * patience_times();
         let deadline = Instant::now() + patience;
@@ -234,7 +234,7 @@ impl Server {
 
 type Call = fn(&Server) -> Result<(), Errno>;
 
-/// What a writer is in the way of, and a lock, with the errno then. None leaves anything behind.
+/// Calls that fail with the errno while the program has a writer, or is locked. None has a lasting effect.
 const CALLS: [(&str, Call, Errno); 4] = [
     ("execve", run, Errno::TXTBSY),
     ("F_SETLEASE", lease, Errno::AGAIN),
@@ -281,11 +281,11 @@ fn lock(server: &Server) -> Result<(), Errno> {
     flock(&file, FlockOperation::NonBlockingLockExclusive)
 }
 
-/// How much of the program is read: enough to tell it by.
+/// How many bytes of the program are read, enough to recognize it.
 const HEAD: usize = 64;
 
-/// Opens for reading and writing, and for reading; closes the former, and reads with the latter, each
-/// when it is told to.
+/// Opens the file for reading and writing, and again for reading. Closes the writer, reads with the reader, and closes
+/// it, each after `proceed`.
 fn close_the_writer(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let writer = File::options().read(true).write(true).open(&args[0])?;
     let mut reader = File::open(&args[0])?;
@@ -302,7 +302,7 @@ fn close_the_writer(args: &[String]) -> Result<String, Box<dyn std::error::Error
     Ok("closed".into())
 }
 
-/// The first open of the file is a writer's, and what is registered for it serves the reader that is left.
+/// A writer opens the file first, then a reader. The registration for the writer's open goes on to serve the reader.
 fn held(sandbox: &Sandbox, registered: Registered) -> Result<(), Failed> {
     let server = Server::start(sandbox, registered)?;
     let holds_writer = registered.holds_writer();
@@ -340,7 +340,7 @@ fn held(sandbox: &Sandbox, registered: Registered) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A connection, an empty table for it, and where the files are.
+/// A connection, an empty table for it, and a tmpfs for files.
 fn setup(sandbox: &Sandbox) -> Result<(Connection, Table, Tmpfs), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table = BackingTable::new(Arc::new(connection.device()));
@@ -355,7 +355,7 @@ fn without<T: Send>(call: c_long, errno: Errno, f: impl FnOnce() -> T + Send) ->
     })
 }
 
-/// For servers that have such an fd of every file that the kernel knows. The control: without it the
+/// The table registers an `O_PATH` fd that the server has, without open_tree(2). The control: without such an fd, the
 /// server's own fd is registered.
 #[apply(needs_passthrough)]
 fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed> {
@@ -379,10 +379,10 @@ fn path_fd_of_the_server_is_not_reopened(sandbox: &Sandbox) -> Result<(), Failed
     tmpfs.unmount_when_idle()
 }
 
-/// Where rustix has statx(2) do what fstat(2) does elsewhere, and falls back on ENOSYS alone.
+/// Whether rustix uses statx(2) for fstat(2). It falls back to fstat(2) only at ENOSYS.
 const FSTAT_IS_STATX: bool = cfg!(any(target_pointer_width = "32", target_arch = "mips64"));
 
-/// It is not known then whether the file is append-only.
+/// Without statx(2) the table does not know whether the file is append-only.
 #[apply(needs_passthrough)]
 fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, table, tmpfs) = setup(sandbox)?;
@@ -399,20 +399,20 @@ fn without_statx_nothing_is_registered(sandbox: &Sandbox) -> Result<(), Failed> 
                 Some(ServerReason::Unreadable(errno))
             );
             assert_eq!(opened.reply(FopenFlags::empty()).backing_id(), None);
-            // Of the inode's opens alone.
+            // Only this inode is in server mode, until its last release.
             assert_eq!((table.stats().ids, table.stats().refused), (0, None));
             assert!(!open()?.is_passthrough());
         }
         assert_eq!((table.stats().ids, table.list().len()), (0, 0));
-        assert!(open()?.is_passthrough(), "later, {errno:?}");
+        assert!(open()?.is_passthrough(), "after release, {errno:?}");
     }
     let _opened = without(libc::SYS_statx, Errno::NOSYS, open)?;
     drop(file);
     tmpfs.unmount_when_idle()
 }
 
-/// A process whose first statx(2) is refused, on one thread. rustix would make no other, on any thread, if
-/// it were not told that the kernel has it.
+/// Runs in a process whose first statx(2) is refused, on one thread. rustix would then never call statx(2) again, on
+/// any thread, if the crate had not shown it that the kernel has the call.
 fn refused_statx(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let table = BackingTable::<_, u64>::new(&device);
@@ -427,19 +427,19 @@ fn refused_statx(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
 }
 
 #[apply(needs_passthrough)]
-fn a_refused_statx_is_of_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_refused_statx_affects_only_its_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let ended = client::run("refused-statx", &[mountpoint.as_os_str()])?;
     assert_eq!(ended, format!("{}, true", !FSTAT_IS_STATX));
     Ok(())
 }
 
-/// The flags of each fd of this process that leads there: what lsof goes by.
+/// The flags of each fd of this process that is of this path, from where lsof has them.
 fn fds_of(path: &Path) -> Result<Vec<OFlags>, Failed> {
     let mut found = Vec::new();
     for fd in fs::read_dir("/proc/self/fd")? {
         let fd = fd?;
-        // Another test may have closed it by now.
+        // Another test may have closed the fd by now.
         if fs::read_link(fd.path()).is_ok_and(|link| link == path) {
             let info = Path::new("/proc/self/fdinfo").join(fd.file_name());
             let info = fs::read_to_string(info)?;
@@ -491,7 +491,7 @@ fn kept_fds_are_accounted(sandbox: &Sandbox) -> Result<(), Failed> {
     tmpfs.unmount_when_idle()
 }
 
-/// In a process of its own: with few fds.
+/// Runs in a process of its own, which is limited to a few fds.
 fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     const FDS: u64 = 32;
     let [folder, by_path] = args else {
@@ -519,7 +519,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
         let file = options.open(path)?;
         Ok(table.open(&inode, RDWR, ServerFile::new(&file))?)
     };
-    // Takes all fds but one, which the server's own open gets.
+    // Takes all fds but one, which remains for the server's own open.
     let take_all_but_one = || -> Vec<OwnedFd> {
         let mut all: Vec<_> = std::iter::from_fn(|| fcntl_dupfd_cloexec(&stdin, 0).ok()).collect();
         all.pop();
@@ -534,7 +534,7 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
     let mut opens = opens.collect::<Result<Vec<_>, _>>()?;
     assert!(opens.iter().all(OpenFile::is_passthrough));
     assert_eq!(table.stats().by_open_fd, if by_path { 0 } else { 2 * FDS });
-    // Where there is none for an O_PATH fd, the server's own is registered.
+    // If no fd is left for an O_PATH fd, the table registers the server's own.
     let taken = take_all_but_one();
     assert!(!taken.is_empty());
     opens.push(open(&table, 2 * FDS + 1)?);
@@ -550,8 +550,8 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
     let room = take_all_but_one().len();
     let opened = (0..=room as u64).map(|inode| open(&table, inode));
     let mut opens = opened.collect::<Result<Vec<_>, _>>()?;
-    // Each takes one, and the last that there is went to the server's own open.
-    let refused = opens.pop().ok_or("there is room for none")?;
+    // Each open keeps an fd. The last free fd went to the server's own open.
+    let refused = opens.pop().ok_or("no fd is free")?;
     assert!(opens.iter().all(OpenFile::is_passthrough));
     let no_fd = ServerReason::NoFd(Errno::MFILE);
     assert_eq!(refused.server_reason(), Some(no_fd));
@@ -560,9 +560,9 @@ fn reach_the_limit(args: &[String]) -> Result<String, Box<dyn std::error::Error>
         (table.stats().ids, table.stats().refused),
         (opens.len(), None)
     );
-    // What is registered is shared all the same.
+    // Opens of a registered inode still share its id.
     assert!(open(&table, 0)?.is_passthrough());
-    // And another inode, as soon as one is released.
+    // Another inode can be registered as soon as one is released.
     drop(opens.pop());
     assert!(open(&table, FDS)?.is_passthrough());
     drop((refused, opens));

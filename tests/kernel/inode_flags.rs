@@ -1,15 +1,14 @@
 //! Files that their filesystem protects by an inode flag (ioctl_iflags(2)): append-only (`chattr +a`) and
 //! immutable (`chattr +i`). Passthrough does not enforce the flags before Linux 7.3.4.
 //!
-//! On its own filesystem an append-only file opens for writing only with `O_APPEND`, fcntl(2) refuses to clear
-//! that flag, and mmap(2) refuses to map the file for writing; the write itself looks at nothing but
-//! `O_APPEND`. FUSE lets a client clear it. The table serves such files in server mode, where this changes
-//! nothing: the server's own fd still has the flag, so that its pwrite(2) appends. In passthrough mode a
-//! synchronous write takes the flags of the open, and still appends; an asynchronous one takes those of the
-//! moment, and overwrites, as a mapping does.
+//! On its own filesystem, an append-only file opens for writing only with `O_APPEND`, fcntl(2) refuses to clear that
+//! flag, and mmap(2) refuses to map the file for writing; the write itself checks only `O_APPEND`. FUSE lets a client
+//! clear `O_APPEND`. The table serves such files in server mode, where clearing it changes nothing: the server's own fd
+//! still has the flag, so that its pwrite(2) appends. In passthrough mode, a synchronous write uses the flags of the
+//! open, and still appends; an asynchronous one uses the current flags, and overwrites, as a mapping does.
 //!
-//! An immutable file does not open for writing at all. The table refuses a client that asks for it with
-//! `EPERM`, also where the server would grant it. Passthrough itself lets that client write.
+//! An immutable file does not open for writing at all. The table refuses a client that asks for it with `EPERM`, even
+//! if the server would grant it. Passthrough itself lets that client write.
 
 mod way;
 
@@ -77,7 +76,7 @@ impl Protection {
         let path = folder.join(PROTECTED);
         self.protect(&File::open(&path)?)?;
 
-        // On its own filesystem it is protected.
+        // Its own filesystem protects it.
         let append = OFlags::RDWR | OFlags::APPEND;
         let open = |flags| open(&path, flags | OFlags::CLOEXEC, Mode::empty());
         for flags in [OFlags::WRONLY, OFlags::RDWR, append | OFlags::TRUNC] {
@@ -97,18 +96,19 @@ impl Protection {
     }
 }
 
-/// What passthrough does.
+/// What a write in passthrough mode does.
 impl Protection {
-    /// From Linux 7.3.4 on.
+    /// The outcome from Linux 7.3.4 on.
     fn enforced(self, way: Way) -> Outcome {
         match (self, way) {
             (Self::AppendOnly, Way::Mmap) => Outcome::Refused(Errno::ACCESS),
             (Self::AppendOnly, _) => Outcome::Refused(Errno::PERM),
-            // The errno that FUSE has for a backing file that cannot be opened.
+            // FUSE's errno for a backing file that cannot be opened.
             (Self::Immutable, _) => Outcome::NotOpened(Errno::IO),
         }
     }
 
+    /// The outcome before Linux 7.3.4.
     fn not_enforced(self, filesystem: Filesystem, way: Way) -> Outcome {
         match (self, filesystem, way) {
             (Self::Immutable, Filesystem::Ext4, Way::Mmap) => Outcome::Refused(Errno::FAULT),
@@ -148,21 +148,21 @@ fn read_protected(args: &[String]) -> Result<String, Box<dyn std::error::Error>>
     Ok(fs::read_to_string(&args[0])?)
 }
 
-/// What a write at offset 0 did to the file.
+/// The outcome of a write at offset 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Appended,
     Overwritten,
-    /// Nothing: there was no fd for writing.
+    /// The file did not open for writing, and is unchanged.
     NotOpened(Errno),
-    /// Nothing: the write failed.
+    /// The write failed, and the file is unchanged.
     Refused(Errno),
-    /// Nothing: this kernel does not have the call.
+    /// This kernel does not have the call, and the file is unchanged.
     Unavailable,
 }
 
-/// Has a client write to a file of the mount, and compares what it says with the backing file's content.
-/// Whatever else they say is an error.
+/// Makes a client write to a file of the mount, and compares its report with the backing file's content. If they do not
+/// agree on an outcome, that is an error.
 fn attempt(
     connection: &Connection,
     folder: &Path,
@@ -175,20 +175,20 @@ fn attempt(
     let found = fs::read_to_string(folder.join(name))?;
     let unexpected = || format!("{way:?}: the client says '{said}', the file has '{found}'");
 
-    let errno = |told: &str| {
-        let errno = told.parse().map_err(|_| unexpected())?;
+    let errno = |reported: &str| {
+        let errno = reported.parse().map_err(|_| unexpected())?;
         Ok::<_, Failed>(Errno::from_raw_os_error(errno))
     };
     let overwritten = format!("{TEXT}{}", &CONTENT[TEXT.len()..]);
-    // A page is written as a whole.
+    // A mapping writes whole pages, so that the server appends the page.
     let appended = if way == Way::Mmap { &overwritten } else { TEXT };
     let outcome = match said.split_once(' ') {
         None if said == "written" && found == format!("{CONTENT}{appended}") => Outcome::Appended,
         None if said == "written" && found == overwritten => Outcome::Overwritten,
-        Some(("not-opened", told)) if found == CONTENT => Outcome::NotOpened(errno(told)?),
-        Some(("refused", told)) if found == CONTENT => Outcome::Refused(errno(told)?),
-        Some(("unavailable", told)) if found == CONTENT => {
-            way.assert_unavailable(errno(told)?);
+        Some(("not-opened", reported)) if found == CONTENT => Outcome::NotOpened(errno(reported)?),
+        Some(("refused", reported)) if found == CONTENT => Outcome::Refused(errno(reported)?),
+        Some(("unavailable", reported)) if found == CONTENT => {
+            way.assert_unavailable(errno(reported)?);
             Outcome::Unavailable
         }
         _ => return Err(unexpected().into()),
@@ -196,15 +196,15 @@ fn attempt(
     Ok(outcome)
 }
 
-/// A mount of the two files of a folder. `answer` gets the nodeid and the client's flags of each OPEN, and an
-/// fd of the backing file with the rights that the client asks for, or that can be had. WRITEs go through an fd
-/// with `O_APPEND`, since the server cannot have any other of an append-only file.
+/// Mounts the two files of a folder. `answer` gets the nodeid and the client's flags of each OPEN, and an fd of the
+/// backing file: with the access that the client asks for, if the file opens so, else read-only. The server writes
+/// through an fd with `O_APPEND`, the only kind for writing that an append-only file has.
 fn serve(
     sandbox: &Sandbox,
     folder: &Path,
     answer: impl Fn(&Device, u64, i32, &OwnedFd) -> OpenAnswer + Send + Sync + 'static,
 ) -> Result<Connection, Failed> {
-    // The server's closure is made before there is a device to give it.
+    // The server's closure is made before the device, which is set later.
     let late: Arc<OnceLock<Device>> = Arc::default();
     let device = Arc::clone(&late);
     let names = [PROTECTED, BESIDE];
@@ -230,7 +230,7 @@ fn serve(
     Ok(connection)
 }
 
-/// Each way of writing, to files of their own.
+/// Runs the test for each way of writing, with files of its own.
 fn each_way(
     folder: &Path,
     protection: Protection,
@@ -245,7 +245,7 @@ fn each_way(
     Way::ALL.into_iter().map(outcome).collect()
 }
 
-/// The outcomes of a server whose opens a table answers. `reasons` are those of the opens that it grants.
+/// The outcomes if a table answers the opens. `reasons` are the `server_reason` of each open that the table grants.
 fn with_table(
     sandbox: &Sandbox,
     folder: &Path,
@@ -258,7 +258,7 @@ fn with_table(
         let (shared, kept) = (Arc::clone(&table), Arc::clone(&opens));
         let answer = move |device: &Device, nodeid, flags, file: &OwnedFd| {
             let table = shared.get_or_init(|| BackingTable::new(Arc::clone(device)));
-            // A server that goes by the file's mode.
+            // This server grants what the file's mode permits.
             let file = ServerFile::new(file).access(Access::ReadWrite);
             let open = table.open(&nodeid, flags, file)?;
             let mut opens = kept.lock().unwrap();
@@ -283,7 +283,7 @@ fn with_table(
         let opens = opens.lock().unwrap();
         let found: Vec<_> = opens.iter().map(OpenFile::server_reason).collect();
         assert_eq!(found, reasons);
-        // The connection's first id: the protected file was not registered for a moment either.
+        // This is the connection's first id: the protected file was never registered, not even for a moment.
         let last = opens.last().ok_or("no open")?;
         assert_eq!(last.reply(FopenFlags::empty()).backing_id(), Some(1));
         drop(opens);
@@ -297,15 +297,15 @@ fn with_table(
     })
 }
 
-/// A filesystem that has these flags.
+/// A filesystem with these flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Filesystem {
     Tmpfs,
-    /// It looks at the immutable flag at each write as well.
+    /// Checks the immutable flag at each write too.
     Ext4,
 }
 
-/// Runs a test on each that this kernel has.
+/// Runs a test on each of these filesystems that this kernel has.
 fn on_each(
     sandbox: &Sandbox,
     test: impl Fn(Filesystem, &Path) -> Result<(), Failed>,
@@ -314,7 +314,7 @@ fn on_each(
     let file = tmpfs.file("can-be", "")?;
     match Protection::AppendOnly.protect(&file) {
         Ok(()) => test(Filesystem::Tmpfs, tmpfs.path())?,
-        // A kernel without CONFIG_TMPFS_XATTR, where tmpfs has neither.
+        // Without CONFIG_TMPFS_XATTR, tmpfs has neither these flags nor extended attributes.
         Err(errno) => {
             assert!(matches!(errno, Errno::NOTTY | Errno::OPNOTSUPP), "{errno}");
             let xattr = fsetxattr(&file, "trusted.any", b"", XattrFlags::empty());
@@ -331,7 +331,7 @@ fn on_each(
     Ok(())
 }
 
-/// The client's writes come to the server, whose fd appends.
+/// The table serves append-only files in server mode: the server gets the writes, and its fd appends.
 #[apply(needs_passthrough)]
 fn table_serves_append_only(sandbox: &Sandbox) -> Result<(), Failed> {
     let reasons = [Some(ServerReason::AppendOnly), None];
@@ -346,7 +346,8 @@ fn table_serves_append_only(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
-/// Of a file that became append-only in the meantime. While it is open, its opens have one mode.
+/// A file that became append-only while it was open stays in passthrough mode until its last release. Its idle id is
+/// then closed instead of used again.
 fn idle_id_is_not_used_again(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: Table = BackingTable::new(Arc::new(connection.device()));
@@ -359,7 +360,7 @@ fn idle_id_is_not_used_again(sandbox: &Sandbox, folder: &Path) -> Result<(), Fai
     let before = open()?;
     assert!(before.is_passthrough());
     Protection::AppendOnly.protect(&file)?;
-    assert!(open()?.is_passthrough(), "it is open");
+    assert!(open()?.is_passthrough(), "still open");
     drop(before);
     assert_eq!(table.stats().idle, 1);
     assert_eq!(open()?.server_reason(), Some(ServerReason::AppendOnly));
@@ -377,7 +378,7 @@ fn table_refuses_to_write_immutable(sandbox: &Sandbox) -> Result<(), Failed> {
     })
 }
 
-/// What was granted to a reader is no way to write, whatever the server says of the file.
+/// A client cannot write to an immutable file through a reader's registration, whatever access the server grants.
 fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(1))?;
     let table: Table = BackingTable::new(Arc::new(connection.device()));
@@ -389,7 +390,7 @@ fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
         let granting = ServerFile::new(&file).access(Access::ReadWrite);
         table.open(&1, flags, granting.identity(device, inode))
     };
-    // The control: while it is not immutable both are.
+    // The control: while the file is not immutable, readers and writers are passed through.
     let before = (open(libc::O_RDONLY)?, open(libc::O_RDWR)?);
     assert!(table.share(&1, libc::O_RDWR).is_some());
     drop(before);
@@ -406,14 +407,14 @@ fn beside_a_reader(sandbox: &Sandbox, folder: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The control: the same files registered without the table, and granted without an fd of these rights.
+/// The control: without the table, the server registers the same files, and grants access that its fd does not have.
 #[apply(needs_passthrough)]
-fn passthrough_itself(sandbox: &Sandbox) -> Result<(), Failed> {
+fn passthrough_without_the_table(sandbox: &Sandbox) -> Result<(), Failed> {
     on_each(sandbox, |filesystem, folder| {
         let mut enforces = expect::inode_flags();
         for protection in [Protection::Immutable, Protection::AppendOnly] {
             let outcomes = without_table(sandbox, folder, protection)?;
-            // Where it is not known, by whether an immutable file opens.
+            // If unknown, the kernel enforces the flags if the immutable file does not open.
             let enforces = *enforces.get_or_insert(matches!(outcomes[0].1, Outcome::NotOpened(_)));
             for (way, outcome) in outcomes {
                 let expected = match enforces {

@@ -1,8 +1,7 @@
-//! A server that is killed, a connection that is aborted, a mount that is taken away: between a
-//! registration and the reply that is to carry it, and while files are open. Clients get an error or
-//! what they asked for, they never hang, and what was registered goes away.
+//! A server is killed, a connection aborted, or a mount detached, either between a registration and its reply or while
+//! files are open. Clients get an error or what they asked for, they never hang, and the registrations end.
 //!
-//! The mirror under the same, and without passthrough: tests/mirror/killed.rs.
+//! tests/mirror/killed.rs does the same to the mirror, also without passthrough.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -55,20 +54,20 @@ fn unmounted_while_open(sandbox: &Sandbox) -> Result<(), Failed> {
 pub const ROLES: &[(&str, Role)] = &[("serve", serve), ("use", use_file)];
 
 const CONTENT: &str = "what the backing file says";
-/// A client that hangs is let go by the watchdog, with an error, after a minute.
+/// Clients must get their answer within this time. The watchdog frees a client that hangs, but only after a minute.
 const AT_ONCE: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     /// SIGKILL of the server.
     Kill,
-    /// By fusectl.
+    /// fusectl's `abort`.
     Abort,
-    /// `umount -l`, which lets the connection live until the last file is closed.
+    /// `umount -l`, after which the connection exists until the last file is closed.
     Unmount,
 }
 
-/// Serves one file, and registers it at each OPEN. Waits for its parent between that and the reply.
+/// Serves one file, and registers it at each OPEN. Waits for its parent between the registration and the reply.
 fn serve(args: &[String]) -> Result<String, Box<dyn Error>> {
     let (mountpoint, backing) = (Path::new(&args[0]), PathBuf::from(&args[1]));
     let node = Node {
@@ -91,7 +90,7 @@ fn serve(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("ended".into())
 }
 
-/// Opens and reads, and after its parent's word reads again, and opens again.
+/// Opens the file. After the parent's `proceed`, reads it and opens it again.
 fn use_file(args: &[String]) -> Result<String, Box<dyn Error>> {
     let file = match File::open(&args[0]) {
         Ok(file) => file,
@@ -99,7 +98,7 @@ fn use_file(args: &[String]) -> Result<String, Box<dyn Error>> {
     };
     println!("open");
     wait_for_parent()?;
-    // No more than is there: the server would be asked for the size.
+    // Reads no more than the file has: otherwise the kernel would ask the server for the size.
     let mut content = [0; CONTENT.len()];
     let read = file.read_exact_at(&mut content, 0);
     println!(
@@ -134,8 +133,8 @@ struct Place {
     abort: Arc<File>,
 }
 
-/// A client whose OPEN the server has, and has registered the file for.
-fn asked(sandbox: &Sandbox) -> Result<Place, Failed> {
+/// A client has sent OPEN, and the server has registered the file, but not replied.
+fn registered(sandbox: &Sandbox) -> Result<Place, Failed> {
     let tmpfs = sandbox.tmpfs()?;
     let mountpoint = sandbox.folder("mnt")?;
     let backing = tmpfs.path().join("file");
@@ -156,12 +155,12 @@ fn asked(sandbox: &Sandbox) -> Result<Place, Failed> {
 
 impl Place {
     fn server(&mut self) -> Result<&mut Client, Failed> {
-        Ok(self.server.as_mut().ok_or("it was killed")?)
+        Ok(self.server.as_mut().ok_or("the server was killed")?)
     }
 
     fn end(&mut self, end: End) -> Result<(), Failed> {
         match end {
-            // What dropping does.
+            // Dropping kills it.
             End::Kill => drop(self.server.take()),
             End::Abort => self.abort.as_ref().write_all(b"1")?,
             End::Unmount => unmount(&self.mountpoint, UnmountFlags::DETACH)?,
@@ -176,7 +175,7 @@ impl Place {
             unmount(&self.mountpoint, UnmountFlags::DETACH)?;
         }
         if let Some(server) = self.server.take() {
-            // Its ids are there for as long as it is; it ends with the connection.
+            // Its ids exist as long as it runs. It ends with the connection.
             assert_eq!(server.finish()?, "ended");
         }
         self.tmpfs.unmount_when_idle()
@@ -184,18 +183,18 @@ impl Place {
 }
 
 fn ends_before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
-    let mut place = asked(sandbox)?;
-    assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "the control");
+    let mut place = registered(sandbox)?;
+    assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "registered");
     let since = Instant::now();
     place.end(end)?;
     let answer = if end == End::Unmount {
-        // The client has the path, and gets its file.
+        // The client has already looked up the path, and gets its file.
         place.server()?.proceed()?;
         place.client.line()?
     } else {
         let answer = place.client.line()?;
         if end == End::Abort {
-            // A reply that nobody waits for.
+            // The server sends a reply that no client waits for.
             place.server()?.proceed()?;
         }
         answer
@@ -211,21 +210,22 @@ fn ends_before_the_reply(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
 }
 
 fn ends_while_open(sandbox: &Sandbox, end: End) -> Result<(), Failed> {
-    let mut place = asked(sandbox)?;
+    let mut place = registered(sandbox)?;
     place.server()?.proceed()?;
     assert_eq!(place.client.line()?, "open");
     let since = Instant::now();
     place.end(end)?;
     if end != End::Unmount {
-        // The client's file is one of the backing's.
+        // The client's open file holds the backing file.
         thread::sleep(Duration::from_millis(50));
-        assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "the control");
+        assert_eq!(place.tmpfs.unmount(), Err(Errno::BUSY), "still open");
     }
     expect_content_then_errors(&mut place, end)?;
     place.nothing_is_left(end, since)
 }
 
-/// An open file needs no server to be read; whether it still has one is not looked at everywhere.
+/// An open file can be read without a server, unless the kernel checks on the way that the connection still exists. A
+/// new open fails.
 fn expect_content_then_errors(place: &mut Place, end: End) -> Result<(), Failed> {
     place.client.proceed()?;
     let read = place.client.line()?;
@@ -237,7 +237,7 @@ fn expect_content_then_errors(place: &mut Place, end: End) -> Result<(), Failed>
     }
     let opened = place.client.line()?;
     let expected = match end {
-        // The folder beneath, which is empty.
+        // The path is now in the empty folder below the mount.
         End::Unmount => Errno::NOENT,
         End::Kill | End::Abort => Errno::NOTCONN,
     };

@@ -1,8 +1,8 @@
-//! The crate against the kernel that runs here: real mounts, exact errors.
+//! Tests of the crate on the running kernel: real mounts, exact errors.
 //!
-//! `FUSE_BACKING_TEST=off|auto|require`: `auto`, the default, reports what cannot run here as
-//! ignored, with the reason; `require` fails it. A feature that the kernel lacks is no reason: its
-//! tests then assert that it is absent. What it is to have can be told, see expect.rs.
+//! `FUSE_BACKING_TEST=off|auto|require`: tests that cannot run here, for example without root, are ignored with the
+//! reason by `auto`, the default, and fail with `require`. If the kernel lacks a feature, its tests run and assert that
+//! it is absent. `FUSE_BACKING_EXPECT` can say which features the kernel must have, see expect.rs.
 
 #![allow(
     clippy::expect_used,
@@ -12,7 +12,8 @@
 )]
 #![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
 
-/// `#[apply(needs_passthrough)]` before a function makes it a test that needs [`Needs::Passthrough`]; likewise the others.
+/// Registers a function as a test with these [`Needs`]. Tests use the macros below as attributes, for example
+/// `#[apply(needs_passthrough)]`, so that each test is named once.
 macro_rules! needs {
     ($needs:ident, $(#[$attribute:meta])* fn $name:ident $($rest:tt)*) => {
         $(#[$attribute])*
@@ -41,8 +42,8 @@ macro_rules! needs_sync_init {
 macro_rules! needs_fail_nth {
     ($($test:tt)*) => { needs!(FailNth, $($test)*); };
 }
-macro_rules! needs_told {
-    ($($test:tt)*) => { needs!(Told, $($test)*); };
+macro_rules! needs_expectation {
+    ($($test:tt)*) => { needs!(Expectation, $($test)*); };
 }
 
 #[path = "../support/alloc.rs"]
@@ -59,7 +60,7 @@ mod fuse;
 mod mode;
 #[path = "../support/sandbox.rs"]
 mod sandbox;
-#[allow(dead_code, reason = "not all of it is of use here")]
+#[allow(dead_code, reason = "this test target uses only part of it")]
 #[path = "../support/seccomp.rs"]
 mod seccomp;
 #[path = "../support/thread.rs"]
@@ -95,7 +96,7 @@ use fuse::{Connection, Init};
 use mode::Mode;
 use sandbox::Sandbox;
 
-/// A function with one of the attributes `needs_*`. Its module and its own name are the test's.
+/// A test: a function with one of the attributes `needs_*`. `file` is its module.
 pub struct Test {
     file: &'static str,
     line: u32,
@@ -106,18 +107,18 @@ pub struct Test {
 
 inventory::collect!(Test);
 
-/// What a kernel must have for a test to be meaningful.
+/// What the kernel must have for a test to apply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Needs {
     Nothing,
-    /// Where it lacks, its absence is asserted instead.
+    /// On kernels without passthrough, the test is replaced by `assert_absent`.
     Passthrough,
+    /// On kernels without synchronous INIT, the test is replaced by `sync_init::assert_absent`.
     SyncInit,
-    /// Passthrough, and allocations that fail on request. Only of kernels that were built for it,
-    /// and not listed elsewhere.
+    /// Passthrough, and a kernel that was built with fault injection. On others the test is not listed.
     FailNth,
-    /// That the kernel is known. Not listed elsewhere.
-    Told,
+    /// `FUSE_BACKING_EXPECT`. Without it the test is not listed.
+    Expectation,
 }
 
 fn main() -> ExitCode {
@@ -142,7 +143,7 @@ fn main() -> ExitCode {
     tests.sort_by_key(|test| (test.file, test.line));
     tests.retain(|test| match test.needs {
         Needs::FailNth => expect::fail_nth(),
-        Needs::Told => expect::is_told(),
+        Needs::Expectation => expect::is_set(),
         Needs::Nothing | Needs::Passthrough | Needs::SyncInit => true,
     });
     let trials = tests.iter().map(|test| trial(mode, &ready, test)).collect();
@@ -189,7 +190,7 @@ fn trial(mode: Mode, ready: &Result<(), String>, test: &'static Test) -> Trial {
     })
 }
 
-/// On a kernel without passthrough, whatever was negotiated.
+/// Without passthrough in the kernel, registering and closing fail with the right cause, whatever was negotiated.
 fn assert_absent(sandbox: &Sandbox, support: Support) -> Result<(), Failed> {
     let connection = Connection::mount(sandbox, Init::passthrough(2))?;
     let device = connection.device();

@@ -1,4 +1,4 @@
-//! `FUSE_DEV_IOC_SYNC_INIT`: mount(2) that waits for INIT. Linux 6.18.
+//! `FUSE_DEV_IOC_SYNC_INIT` (Linux 6.18): mount(2) waits for INIT.
 
 use std::fs;
 use std::io::Write;
@@ -26,33 +26,32 @@ pub const ROLES: &[(&str, Role)] = &[
 
 const UNSUPPORTED: DeviceError = DeviceError::UnsupportedKernel { needs: "6.18" };
 
-/// Instead of the tests, on an older kernel.
+/// Replaces the tests on an older kernel.
 pub fn assert_absent() -> Result<(), Failed> {
     let refused = FuseDevice::open()?.sync_init();
     assert_eq!(refused, Err(UNSUPPORTED));
     Ok(())
 }
 
-/// Without an answer to INIT mount(2) does not return. The control is
-/// `backing_open::init_not_answered`, where it does.
+/// mount(2) does not return until INIT is answered. The control is `backing_open::init_not_answered`, where it returns.
 #[apply(needs_sync_init)]
 fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     let mountpoint = sandbox.folder("mnt")?;
     let mut child = client::Client::start("mount-synchronously", &[mountpoint.as_os_str()])?;
     let fd = child.line()?;
-    // From here on it can be freed, whatever fails below.
+    // From here on the watchdog can free the child, whatever fails below.
     let abort = sandbox.watch(connection_of(child.id(), &fd)?)?;
     assert!(!child.ends_within(Duration::from_millis(300))?);
     let folder = mountpoint.parent().ok_or("a folder of the sandbox")?;
     assert!(mounted_connections(folder).is_empty());
 
-    // A signal ends the wait, and with the last device fd the connection.
+    // A signal ends the wait, and closing the last device fd ends the connection.
     child.kill()?;
     let unkillable = !child.ends_within(Duration::from_secs(3) * patience_times())?;
     if unkillable {
         eprintln!(
-            "sync_init::mount_waits_for_init: CVE-2026-31713, this kernel does not let a process be killed \
-             that waits for INIT in mount(2): writing fusectl's abort frees it"
+            "sync_init::mount_waits_for_init: CVE-2026-31713: on this kernel a process that waits for INIT in \
+             mount(2) cannot be killed: writing fusectl's abort frees it"
         );
         abort.as_ref().write_all(b"1")?;
         assert!(child.ends_within(Duration::from_secs(10) * patience_times())?);
@@ -60,11 +59,11 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     let expected = expect::sync_init_unkillable().unwrap_or(unkillable);
     assert_eq!(unkillable, expected);
 
-    // And with an answer it returns when passthrough is on: registering needs no waiting.
+    // With an answer, mount(2) returns when passthrough is on: a file can be registered at once.
     let device = FuseDevice::open()?;
     device.sync_init()?;
     let connection = Connection::serve_before_mount(sandbox, Init::passthrough(1), device)?;
-    // Which the watchdog would abort.
+    // This is the connection that the watchdog would abort.
     let file = connection.path("file");
     let number = connection_number(file.parent().ok_or("the mountpoint")?)?;
     assert_eq!(mounted_connections(folder), [number]);
@@ -74,7 +73,7 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The number of the connection of another process's device fd, which may have no mount yet. Linux 6.18.
+/// The number of the connection of another process's device fd (Linux 6.18). It may have no mount yet.
 fn connection_of(process: u32, fd: &str) -> Result<u32, Failed> {
     let fdinfo = format!("/proc/{process}/fdinfo/{fd}");
     let deadline = Instant::now() + Duration::from_secs(10) * patience_times();
@@ -111,7 +110,7 @@ fn already_attached(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a child, because it would wait forever: a signal ends it.
+/// BACKING_OPEN before mount(2) waits forever. It runs in a child, where a signal ends it.
 #[apply(needs_sync_init)]
 fn backing_open_waits_for_mount(_: &Sandbox) -> Result<(), Failed> {
     let result = client::run("register-before-mount", &[])?;
@@ -125,7 +124,7 @@ fn register_before_mount(_: &[String]) -> Result<String, Box<dyn std::error::Err
     let device = FuseDevice::open()?;
     device.sync_init()?;
     let file = tempfile::tempfile()?;
-    // A handler without SA_RESTART, and a signal in a moment.
+    // The signal interrupts the ioctl, since its handler is installed without SA_RESTART.
     // SAFETY: zero is a valid value of every member.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = nothing as *const () as usize;

@@ -17,7 +17,7 @@ use rustix::io_uring::{
 };
 use rustix::mm::{Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, msync};
 
-/// How many bytes, or why none.
+/// How many bytes were written, or the errno.
 pub type Written = Result<usize, Errno>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Way {
         }
     }
 
-    /// The outer `Err` is of a kernel that does not have this call, or has it turned off.
+    /// The outer `Err` means that the kernel does not have this call, or has it turned off.
     pub fn write(self, fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
         match self {
             Self::Pwrite => Ok(pwrite(fd, data, 0)),
@@ -54,7 +54,7 @@ impl Way {
         }
     }
 
-    /// The kernel's settings say so as well. A client that makes the call wrongly could get the same errno.
+    /// Asserts that the kernel's settings agree: a client that makes the call wrongly could get the same errno.
     pub fn assert_unavailable(self, errno: Errno) {
         let (setting, disabled) = match self {
             Self::Pwrite | Self::Mmap => panic!("{self:?}: {errno}"),
@@ -71,7 +71,7 @@ impl Way {
     }
 }
 
-/// `io_submit(context, 1, {IOCB_CMD_PWRITE at offset 0})`. Its context ends with the process.
+/// `io_submit(context, 1, {IOCB_CMD_PWRITE at offset 0})`. The context ends with the process.
 #[allow(unsafe_code)]
 fn aio(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
     const IOCB_CMD_PWRITE: u16 = 1;
@@ -85,7 +85,7 @@ fn aio(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
     if unsafe { libc::syscall(libc::SYS_io_setup, one, &raw mut context) } != 0 {
         return Err(last());
     }
-    // SAFETY: integers all.
+    // SAFETY: all fields are integers.
     let mut block: libc::iocb = unsafe { MaybeUninit::zeroed().assume_init() };
     block.aio_lio_opcode = IOCB_CMD_PWRITE;
     block.aio_fildes = fd.as_raw_fd() as u32;
@@ -113,7 +113,7 @@ fn aio(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
     Ok(written(event[2]))
 }
 
-/// A ring for one `IORING_OP_WRITE` at offset 0. It ends with the process.
+/// Makes a ring for one `IORING_OP_WRITE` at offset 0. The ring ends with the process.
 #[allow(unsafe_code)]
 fn io_uring(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
     let mut params = io_uring_params::default();
@@ -121,11 +121,11 @@ fn io_uring(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
     let ring = unsafe { io_uring_setup(1, &mut params) }?;
     let map = |offset, length| {
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a mapping of its own, which is never taken away.
+        // SAFETY: a new mapping, which is never removed.
         unsafe { mmap(ptr::null_mut(), length, prot, flags, &ring, offset) }
     };
     let (submission, completion) = (params.sq_off, params.cq_off);
-    // The last things in the two rings: the indexes of requests, of which the first is 0, and the completions.
+    // The rings end with the indexes of requests, of which the first is 0, and with the completions.
     let array = submission.array as usize + params.sq_entries as usize * size_of::<u32>();
     let queue = map(IORING_OFF_SQ_RING, array)?;
     let entries = params.cq_entries as usize * size_of::<io_uring_cqe>();
@@ -141,21 +141,21 @@ fn io_uring(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
         len: len_union {
             len: data.len() as u32,
         },
-        // Offset 0 among it.
+        // The default has offset 0.
         ..io_uring_sqe::default()
     };
-    // SAFETY: the mapping is of the first entry at least, and the kernel reads none yet.
+    // SAFETY: the mapping has at least the first entry, and the kernel does not read it yet.
     unsafe { request.cast::<io_uring_sqe>().write(write) };
-    // SAFETY: the kernel says where the tail is, which it reads as we write it: atomically.
+    // SAFETY: the kernel gave the tail's offset, and reads it atomically, as it is written here.
     let tail = unsafe { AtomicU32::from_ptr(queue.byte_add(submission.tail as usize).cast()) };
     tail.store(1, Ordering::Release);
     // SAFETY: `data` is live until the completion, which is waited for.
     let submitted = unsafe { io_uring_enter(&ring, 1, 1, IoringEnterFlags::GETEVENTS) };
     assert_eq!(submitted, Ok(1));
-    // SAFETY: the kernel says where the tail is, and writes it atomically.
+    // SAFETY: the kernel gave the tail's offset, and writes it atomically.
     let tail = unsafe { AtomicU32::from_ptr(done.byte_add(completion.tail as usize).cast()) };
     assert_eq!(tail.load(Ordering::Acquire), 1);
-    // SAFETY: the first entry, which is complete.
+    // SAFETY: the kernel gave the offset of the first entry, which is complete.
     let result = unsafe {
         (*done
             .byte_add(completion.cqes as usize)
@@ -168,19 +168,19 @@ fn io_uring(fd: BorrowedFd<'_>, data: &[u8]) -> Result<Written, Errno> {
 #[allow(unsafe_code)]
 fn map(fd: BorrowedFd<'_>, data: &[u8]) -> Written {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-    // SAFETY: a mapping of its own, which ends with the process.
+    // SAFETY: a new mapping, which ends with the process.
     let memory = unsafe { mmap(ptr::null_mut(), data.len(), prot, flags, fd, 0) }?;
-    // Where a write would be the end of this process (SIGBUS) this is EFAULT.
-    // SAFETY: the mapping.
+    // If a write would raise SIGBUS, this fails with EFAULT.
+    // SAFETY: the range is the mapping.
     unsafe { madvise(memory, data.len(), Advice::LinuxPopulateWrite) }?;
-    // SAFETY: as long as the mapping, and the file is as long at least.
+    // SAFETY: `data` is as long as the mapping, and the file is at least as long.
     unsafe { ptr::copy_nonoverlapping(data.as_ptr(), memory.cast(), data.len()) };
-    // SAFETY: the mapping.
+    // SAFETY: the range is the mapping.
     unsafe { msync(memory, data.len(), MsyncFlags::SYNC) }?;
     Ok(data.len())
 }
 
-/// A count, or an errno below zero.
+/// Converts a result of the kernel: a count, or a negative errno.
 fn written(result: i64) -> Written {
     usize::try_from(result).map_err(|_| Errno::from_raw_os_error(-result as i32))
 }

@@ -314,8 +314,8 @@ fn nested_guards(_: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A guard does not restore what the thread itself gave up meanwhile; it restores all else. If capset(2) is refused, the
-/// next guard does so.
+/// A guard restores all but what the thread itself gave up meanwhile. If capset(2) is refused, the next guard restores
+/// it.
 #[apply(needs_nothing)]
 fn given_up_under_a_guard(_: &Sandbox) -> Result<(), Failed> {
     for is_refused in [false, true] {

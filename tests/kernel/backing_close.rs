@@ -7,15 +7,14 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use fuse_backing::error::{BackingError, NotPermitted, Scope};
 use fuse_backing::{
-    Access, BackingFile, BackingId, BackingTable, FopenFlags, FuseDevice, OpenReply, ServerFile,
-    error::Errno, uapi,
+    Access, BackingFile, BackingId, BackingTable, FuseDevice, ServerFile, error::Errno, uapi,
 };
 use libtest_mimic::Failed;
 use macro_rules_attribute::apply;
 
 use crate::client::{self, Client, Role};
 use crate::expect;
-use crate::fuse::{Connection, Init, Node};
+use crate::fuse::{Connection, Init, Node, unchecked};
 use crate::sandbox::{Sandbox, Tmpfs};
 use crate::seccomp::{Forged, forge};
 use crate::thread::{apart, without_cap_sys_admin};
@@ -274,16 +273,13 @@ fn misuse_released_after_fork(sandbox: &Sandbox) -> Result<(), Failed> {
     let parents = Arc::new(AtomicI32::new(0));
     let answered = Arc::clone(&parents);
     let on_open = move |_, _| {
-        let reply = OpenReply::server(FopenFlags::empty())?;
-        let mut out = reply.to_fuse_open_out(1);
-        out.open_flags = uapi::FOPEN_PASSTHROUGH;
-        out.backing_id = answered.load(Ordering::SeqCst);
-        Ok(out)
+        let id = answered.load(Ordering::SeqCst);
+        Ok(unchecked(1, uapi::FOPEN_PASSTHROUGH, id))
     };
     let init = Init::passthrough(1);
     let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;
     let (path, file) = (tmpfs.path().join("file"), connection.path("file"));
-    let eio = format!("errno {}", Errno::IO.raw_os_error());
+    let eio = client::errno(Errno::IO);
     let mut releases = 0;
     for (child, says, client, closed) in [
         (

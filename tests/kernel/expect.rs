@@ -130,24 +130,27 @@ struct Expectation {
 
 fn expectation() -> Option<&'static Expectation> {
     static EXPECTATION: OnceLock<Option<Expectation>> = OnceLock::new();
-    EXPECTATION.get_or_init(|| {
-        let all = env::var("FUSE_BACKING_EXPECT").ok()?;
-        let mut words = all.split_whitespace();
-        let support = match words.next().unwrap_or_default() {
-            "present" => Support::Present,
-            "disabled" => Support::Disabled,
-            "absent" => Support::Absent,
-            other => panic!("FUSE_BACKING_EXPECT: '{other}' is not absent, disabled or present"),
-        };
-        let words: Vec<_> = words.map(str::to_owned).collect();
-        for word in &words {
-            let name = word.trim_end_matches('?');
-            let known = WORDS.iter().any(|word| word.name == name);
-            assert!(known, "FUSE_BACKING_EXPECT: unknown '{word}'");
-        }
-        Some(Expectation { support, words })
-    })
-    .as_ref()
+    EXPECTATION
+        .get_or_init(|| {
+            let all = env::var("FUSE_BACKING_EXPECT").ok()?;
+            let mut words = all.split_whitespace();
+            let support = match words.next().unwrap_or_default() {
+                "present" => Support::Present,
+                "disabled" => Support::Disabled,
+                "absent" => Support::Absent,
+                other => {
+                    panic!("FUSE_BACKING_EXPECT: '{other}' is not absent, disabled or present")
+                }
+            };
+            let words: Vec<_> = words.map(str::to_owned).collect();
+            for word in &words {
+                let name = word.trim_end_matches('?');
+                let known = WORDS.iter().any(|word| word.name == name);
+                assert!(known, "FUSE_BACKING_EXPECT: unknown '{word}'");
+            }
+            Some(Expectation { support, words })
+        })
+        .as_ref()
 }
 
 static OFFER: OnceLock<Offer> = OnceLock::new();

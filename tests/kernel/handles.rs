@@ -181,7 +181,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         }
         server.replace(successor);
         // Without adoption, the kernel gets a second id for an open inode.
-        let errno = format!("errno {}", Errno::IO.raw_os_error());
+        let errno = client::errno(Errno::IO);
         let expected = if adopts { CONTENT } else { &errno };
         assert_eq!(server.read()?, expected);
         holder.proceed()?;

@@ -21,7 +21,7 @@ macro_rules! needs {
 
         inventory::submit! {
             crate::Test {
-                file: module_path!(),
+                module: module_path!(),
                 line: line!(),
                 name: stringify!($name),
                 needs: crate::Needs::$needs,
@@ -96,9 +96,9 @@ use fuse::{Connection, Init};
 use mode::Mode;
 use sandbox::Sandbox;
 
-/// A test: a function with one of the attributes `needs_*`. `file` is its module.
+/// A test: a function with one of the attributes `needs_*`.
 pub struct Test {
-    file: &'static str,
+    module: &'static str,
     line: u32,
     name: &'static str,
     needs: Needs,
@@ -140,7 +140,7 @@ fn main() -> ExitCode {
         eprintln!("{}", expect::summary());
     }
     let mut tests: Vec<_> = inventory::iter::<Test>().collect();
-    tests.sort_by_key(|test| (test.file, test.line));
+    tests.sort_by_key(|test| (test.module, test.line));
     tests.retain(|test| match test.needs {
         Needs::FailNth => expect::fail_nth(),
         Needs::Expectation => expect::is_set(),
@@ -175,8 +175,8 @@ fn roles() -> Vec<(&'static str, client::Role)> {
 }
 
 fn trial(mode: Mode, ready: &Result<(), String>, test: &'static Test) -> Trial {
-    let file = test.file.strip_prefix("kernel::").unwrap_or(test.file);
-    let name = format!("{file}::{}", test.name);
+    let module = test.module.trim_start_matches("kernel::");
+    let name = format!("{module}::{}", test.name);
     mode.trial(&name.clone(), ready, move || {
         let sandbox = Sandbox::new(&name)?;
         let support = expect::support();

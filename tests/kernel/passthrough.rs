@@ -17,8 +17,8 @@ use libtest_mimic::Failed;
 use macro_rules_attribute::apply;
 use rustix::fs::{Mode, OFlags, open};
 
-use crate::client::{self, Client, Role, wait_for_parent};
-use crate::fuse::{Connection, Init, Node, OpenAnswer};
+use crate::client::{self, Client, Role, errno, errno_of, wait_for_parent};
+use crate::fuse::{Connection, Init, Node, OpenAnswer, unchecked};
 use crate::sandbox::{Sandbox, Tmpfs};
 
 pub const ROLES: &[(&str, Role)] = &[
@@ -35,7 +35,7 @@ const CONTENT: &str = "what the backing file says";
 fn read(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(match fs::read_to_string(&args[0]) {
         Ok(content) => content,
-        Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+        Err(error) => errno_of(&error),
     })
 }
 
@@ -45,7 +45,7 @@ fn overwrite(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(
         match opened.and_then(|mut file| file.write_all(args[1].as_bytes())) {
             Ok(()) => "written".into(),
-            Err(error) => format!("errno {}", error.raw_os_error().unwrap_or(0)),
+            Err(error) => errno_of(&error),
         },
     )
 }
@@ -63,7 +63,7 @@ fn overwrite_bytewise(args: &[String]) -> Result<String, Box<dyn std::error::Err
 fn hold(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let mut file = match File::open(&args[0]) {
         Ok(file) => file,
-        Err(error) => return Ok(format!("errno {}", error.raw_os_error().unwrap_or(0))),
+        Err(error) => return Ok(errno_of(&error)),
     };
     println!("open");
     wait_for_parent()?;
@@ -91,8 +91,7 @@ fn hold_and_map(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
         )
     };
     if mapped == libc::MAP_FAILED {
-        let error = std::io::Error::last_os_error();
-        println!("errno {}", error.raw_os_error().unwrap_or(0));
+        println!("{}", errno_of(&std::io::Error::last_os_error()));
     } else {
         // SAFETY: the mapping above, to which nothing refers.
         let unmapped = unsafe { libc::munmap(mapped, CONTENT.len()) };
@@ -153,11 +152,7 @@ fn registered(
             }
         };
         let (open_flags, backing_id) = reply(id, client_flags)?;
-        let reply = OpenReply::server(FopenFlags::empty())?;
-        let mut out = reply.to_fuse_open_out(fh);
-        out.open_flags = open_flags;
-        out.backing_id = backing_id;
-        Ok(out)
+        Ok(unchecked(fh, open_flags, backing_id))
     })
 }
 
@@ -168,8 +163,8 @@ fn fields(reply: &OpenReply<'_>) -> (u32, i32) {
 }
 
 /// The reply of a server that checks nothing.
-fn unchecked(id: i32, _: i32) -> Result<(u32, i32), Errno> {
-    Ok((uapi::FOPEN_PASSTHROUGH, id))
+fn passthrough_unchecked(id: i32, _: i32) -> Result<(u32, i32), Errno> {
+    Ok((PASSTHROUGH, id))
 }
 
 fn client(connection: &Connection, role: &str, extra: &str) -> Result<String, Failed> {
@@ -177,10 +172,6 @@ fn client(connection: &Connection, role: &str, extra: &str) -> Result<String, Fa
         role,
         &[connection.path("file").as_os_str(), OsStr::new(extra)],
     )
-}
-
-fn errno(errno: Errno) -> String {
-    format!("errno {}", errno.raw_os_error())
 }
 
 fn backing_content(tmpfs: &Tmpfs) -> Result<String, Failed> {
@@ -271,7 +262,11 @@ fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
     const WRITES: &str = "WHAT";
     for (has_xattrs, expected) in [(true, WRITES.len() as u64), (false, 1)] {
         let tmpfs = sandbox.tmpfs()?;
-        let answer = registered(&tmpfs.path().join("file"), OFlags::RDWR, unchecked);
+        let answer = registered(
+            &tmpfs.path().join("file"),
+            OFlags::RDWR,
+            passthrough_unchecked,
+        );
         let connection = serve(sandbox, &tmpfs, answer)?;
         let seen = &connection.seen;
         seen.has_xattrs.store(has_xattrs, Ordering::SeqCst);
@@ -291,7 +286,7 @@ fn writes_ask_for_capabilities(sandbox: &Sandbox) -> Result<(), Failed> {
 fn access_mode_is_ignored(sandbox: &Sandbox) -> Result<(), Failed> {
     for flags in [OFlags::RDONLY, OFlags::PATH] {
         let tmpfs = sandbox.tmpfs()?;
-        let answer = registered(&tmpfs.path().join("file"), flags, unchecked);
+        let answer = registered(&tmpfs.path().join("file"), flags, passthrough_unchecked);
         let connection = serve(sandbox, &tmpfs, answer)?;
         assert_eq!(client(&connection, "overwrite", "WHAT")?, "written");
         assert_eq!(
@@ -346,11 +341,7 @@ fn read_only_mount_does_stop_writes(sandbox: &Sandbox) -> Result<(), Failed> {
             );
             device.backing_open(file.unwrap()).unwrap().into_raw()
         });
-        let mut out = OpenReply::server(FopenFlags::empty())
-            .unwrap()
-            .to_fuse_open_out(fh);
-        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, *id);
-        Ok(out)
+        Ok(unchecked(fh, PASSTHROUGH, *id))
     });
     let connection = serve(sandbox, &tmpfs, answer)?;
     assert_eq!(client(&connection, "overwrite", "WHAT")?, errno(Errno::IO));
@@ -391,7 +382,7 @@ fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
                 .is_ok();
 
         let tmpfs = sandbox.tmpfs()?;
-        let with_flag = move |id, _| Ok((uapi::FOPEN_PASSTHROUGH | flag, id));
+        let with_flag = move |id, _| Ok((PASSTHROUGH | flag, id));
         let answer = registered(&tmpfs.path().join("file"), OFlags::RDONLY, with_flag);
         let connection = serve(sandbox, &tmpfs, answer)?;
         let expected = if allowed {
@@ -411,10 +402,7 @@ fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
     let path = tmpfs.path().join("file");
     let answer: Arc<Answer> = Arc::new(move |device, fh, _| {
         let id = device.backing_open(File::open(&path).unwrap()).unwrap();
-        let mut out = OpenReply::server(FopenFlags::empty())
-            .unwrap()
-            .to_fuse_open_out(fh);
-        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id.as_raw());
+        let out = unchecked(fh, PASSTHROUGH, id.as_raw());
         device.backing_close(id).unwrap();
         Ok(out)
     });
@@ -428,7 +416,11 @@ fn id_closed_before_the_reply(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let tmpfs = sandbox.tmpfs()?;
-    let answer = registered(&tmpfs.path().join("file"), OFlags::RDONLY, unchecked);
+    let answer = registered(
+        &tmpfs.path().join("file"),
+        OFlags::RDONLY,
+        passthrough_unchecked,
+    );
     let connection = serve(sandbox, &tmpfs, answer)?;
     let path = connection.path("file");
     let mut holder = Client::start("hold", &[path.as_os_str()])?;
@@ -455,11 +447,7 @@ fn second_id_for_an_open_inode(sandbox: &Sandbox) -> Result<(), Failed> {
             .backing_open(File::open(&path).unwrap())
             .unwrap()
             .into_raw();
-        let mut out = OpenReply::server(FopenFlags::empty())
-            .unwrap()
-            .to_fuse_open_out(fh);
-        (out.open_flags, out.backing_id) = (uapi::FOPEN_PASSTHROUGH, id);
-        Ok(out)
+        Ok(unchecked(fh, PASSTHROUGH, id))
     });
     let connection = serve(sandbox, &tmpfs, answer)?;
     let mut holder = Client::start("hold", &[connection.path("file").as_os_str()])?;

@@ -16,15 +16,12 @@ use std::sync::{Arc, Mutex};
 
 use fuse_backing::error::{BackingCloseError, BackingError};
 use fuse_backing::rights::CapabilitySet;
-use fuse_backing::{
-    Access, BackingId, FopenFlags, FuseDevice, OpenReply, Register, error::Errno,
-    register::InCallingThread, uapi,
-};
+use fuse_backing::{Access, BackingId, FuseDevice, Register, register::InCallingThread, uapi};
 use libtest_mimic::Failed;
 use rustix::thread::{CapabilitySets, capabilities};
 
-use crate::client::{self, Role};
-use crate::fuse::{Connection, Init, Node};
+use crate::client::{self, Role, errno_of};
+use crate::fuse::{Connection, Init, Node, unchecked};
 use crate::sandbox::Sandbox;
 use crate::thread::become_user;
 
@@ -77,17 +74,11 @@ fn stranger(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
         let mut content = String::new();
         file.read_to_string(&mut content).map(|_| content)
     };
-    Ok(used().unwrap_or_else(|error: std::io::Error| {
-        format!("errno {}", error.raw_os_error().unwrap_or(0))
-    }))
+    Ok(used().unwrap_or_else(|error| errno_of(&error)))
 }
 
 fn as_stranger(path: &Path, how: &str) -> Result<String, Failed> {
     client::run("stranger", &[path.as_os_str(), OsStr::new(how)])
-}
-
-fn errno(errno: Errno) -> String {
-    format!("errno {}", errno.raw_os_error())
 }
 
 /// A mount of one file. Its server answers every OPEN with the id of the last `answer_with`, whatever the client's
@@ -107,10 +98,8 @@ impl Place {
         let on_open = {
             let id = Arc::clone(&id);
             move |_, _| {
-                let mut out = OpenReply::server(FopenFlags::empty())?.to_fuse_open_out(1);
-                out.open_flags = uapi::FOPEN_PASSTHROUGH;
-                out.backing_id = id.load(Ordering::SeqCst);
-                Ok(out)
+                let id = id.load(Ordering::SeqCst);
+                Ok(unchecked(1, uapi::FOPEN_PASSTHROUGH, id))
             }
         };
         let connection = Connection::serve(sandbox, init, vec![node], Arc::new(on_open))?;

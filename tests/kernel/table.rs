@@ -381,7 +381,7 @@ fn access_reaches_the_client(sandbox: &Sandbox) -> Result<(), Failed> {
         )
     };
     let connection = serve(sandbox, Init::passthrough(1), &path, None)?;
-    let errno = format!("errno {}", Errno::ACCESS.raw_os_error());
+    let errno = client::errno(Errno::ACCESS);
     assert_eq!(client(&connection, "overwrite", "CHANGED")?, errno);
     assert_eq!(client(&connection, "read", "")?, "content");
     assert_eq!(std::fs::read_to_string(&path)?, "content");
@@ -405,7 +405,7 @@ fn truncate(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok(
         match rustix::fs::open(args[0].as_str(), flags, rustix::fs::Mode::empty()) {
             Ok(_) => "opened".into(),
-            Err(errno) => format!("errno {}", errno.raw_os_error()),
+            Err(errno) => client::errno(errno),
         },
     )
 }

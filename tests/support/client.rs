@@ -5,13 +5,14 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use rustix::io::Errno;
 
 /// The first argument of a child: it tells the test binary that it is one.
 const MARK: &str = "--fuse-backing-child";
@@ -139,7 +140,17 @@ pub fn run(role: &str, args: &[&OsStr]) -> Result<String, Failed> {
     Client::start(role, args)?.finish()
 }
 
+/// How a child prints an errno.
+pub fn errno(errno: Errno) -> String {
+    format!("errno {}", errno.raw_os_error())
+}
+
+/// How a child prints the errno of an error, 0 if it has none.
+pub fn errno_of(error: &io::Error) -> String {
+    format!("errno {}", error.raw_os_error().unwrap_or(0))
+}
+
 /// In the child: waits for `Client::proceed`.
-pub fn wait_for_parent() -> std::io::Result<()> {
-    std::io::stdin().read_line(&mut String::new()).map(drop)
+pub fn wait_for_parent() -> io::Result<()> {
+    io::stdin().read_line(&mut String::new()).map(drop)
 }

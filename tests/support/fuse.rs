@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use fuse_backing::{FuseDevice, uapi};
+use fuse_backing::{FopenFlags, FuseDevice, OpenReply, uapi};
 use libtest_mimic::Failed;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -238,6 +238,14 @@ pub fn attach(device: &OwnedFd, mountpoint: &Path) -> Result<(), Failed> {
         data.as_c_str(),
     )?;
     Ok(())
+}
+
+/// A reply to OPEN with these fields, without the checks of `OpenReply`.
+pub fn unchecked(fh: u64, open_flags: u32, backing_id: i32) -> uapi::fuse_open_out {
+    let reply = OpenReply::server(FopenFlags::empty()).expect("no flag to refuse");
+    let mut out = reply.to_fuse_open_out(fh);
+    (out.open_flags, out.backing_id) = (open_flags, backing_id);
+    out
 }
 
 /// Mounts and answers INIT in this thread, for a process that has no other.

@@ -11,7 +11,7 @@ use libtest_mimic::Failed;
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use crate::client::{Client, Role};
+use crate::client::{Client, Role, errno_of};
 
 pub const ROLES: &[(&str, Role)] = &[("obey", obey)];
 
@@ -89,7 +89,7 @@ fn obey(_: &[String]) -> Result<String, Box<dyn std::error::Error>> {
         let words: Vec<_> = line.splitn(4, ' ').collect();
         match hands.command(&words) {
             Ok(text) => println!("ok {text}"),
-            Err(error) => println!("errno {}", error.raw_os_error().unwrap_or(0)),
+            Err(error) => println!("{}", errno_of(&error)),
         }
     }
     Ok("end".into())

@@ -16,8 +16,9 @@ use rustix::fs::{MemfdFlags, OFlags, memfd_create};
 use rustix::mount::{MountFlags, mount};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{CONTENT, Device, Place, WRITTEN, errno, known};
+use super::{CONTENT, Device, Place, WRITTEN, known};
 use crate::backing_open::{assert_no_overlayfs, overlay};
+use crate::client::errno;
 use crate::domain::restrict;
 use crate::expect;
 use crate::fuse::Init;

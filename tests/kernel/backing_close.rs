@@ -244,7 +244,7 @@ fn close_after_fork(_: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     let stdin = std::io::stdin();
     let device = FuseDevice::new(stdin.as_fd().try_clone_to_owned()?)?;
     let id = device.backing_open(tempfile::tempfile()?)?;
-    // SAFETY: this process has one thread, so the child has no lock that nobody will release.
+    // SAFETY: this process has one thread, so that the child inherits no lock of another thread.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let closed = device.backing_close(id).is_ok();
@@ -325,7 +325,7 @@ fn release_after_fork(args: &[String]) -> Result<String, Box<dyn std::error::Err
     let file = File::open(path)?;
     let open = table.open(&1, 0, ServerFile::new(&file))?;
     println!("{}", open.id().ok_or("no passthrough")?.as_raw());
-    // SAFETY: this process has one thread, so the child has no lock that nobody will release.
+    // SAFETY: this process has one thread, so that the child inherits no lock of another thread.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         if drops {

@@ -417,7 +417,7 @@ fn table_with_an_id_that_is_live_elsewhere(sandbox: &Sandbox) -> Result<(), Fail
     let again = table.open(&2, RDWR, ServerFile::new(&two))?;
     assert_ne!(id(&again), Some(raw));
     assert!(again.is_passthrough());
-    let unknown = BackingId::from_raw(raw).ok_or("positive")?;
+    let unknown = BackingId::from_raw(raw).ok_or("not positive")?;
     let failed = connection.device().backing_close(unknown);
     assert_eq!(failed.expect_err("closed").cause(), BackingError::UnknownId);
     drop((again, one, two));

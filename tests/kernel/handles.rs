@@ -163,7 +163,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         let mut holder = Client::start("hold", &[server.path.as_os_str()])?;
         assert_eq!(holder.line()?, "open");
         let fh = server.opened.lock().unwrap_or_else(PoisonError::into_inner)[0];
-        let handle = server.handles().get(fh).ok_or("of the holder")?;
+        let handle = server.handles().get(fh).ok_or("no handle of the holder")?;
         let (nodeid, id) = (
             *handle.open.inode(),
             handle.open.id().map(BackingId::as_raw),
@@ -173,7 +173,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
 
         let successor = Handles::new(BackingTable::new(server.connection.device()));
         if adopts {
-            let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
+            let id = id.and_then(BackingId::from_raw).ok_or("no passthrough")?;
             let open = successor
                 .table()
                 .adopt(&nodeid, &id, ServerFile::new(&file))?;
@@ -191,7 +191,7 @@ fn adopted_opens_go_on(sandbox: &Sandbox) -> Result<(), Failed> {
         if adopts {
             // The holder's open, and the reader's.
             assert!(server.release(0) && server.release(1));
-            let id = id.and_then(BackingId::from_raw).ok_or("passed through")?;
+            let id = id.and_then(BackingId::from_raw).ok_or("no passthrough")?;
             let closed = server.connection.device().backing_close(id);
             assert_eq!(closed.unwrap_err().cause(), BackingError::UnknownId);
         }

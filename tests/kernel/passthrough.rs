@@ -376,7 +376,7 @@ fn read_only(tree: &OwnedFd) {
 fn flags_that_the_kernel_refuses(sandbox: &Sandbox) -> Result<(), Failed> {
     for bit in 0..32 {
         let flag = 1 << bit;
-        let id = BackingId::from_raw(1).ok_or("positive")?;
+        let id = BackingId::from_raw(1).ok_or("not positive")?;
         let allowed =
             OpenReply::passthrough(&id, Access::ReadOnly, 0, FopenFlags::from_bits_retain(flag))
                 .is_ok();
@@ -426,7 +426,7 @@ fn id_closed_while_files_are_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let mut holder = Client::start("hold", &[path.as_os_str()])?;
     assert_eq!(holder.line()?, "open");
 
-    let id = BackingId::from_raw(1).ok_or("positive")?;
+    let id = BackingId::from_raw(1).ok_or("not positive")?;
     connection.device().backing_close(id)?;
     assert_eq!(client(&connection, "read", "")?, errno(Errno::IO));
 
@@ -621,7 +621,7 @@ fn table_keeps_to_server_mode_after_direct_io(sandbox: &Sandbox) -> Result<(), F
     for open in &*opens.lock().unwrap() {
         assert_eq!(open.server_reason(), Some(ServerReason::Chosen));
     }
-    assert_eq!(late.get().ok_or("set")?.stats().ids, 0);
+    assert_eq!(late.get().ok_or("not set")?.stats().ids, 0);
     for client in &mut clients {
         client.proceed()?;
         assert_eq!(client.line()?, CONTENT);

@@ -42,7 +42,7 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     // From here on the watchdog can free the child, whatever fails below.
     let abort = sandbox.watch(connection_of(child.id(), &fd)?)?;
     assert!(!child.ends_within(Duration::from_millis(300))?);
-    let folder = mountpoint.parent().ok_or("a folder of the sandbox")?;
+    let folder = mountpoint.parent().ok_or("no folder")?;
     assert!(mounted_connections(folder).is_empty());
 
     // A signal ends the wait, and closing the last device fd ends the connection.
@@ -65,7 +65,7 @@ fn mount_waits_for_init(sandbox: &Sandbox) -> Result<(), Failed> {
     let connection = Connection::serve_before_mount(sandbox, Init::passthrough(1), device)?;
     // This is the connection that the watchdog would abort.
     let file = connection.path("file");
-    let number = connection_number(file.parent().ok_or("the mountpoint")?)?;
+    let number = connection_number(file.parent().ok_or("no mountpoint")?)?;
     assert_eq!(mounted_connections(folder), [number]);
     let device = connection.device();
     let id = device.backing_open(tempfile::tempfile()?)?;

@@ -168,7 +168,7 @@ fn one_id_for_all_opens(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(reply.backing_id(), Some(1));
 
     let second = setup.open(7);
-    let third = setup.table.share(&7, RDONLY).ok_or("registered")?;
+    let third = setup.table.share(&7, RDONLY).ok_or("not registered")?;
     let other = setup.open(8);
     assert_eq!(
         [id(&first), id(&second), id(&third), id(&other)],
@@ -245,7 +245,7 @@ fn a_refusal_of_the_connection_is_remembered(sandbox: &Sandbox) -> Result<(), Fa
     );
     setup.table.reset();
     assert!(setup.open(2).is_passthrough());
-    // What is open stays as it is.
+    // An inode that is open keeps its mode.
     assert_eq!(
         setup.open(1).server_reason(),
         Some(ServerReason::Refused(error))
@@ -478,7 +478,7 @@ fn share_says_none(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn serve_keeps_to_the_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
-    let served = setup.table.serve(&1).ok_or("nobody has it open")?;
+    let served = setup.table.serve(&1).ok_or("open elsewhere")?;
     assert_eq!(served.server_reason(), Some(ServerReason::Chosen));
     assert_eq!(setup.open(1).server_reason(), Some(ServerReason::Chosen));
     assert!(setup.table.serve(&1).is_some());
@@ -490,7 +490,7 @@ fn serve_keeps_to_the_mode(sandbox: &Sandbox) -> Result<(), Failed> {
     setup.table.set_idle_limit(1);
     drop(open);
     assert!(setup.pinned());
-    let _served = setup.table.serve(&1).ok_or("it is idle")?;
+    let _served = setup.table.serve(&1).ok_or("not idle")?;
     assert_eq!(setup.table.stats().ids, 0);
     setup.tmpfs.unmount_when_idle()
 }
@@ -498,7 +498,7 @@ fn serve_keeps_to_the_mode(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn limit(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
-    let soft = getrlimit(Resource::Nofile).current.ok_or("a soft limit")?;
+    let soft = getrlimit(Resource::Nofile).current.ok_or("no soft limit")?;
     assert_eq!(setup.table.stats().limit as u64, soft);
 
     setup.table.set_limit(2);
@@ -658,7 +658,7 @@ fn idle_ids(sandbox: &Sandbox) -> Result<(), Failed> {
     // The oldest was closed; the others are reopened with their ids.
     assert_eq!(setup.table.stats().idle, 2);
     assert!(setup.table.share(&1, RDONLY).is_none());
-    let two = setup.table.share(&2, RDWR).ok_or("idle")?;
+    let two = setup.table.share(&2, RDWR).ok_or("not idle")?;
     assert_eq!((id(&two), id(&setup.open(3))), (Some(2), Some(3)));
     assert!(setup.pinned());
     drop(two);
@@ -693,7 +693,10 @@ fn forget_detaches(sandbox: &Sandbox) -> Result<(), Failed> {
     // Each open closes its own id.
     drop(old);
     assert_eq!(setup.table.stats().ids, 1);
-    assert_eq!(id(&setup.table.share(&1, RDONLY).ok_or("open")?), Some(2));
+    assert_eq!(
+        id(&setup.table.share(&1, RDONLY).ok_or("not open")?),
+        Some(2)
+    );
     drop(new);
     assert_eq!(setup.table.stats().ids, 0);
 
@@ -728,7 +731,7 @@ fn invalidate(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.table.invalidate(&1));
     assert_eq!(setup.table.stats().ids, 0);
     assert!(setup.table.invalidate(&1));
-    let served = setup.table.serve(&1).ok_or("free")?;
+    let served = setup.table.serve(&1).ok_or("not free")?;
     assert!(!setup.table.invalidate(&1), "open in server mode");
     drop(served);
     setup.tmpfs.unmount_when_idle()
@@ -748,7 +751,7 @@ fn closes_that_fail(sandbox: &Sandbox) -> Result<(), Failed> {
     assert!(setup.pinned());
 
     // The id can be shared again, and its next release closes it.
-    let again = setup.table.share(&1, RDWR).ok_or("kept")?;
+    let again = setup.table.share(&1, RDWR).ok_or("not kept")?;
     assert_eq!(id(&again), Some(1));
     assert_eq!(setup.table.list()[0].close_failed, None);
     drop(again);
@@ -922,7 +925,7 @@ fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn debug(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
-    let (open, served) = (setup.open(1), setup.table.serve(&2).ok_or("free")?);
+    let (open, served) = (setup.open(1), setup.table.serve(&2).ok_or("not free")?);
     let printed = format!("{:?}", setup.table);
     let stats = setup.table.stats();
     assert_eq!(printed, format!("BackingTable({stats:?})"));
@@ -1027,7 +1030,7 @@ fn share_costs_nothing(sandbox: &Sandbox) -> Result<(), Failed> {
     let _open = setup.open(1);
     let before = alloc::count();
     for _ in 0..SHARES {
-        drop(black_box(setup.table.share(&1, RDWR)).ok_or("registered")?);
+        drop(black_box(setup.table.share(&1, RDWR)).ok_or("not registered")?);
     }
     assert_eq!(alloc::count() - before, 0);
     Ok(())

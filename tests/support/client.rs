@@ -53,7 +53,7 @@ impl Client {
         Self::start_with(role, args, Stdio::piped())
     }
 
-    /// Starts it with an fd as its standard input, the only way to pass an fd that is not inheritable.
+    /// Starts it with an fd as its standard input, the only way to pass an fd without making it inheritable.
     pub fn start_with_fd(role: &str, args: &[&OsStr], fd: OwnedFd) -> Result<Self, Failed> {
         Self::start_with(role, args, Stdio::from(fd))
     }
@@ -64,7 +64,7 @@ impl Client {
             .stdin(input)
             .stdout(Stdio::piped())
             .spawn()?;
-        let output = child.stdout.take().ok_or("stdout is piped")?;
+        let output = child.stdout.take().ok_or("stdout is not piped")?;
         Ok(Self {
             input: child.stdin.take(),
             output: BufReader::new(output),

@@ -198,7 +198,7 @@ impl Connection {
         unmount(&self.mountpoint, UnmountFlags::DETACH)
     }
 
-    /// Waits, since the kernel sends RELEASE after close(2) has returned.
+    /// Waits for so many RELEASEs, which the kernel sends after close(2) has returned.
     pub fn wait_for_releases(&self, count: u64) -> Result<(), Failed> {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.seen.releases.load(Ordering::SeqCst) < count {

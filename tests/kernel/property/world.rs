@@ -57,10 +57,10 @@ pub enum Fd {
     Wide,
     /// Always opened for reading.
     Narrow,
-    /// Of a file that is not the inode's. Only while the inode is open in passthrough mode: otherwise the table would
-    /// serve this file.
+    /// An fd of a file that is not the inode's. Only while the inode is open in passthrough mode: otherwise the table
+    /// would serve this file.
     Other,
-    /// Of a file that the kernel refuses. It is on /proc: which other files are refused depends on the kernel's
+    /// An fd of a file that the kernel refuses. It is on /proc: which other files are refused depends on the kernel's
     /// version.
     Unfit,
 }
@@ -427,7 +427,7 @@ impl World {
     /// Checks that the kernel has none of the ids any more.
     pub fn check_closed(&self) -> Result<(), Wrong> {
         for id in 1..=self.greatest_id {
-            let id = BackingId::from_raw(id).ok_or("positive")?;
+            let id = BackingId::from_raw(id).ok_or("not positive")?;
             if self.device.backing_close(id).is_ok() {
                 return Err(Wrong::Rule("an id was still registered".into()));
             }

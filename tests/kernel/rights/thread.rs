@@ -116,7 +116,7 @@ fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
         let filled = if let Some(registering) = registering {
             let place = Place::new(sandbox, Init::passthrough(1), &file)?;
             let device = place.connection.device();
-            // In a thread of its own, which stays lowered.
+            // `apart`, since the thread stays lowered.
             let id = apart(|| registering(device).register(file.as_fd(), Access::ReadWrite))?;
             place.answer_with(id);
             client::run("fill", &[place.connection.path("file").as_os_str()])?
@@ -299,7 +299,7 @@ fn open_outlives_its_table(sandbox: &Sandbox) -> Result<(), Failed> {
     let open = table.open(&1, OFlags::RDWR, ServerFile::new(&backing))?;
     drop(backing);
     place.answer_with(known(noting.id()));
-    let tid = tid.get().ok_or("registered")?.as_raw_pid();
+    let tid = tid.get().ok_or("not registered")?.as_raw_pid();
     let name = move || fs::read_to_string(format!("/proc/self/task/{tid}/comm"));
 
     drop(table);

@@ -429,7 +429,7 @@ fn truncation_is_not_passed_through(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 #[apply(needs_passthrough)]
-fn a_different_file_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
+fn a_different_file_is_refused_while_open(sandbox: &Sandbox) -> Result<(), Failed> {
     let setup = Setup::new(sandbox)?;
     let other = setup.file("other");
     let open = setup.open(1);

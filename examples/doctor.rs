@@ -43,13 +43,13 @@ mod server;
 const USAGE: &str = "\
 usage: doctor [--json] [PATH...]
 
-Tells whether FUSE passthrough works on this machine, by trying it on a scratch mount, and whether
-files at each PATH can be backing files.
+Tests whether FUSE passthrough works on this machine, on a scratch mount, and whether files at each
+PATH can be backing files.
 
-  --json   one JSON object instead of text
-  --help   this text
+  --json   print one JSON object instead of text
+  --help   print this text
 
-Exit status: 0 all of it works, 1 something does not, 2 bad arguments.
+Exit status: 0 if everything works, 1 if something does not, 2 if the arguments are invalid.
 ";
 
 enum Command {
@@ -102,14 +102,14 @@ fn parse(args: impl Iterator<Item = OsString>) -> Result<Command, String> {
                 paths.extend(args.by_ref().map(PathBuf::from));
             }
             Some(part @ (client::READ | client::PROBE)) => {
-                let operand = args.next().ok_or(format!("{part} takes an operand"))?;
+                let operand = args.next().ok_or(format!("{part} needs an argument"))?;
                 return Ok(match part {
                     client::READ => Command::Read(operand),
                     _ => Command::Probe(operand.into()),
                 });
             }
             _ if arg.as_encoded_bytes().starts_with(b"-") => {
-                return Err(format!("there is no option {arg:?}, see --help"));
+                return Err(format!("unknown option {arg:?}; see --help"));
             }
             _ => paths.push(PathBuf::from(arg)),
         }

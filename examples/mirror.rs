@@ -84,10 +84,13 @@ const GRACE: Duration = Duration::from_secs(5);
 const USAGE: &str = "\
 usage: mirror [OPTIONS] SRC MNT   serve the directory SRC at MNT
        mirror                     demonstrate passthrough (as root)
-options: --no-passthrough   serve through plain FUSE
-         --no-killpriv      have the kernel ask before each write, which is slow
-         --depth 1          let overlayfs be stacked on MNT; files of SRC that are on overlayfs are not passed through then
-         --ttl SECONDS      let the kernel keep names and attributes so long, also if they change in SRC or by another mount";
+
+options:
+  --no-passthrough   serve through plain FUSE
+  --no-killpriv      let the kernel ask for a file's capabilities before each write (slow)
+  --depth 1          let overlayfs be stacked on MNT; files of SRC on overlayfs are then not passed through
+  --ttl SECONDS      let the kernel cache names and attributes for so long, even if they change in SRC or
+                     through another mount";
 
 fn main() -> ExitCode {
     let args: Vec<_> = std::env::args_os().skip(1).collect();
@@ -132,14 +135,15 @@ fn parse(args: Vec<OsString>) -> Result<([PathBuf; 2], Options)> {
                 options.ttl = ttl.ok_or("--ttl takes a number of seconds")?;
             }
             Some(option) if option.starts_with('-') => {
-                return Err(format!("there is no option {option}\n{USAGE}").into());
+                return Err(format!("unknown option {option}\n{USAGE}").into());
             }
             _ => paths.push(PathBuf::from(arg)),
         }
     }
     let number = paths.len();
     let paths = <[PathBuf; 2]>::try_from(paths);
-    let paths = paths.map_err(|_| format!("SRC and MNT are two paths, not {number}\n{USAGE}"))?;
+    let paths =
+        paths.map_err(|_| format!("expected two paths, SRC and MNT; got {number}\n{USAGE}"))?;
     Ok((paths, options))
 }
 
@@ -160,7 +164,7 @@ fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
     }
     if mirror.unmount()? {
         eprintln!(
-            "mirror: {} is in use: it is detached now, and served for {} more seconds at most",
+            "mirror: {} is in use: detached it, and serving it for at most {} more seconds",
             mountpoint.display(),
             GRACE.as_secs(),
         );
@@ -192,6 +196,6 @@ fn prepare_process() -> Result<()> {
     match set_thread_groups(&[]) {
         // A user namespace can deny it: the groups that are left are those of the user who started the server.
         Ok(()) | Err(Errno::PERM) => Ok(()),
-        Err(errno) => Err(format!("giving up supplementary groups failed: {errno}").into()),
+        Err(errno) => Err(format!("cannot drop supplementary groups: {errno}").into()),
     }
 }

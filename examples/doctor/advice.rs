@@ -3,7 +3,7 @@
 use fuse_backing::error::Errno;
 use fuse_backing::error::{BackingError, DeviceError, NegotiateError, NotPermitted, Scope};
 
-pub(crate) const LOOK_INTO_THE_LOG: &str = "look into the kernel's log";
+pub(crate) const CHECK_THE_LOG: &str = "check the kernel log (dmesg)";
 
 #[derive(Clone)]
 pub(crate) struct Failure {
@@ -24,19 +24,19 @@ impl From<DeviceError> for Failure {
     fn from(error: DeviceError) -> Self {
         let advice = match error {
             DeviceError::Missing => {
-                "load the module with `modprobe fuse`; start a container with `--device /dev/fuse`"
+                "load the module with `modprobe fuse`; for a container, add `--device /dev/fuse`"
             }
             DeviceError::NoDriver(_) => {
                 "load the module with `modprobe fuse`, or boot a kernel with CONFIG_FUSE_FS"
             }
             DeviceError::Denied(_) if error.errno() == Errno::ACCESS => {
-                "run it as root, which registering files takes as well"
+                "run it as root; registering files needs root too"
             }
             DeviceError::Denied(_) => {
                 "a device cgroup denies it: start the container with `--device /dev/fuse`"
             }
             DeviceError::NotCharacterDevice(_) | DeviceError::OtherDevice { .. } => {
-                "put the real node there: `mknod -m 666 /dev/fuse c 10 229`"
+                "replace it with the device node: `mknod -m 666 /dev/fuse c 10 229`"
             }
             _ => by_scope(error.scope()),
         };
@@ -55,7 +55,7 @@ impl From<NegotiateError> for Failure {
         let advice = match error {
             NegotiateError::NotPermitted(why) => to_be_permitted(why),
             NegotiateError::NotOffered => "boot Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH=y",
-            _ => "look at what the INIT reply asks for",
+            _ => "check what the INIT reply requests",
         };
         Self::new(error, advice)
     }
@@ -67,12 +67,12 @@ impl From<BackingError> for Failure {
             BackingError::UnsupportedKernel => "boot Linux 6.9 or newer",
             BackingError::DisabledInKernel => "boot a kernel with CONFIG_FUSE_PASSTHROUGH=y",
             BackingError::Unimplemented => {
-                "run it without the emulator, or with a seccomp profile that lets ioctl(2) through"
+                "run it without the emulator, or with a seccomp profile that allows ioctl(2)"
             }
             BackingError::NotPermitted(why) => to_be_permitted(why),
-            BackingError::UnknownId | BackingError::Other(_) => LOOK_INTO_THE_LOG,
+            BackingError::UnknownId | BackingError::Other(_) => CHECK_THE_LOG,
             BackingError::StackedTooDeep => {
-                "serve such files without passthrough, or keep them on a filesystem beneath"
+                "serve such files without passthrough, or move them to a less deeply stacked filesystem"
             }
             _ => by_scope(error.scope()),
         };
@@ -86,10 +86,10 @@ fn to_be_permitted(error: NotPermitted) -> &'static str {
             "run it as the machine's root, outside of rootless containers and user namespaces"
         }
         NotPermitted::MissingCapability => {
-            "run it as root; start a container with `--cap-add SYS_ADMIN`"
+            "run it as root; for a container, add `--cap-add SYS_ADMIN`"
         }
         // The doctor's INIT reply is right.
-        _ => "look for the security policy that denies it: seccomp, SELinux, AppArmor",
+        _ => "find the security policy that denies it: seccomp, SELinux, AppArmor",
     }
 }
 
@@ -97,6 +97,6 @@ fn by_scope(scope: Scope) -> &'static str {
     match scope {
         Scope::File => "serve such files without passthrough",
         Scope::Transient => "try again",
-        _ => LOOK_INTO_THE_LOG,
+        _ => CHECK_THE_LOG,
     }
 }

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+use crate::advice::{CHECK_THE_LOG, Failure};
 
 /// `--client-read NAME`: reads a file of the directory on standard input.
 pub(crate) const READ: &str = "--client-read";
@@ -39,8 +39,8 @@ pub(crate) fn run(part: &str, operand: impl AsRef<OsStr>, stdin: Stdio) -> Ran {
     let result = match started {
         Ok(child) => follow(child, &mut printed),
         Err(e) => Err(Failure::new(
-            format!("a client process cannot be started: {e}"),
-            "make /proc accessible: the program is run once more through it",
+            format!("cannot start a client process: {e}"),
+            "make /proc accessible: the doctor starts itself again through it",
         )),
     };
     Ran {
@@ -69,21 +69,21 @@ fn follow(mut child: Child, printed: &mut Vec<u8>) -> Result<(), Failure> {
                 "" => format!("a client process failed: {status}"),
                 why => why.to_owned(),
             };
-            Err(Failure::new(cause, LOOK_INTO_THE_LOG))
+            Err(Failure::new(cause, CHECK_THE_LOG))
         }
         // Killed, but not waited for: what hangs in the kernel may not end at once.
         Ok(None) => {
             let _ = child.kill();
             Err(Failure::new(
                 format!("no answer within {} seconds", PATIENCE.as_secs()),
-                "see whether the disk, or the server of the filesystem, still works",
+                "check that the disk, or the server of the filesystem, still works",
             ))
         }
         Err(e) => {
             let _ = child.kill();
             Err(Failure::new(
-                format!("a client process cannot be followed: {e}"),
-                LOOK_INTO_THE_LOG,
+                format!("cannot wait for a client process: {e}"),
+                CHECK_THE_LOG,
             ))
         }
     }

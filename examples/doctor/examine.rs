@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+use crate::advice::{CHECK_THE_LOG, Failure};
 use crate::client::{self, PATIENCE, within};
 use crate::probe::{Probed, Verdict};
 use crate::report::{Feature, Outcome, PathReport, Report, Step};
@@ -81,8 +81,8 @@ fn by_ref<T>(done: &Done<T>) -> Done<&T> {
     done.as_ref().map_err(|blocker| *blocker)
 }
 
-fn because_of(blocker: &str) -> String {
-    format!("because of: {blocker}")
+fn needs_step(blocker: &str) -> String {
+    format!("needs the step: {blocker}")
 }
 
 /// What was found, to be told, and what later steps need of it.
@@ -116,7 +116,7 @@ impl Steps {
             Ok(Ok((found, done))) => (Outcome::Ok(found), Ok(done)),
             Ok(Err(Trouble::Failed(failure))) => (Outcome::Failed(failure), Err(name)),
             Ok(Err(Trouble::Untold(why))) => (Outcome::Skipped(why), Err(name)),
-            Err(blocker) => (Outcome::Skipped(because_of(blocker)), Err(blocker)),
+            Err(blocker) => (Outcome::Skipped(needs_step(blocker)), Err(blocker)),
         };
         self.0.push(Step { name, outcome });
         done
@@ -144,13 +144,15 @@ fn open_device() -> Found<Device> {
 /// the kernel was built without passthrough shows only on one that is.
 fn try_ioctl(device: &Device) -> Result<String, Trouble> {
     match device.backing_open(device) {
-        Err(BackingError::NotAttached(_)) => Ok("FUSE_DEV_IOC_BACKING_OPEN is known".to_owned()),
+        Err(BackingError::NotAttached(_)) => {
+            Ok("the kernel knows FUSE_DEV_IOC_BACKING_OPEN".to_owned())
+        }
         Err(error) => Err(error.into()),
         Ok(id) => {
             let closed = device.backing_close(id);
-            let cause = closed.map_or_else(|e| e.to_string(), |()| "and closes it".to_owned());
-            let cause = format!("a device that is not mounted registers a file: {cause}");
-            Err(Failure::new(cause, LOOK_INTO_THE_LOG).into())
+            let closed = closed.map_or_else(|e| e.to_string(), |()| "and closed it".to_owned());
+            let cause = format!("a device that is not mounted registered a file: {closed}");
+            Err(Failure::new(cause, CHECK_THE_LOG).into())
         }
     }
 }
@@ -158,7 +160,7 @@ fn try_ioctl(device: &Device) -> Result<String, Trouble> {
 fn look_at_capability() -> Found<()> {
     let sets = capabilities(None).map_err(|errno| {
         let cause = format!("capget(2) failed: {errno}");
-        Failure::new(cause, "look for a seccomp profile that denies it")
+        Failure::new(cause, "find the seccomp profile that denies it")
     })?;
     if sets.effective.contains(CapabilitySet::SYS_ADMIN) {
         Ok((
@@ -180,7 +182,7 @@ fn look_at_user_namespace() -> Result<String, Trouble> {
     // The answer is yes also where it cannot be told.
     match std::fs::read_link("/proc/thread-self/ns/user") {
         Ok(name) => Ok(format!("{}, the initial one", name.display())),
-        Err(e) => Err(Trouble::Untold(format!("/proc does not tell: {e}"))),
+        Err(e) => Err(Trouble::Untold(format!("cannot read it from /proc: {e}"))),
     }
 }
 
@@ -198,7 +200,7 @@ fn mount(device: Device, content: &Arc<[u8]>) -> Found<Scratch> {
         connection: Connection::new(device, MaxStackDepth::One, Arc::clone(content))?,
         private,
     };
-    let found = "tmpfs and FUSE, in a mount namespace of their own".to_owned();
+    let found = "tmpfs and FUSE, in a new mount namespace".to_owned();
     Ok((found, scratch))
 }
 
@@ -241,18 +243,18 @@ fn register(scratch: &Scratch) -> Found<()> {
 
 fn cannot_open_backing(errno: Errno) -> Failure {
     Failure::new(
-        format!("the backing file cannot be opened: {errno}"),
-        LOOK_INTO_THE_LOG,
+        format!("cannot open the backing file: {errno}"),
+        CHECK_THE_LOG,
     )
 }
 
 fn read_passed_through(connection: &Connection, content: &[u8]) -> Result<String, Trouble> {
     let reads = &connection.shared.passed_through_reads;
     match read(connection, PASSED_THROUGH, reads, content)? {
-        0 => Ok(format!("{SIZE} right bytes, 0 READ requests")),
+        0 => Ok(format!("{SIZE} correct bytes, 0 READ requests")),
         reads => Err(Failure::new(
-            format!("{reads} READ requests came to the server in spite of passthrough"),
-            LOOK_INTO_THE_LOG,
+            format!("the server got {reads} READ requests despite passthrough"),
+            CHECK_THE_LOG,
         )
         .into()),
     }
@@ -263,8 +265,8 @@ fn read_served(connection: &Connection, content: &[u8]) -> Result<String, Troubl
     let reads = &connection.shared.served_reads;
     match read(connection, SERVED, reads, content)? {
         0 => Err(Failure::new(
-            "no READ request came to the server: the other read proves nothing",
-            LOOK_INTO_THE_LOG,
+            "the server got no READ request: the passthrough read proves nothing",
+            CHECK_THE_LOG,
         )
         .into()),
         reads => Ok(format!(
@@ -280,14 +282,12 @@ fn read(
     reads: &AtomicU64,
     content: &[u8],
 ) -> Result<u64, Failure> {
-    let failed = |cause| Failure::new(cause, LOOK_INTO_THE_LOG);
+    let failed = |cause| Failure::new(cause, CHECK_THE_LOG);
     let root = connection.root().map_err(|e| failed(e.to_string()))?;
     let ran = client::run(client::READ, name, root.into());
     ran.result?;
     if ran.printed != client::summary(content) {
-        return Err(failed(
-            "the client read other bytes than those of the file".to_owned(),
-        ));
+        return Err(failed("the client read wrong bytes".to_owned()));
     }
     Ok(reads.load(Ordering::SeqCst))
 }
@@ -298,13 +298,13 @@ fn close(connection: &Connection) -> Found<()> {
     let is_open = || shared.passed_through_opens.load(Ordering::SeqCst) > 0;
     within(PATIENCE, || !is_open());
     if is_open() {
-        let cause = "the client has ended, and no RELEASE came";
-        return Err(Failure::new(cause, LOOK_INTO_THE_LOG).into());
+        let cause = "no RELEASE came after the client ended";
+        return Err(Failure::new(cause, CHECK_THE_LOG).into());
     }
     if let Some(backing) = shared.swap_backing(None) {
         backing.close().map_err(|error| error.cause())?;
     }
-    Ok(("after the RELEASE".to_owned(), ()))
+    Ok(("closed after the RELEASE".to_owned(), ()))
 }
 
 fn unmount(tmpfs: Tmpfs, private: rustix::io::Result<()>) -> Result<String, Trouble> {
@@ -315,9 +315,9 @@ fn unmount(tmpfs: Tmpfs, private: rustix::io::Result<()>) -> Result<String, Trou
     tmpfs.unmount().map_err(|errno| {
         let cause = match errno {
             Errno::BUSY => "the closed backing file is still in use".to_owned(),
-            errno => format!("the backing filesystem cannot be unmounted: {errno}"),
+            errno => format!("cannot unmount the backing filesystem: {errno}"),
         };
-        Failure::new(cause, LOOK_INTO_THE_LOG)
+        Failure::new(cause, CHECK_THE_LOG)
     })?;
     Ok("nothing pins the backing filesystem".to_owned())
 }
@@ -328,7 +328,7 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
         tmpfs, connection, ..
     } = match ready {
         Ok(scratch) => scratch,
-        Err(blocker) => return Feature::unknown(because_of(blocker)),
+        Err(blocker) => return Feature::unknown(needs_step(blocker)),
     };
     let file = match tmpfs.open(OFlags::PATH) {
         Ok(file) => file,
@@ -337,7 +337,7 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
     match BackingFile::open(&*connection.device, file, Access::ReadOnly) {
         Ok(backing) => {
             drop(backing);
-            Feature::present("O_PATH fds can be registered (Linux 6.12)")
+            Feature::present("O_PATH fds can be registered (since Linux 6.12)")
         }
         Err(error @ BackingError::PathOnlyFd) => Feature::absent(error),
         Err(error) => Feature::unknown(error),
@@ -347,14 +347,14 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
 /// On a device of its own: it changes what the device does.
 fn try_sync_init(device: Done<&Device>) -> Feature {
     if let Err(blocker) = device {
-        return Feature::unknown(because_of(blocker));
+        return Feature::unknown(needs_step(blocker));
     }
     let device = match FuseDevice::open() {
         Ok(device) => device,
         Err(error) => return Feature::unknown(error),
     };
     match device.sync_init() {
-        Ok(()) => Feature::present("mount(2) can wait for INIT (Linux 6.18)"),
+        Ok(()) => Feature::present("mount(2) can wait for INIT (since Linux 6.18)"),
         Err(error @ DeviceError::UnsupportedKernel { .. }) => Feature::absent(error),
         Err(error) => Feature::unknown(error),
     }
@@ -376,7 +376,7 @@ impl Depths {
             (Some(Verdict::TooDeep(_)), _) => self.try_two(path),
             (Some(Verdict::No(failure)), _) => Err(failure),
             (None, Err(blocker)) => {
-                let cause = format!("not tried, {}", because_of(blocker));
+                let cause = format!("not tried: {}", needs_step(blocker));
                 Err(Failure::new(cause, ""))
             }
             (None, Ok(_)) => Err(did_not_tell()),
@@ -411,7 +411,7 @@ fn connect_two(content: &Arc<[u8]>) -> Result<Connection, Failure> {
 fn probe(path: &Path, connection: Option<&Connection>) -> (Option<String>, Option<Verdict>) {
     let stdin = match connection.map(Connection::device).transpose() {
         Ok(device) => device.map_or_else(Stdio::null, Stdio::from),
-        Err(e) => return (None, Some(Verdict::No(Failure::new(e, LOOK_INTO_THE_LOG)))),
+        Err(e) => return (None, Some(Verdict::No(Failure::new(e, CHECK_THE_LOG)))),
     };
     let ran = client::run(client::PROBE, path, stdin);
     let probed = Probed::parse(&ran.printed);
@@ -423,7 +423,7 @@ fn probe(path: &Path, connection: Option<&Connection>) -> (Option<String>, Optio
 }
 
 fn did_not_tell() -> Failure {
-    Failure::new("the client process did not tell", LOOK_INTO_THE_LOG)
+    Failure::new("the client process gave no answer", CHECK_THE_LOG)
 }
 
 /// Content without a pattern that a page at the wrong place would fit into: xorshift64.

@@ -15,7 +15,7 @@ use rustix::fs::{
     openat2, statx,
 };
 
-use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+use crate::advice::{CHECK_THE_LOG, Failure};
 
 /// How many directory entries are looked at for a regular file, and how many levels up.
 const ENTRIES: usize = 250;
@@ -69,8 +69,8 @@ pub(crate) fn probe(path: &Path) -> io::Result<()> {
         Ok(place) => place,
         Err(errno) => {
             let failure = Failure::new(
-                format!("it cannot be opened: {errno}"),
-                "name a place that exists and can be reached",
+                format!("cannot be opened: {errno}"),
+                "name a path that exists and is accessible",
             );
             return print_failure(NO, &failure);
         }
@@ -136,15 +136,15 @@ fn file_at(place: OwnedFd) -> Result<OwnedFd, Failure> {
         return Ok(file);
     }
     let unnamed = if is_overlay(&place) {
-        Err("overlayfs would copy the directory up for an unnamed one".to_owned())
+        Err("an unnamed one would make overlayfs copy the directory up".to_owned())
     } else {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         openat(&place, ".", flags, Mode::RUSR | Mode::WUSR)
-            .map_err(|errno| format!("an unnamed one cannot be made: {errno}"))
+            .map_err(|errno| format!("an unnamed one cannot be created: {errno}"))
     };
     unnamed.map_err(|why| {
         Failure::new(
-            format!("no regular file was found there, and {why}"),
+            format!("found no regular file there, and {why}"),
             "name a regular file instead of the directory",
         )
     })
@@ -223,8 +223,8 @@ fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<
     backing.close().map_err(|error| {
         let cause = error.cause();
         Failure::new(
-            format!("it could be registered, but not closed: {cause}"),
-            LOOK_INTO_THE_LOG,
+            format!("registered, but cannot be closed: {cause}"),
+            CHECK_THE_LOG,
         )
     })?;
     if regular {
@@ -232,7 +232,7 @@ fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<
     } else {
         // Linux 6.12 to 6.16 took anything, before 6.12.48 and 6.16.8.
         Err(Failure::new(
-            "it is no regular file",
+            "not a regular file",
             "serve such files without passthrough",
         ))
     }
@@ -243,8 +243,8 @@ fn for_reading(file: &OwnedFd) -> Result<OwnedFd, Failure> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty()).map_err(|errno| {
         Failure::new(
-            format!("it cannot be opened for reading: {errno}"),
-            "name a file that can be read",
+            format!("cannot be opened for reading: {errno}"),
+            "name a readable file",
         )
     })
 }

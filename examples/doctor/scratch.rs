@@ -18,7 +18,7 @@ use rustix::mount::{
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::advice::{Failure, LOOK_INTO_THE_LOG};
+use crate::advice::{CHECK_THE_LOG, Failure};
 use crate::client::{PATIENCE, within};
 use crate::server::{Offer, Server, Shared};
 
@@ -41,8 +41,8 @@ impl Tmpfs {
         let made = tmpfs.open(flags).map_err(io::Error::from);
         made.and_then(|file| File::from(file).write_all(content))
             .map_err(|e| {
-                let cause = format!("the backing file cannot be made: {e}");
-                Failure::new(cause, LOOK_INTO_THE_LOG)
+                let cause = format!("cannot create the backing file: {e}");
+                Failure::new(cause, CHECK_THE_LOG)
             })?;
         Ok(tmpfs)
     }
@@ -107,8 +107,8 @@ impl Connection {
             .name("server".to_owned())
             .spawn(move || server.run())
             .map_err(|e| {
-                let cause = format!("a server thread cannot be started: {e}");
-                Failure::new(cause, "see whether the number of processes is limited")
+                let cause = format!("cannot start a server thread: {e}");
+                Failure::new(cause, "check the limit on the number of processes")
             })?;
         Ok(Self {
             device,
@@ -125,7 +125,7 @@ impl Connection {
                 RecvTimeoutError::Timeout => "no INIT request came",
                 RecvTimeoutError::Disconnected => "the connection ended before INIT",
             };
-            Failure::new(cause, LOOK_INTO_THE_LOG)
+            Failure::new(cause, CHECK_THE_LOG)
         })
     }
 
@@ -178,10 +178,10 @@ fn mount(filesystem: &str, options: &[(&str, impl AsRef<str>)]) -> Result<OwnedF
 
 fn refused(what: &str, errno: Errno) -> Failure {
     let advice = match errno {
-        Errno::NOSYS => "boot Linux 5.2 or newer, or let a seccomp profile permit fsopen(2)",
-        Errno::NODEV => "boot a kernel that has this filesystem, or load its module",
-        Errno::PERM | Errno::ACCESS => "look for the security policy that denies it: seccomp, LSM",
-        _ => LOOK_INTO_THE_LOG,
+        Errno::NOSYS => "boot Linux 5.2 or newer, or allow fsopen(2) in the seccomp profile",
+        Errno::NODEV => "boot a kernel with this filesystem, or load its module",
+        Errno::PERM | Errno::ACCESS => "find the security policy that denies it: seccomp, an LSM",
+        _ => CHECK_THE_LOG,
     };
     Failure::new(format!("{what} failed: {errno}"), advice)
 }

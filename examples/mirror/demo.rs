@@ -27,10 +27,10 @@ const DATA: &str = "data";
 
 pub(crate) fn run() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        return Err("the demonstration mounts filesystems, which takes root".into());
+        return Err("the demonstration mounts filesystems: run it as root".into());
     }
     enter_private_mount_namespace()
-        .map_err(|e| format!("the kernel gives it no mount namespace of its own: {e}"))?;
+        .map_err(|e| format!("cannot create a private mount namespace: {e}"))?;
     crate::prepare_process()?;
     // It ends the clients, and what they were started for.
     ctrlc::set_handler(|| {})?;
@@ -41,7 +41,7 @@ pub(crate) fn run() -> Result<()> {
     let mut plain = Running::start(&source.at, scratch.path().join("plain"), false)?;
     let mut passthrough = Running::start(&source.at, scratch.path().join("passthrough"), true)?;
     if let Some(why) = passthrough.mirror.status().refused() {
-        return Err(why.into());
+        return Err(format!("passthrough is unavailable: {why}").into());
     }
     make_data(&source.at)?;
 
@@ -71,7 +71,7 @@ pub(crate) fn run() -> Result<()> {
     if reads == 0 && equal && left == 0 {
         Ok(())
     } else {
-        Err("one of these is not as it must be".into())
+        Err("expected 0 READ requests, equal checksums, and 0 ids left open".into())
     }
 }
 
@@ -154,7 +154,7 @@ impl Running {
         }
         match self.mirror.wait(PATIENCE) {
             Some(Event::Ended(result)) => Ok(result?),
-            _ => Err(format!("the server of {at} does not end").into()),
+            _ => Err(format!("the server of {at} did not end").into()),
         }
     }
 }
@@ -191,7 +191,7 @@ impl<'a> Way<'a> {
         let after = self.mirror.map(Running::reads);
 
         let mut words = printed.split_whitespace();
-        let mut word = || words.next().ok_or("the client printed too little");
+        let mut word = || words.next().ok_or("the output of the client is incomplete");
         self.readings.push(Reading {
             bytes: word()?.parse()?,
             checksum: word()?.parse()?,
@@ -209,10 +209,7 @@ impl<'a> Way<'a> {
 }
 
 fn print_table(ways: &mut [Way<'_>]) {
-    println!(
-        "{} MiB in reads of 1 MiB, the median of {ROUNDS}:",
-        SIZE >> 20
-    );
+    println!("{} MiB in reads of 1 MiB, median of {ROUNDS}:", SIZE >> 20);
     println!();
     println!(
         "{:<12} {:>7} {:>14} {:>9}",

@@ -52,7 +52,7 @@ pub(crate) fn attach(
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));
     let lowered = Lowered::around_each(device, CapabilitySet::empty());
     let attached = table.attach(AsNobody(lowered));
-    attached.map_err(|_| io::Error::other("a device is attached already"))
+    attached.map_err(|_| io::Error::other("a device is already attached"))
 }
 
 /// What clients do through passthrough is done with the rights that are recorded here: set-user-ID and set-group-ID bits

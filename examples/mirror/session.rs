@@ -105,7 +105,7 @@ impl Mounted {
         let files = Arc::new(Files::default());
         let status = Arc::new(Status::of(Arc::downgrade(&files)));
         mount(&device, &root, source, &mountpoint)
-            .map_err(|errno| format!("mounting at {} failed: {errno}", mountpoint.display()))?;
+            .map_err(|errno| format!("cannot mount at {}: {errno}", mountpoint.display()))?;
         // It does not ask the server, which does not serve yet.
         let own = device_at(&mountpoint)
             .inspect_err(|_| _ = rustix::mount::unmount(&mountpoint, UnmountFlags::DETACH))?;
@@ -176,7 +176,7 @@ impl Drop for Mounted {
     fn drop(&mut self) {
         if let Err(errno) = self.unmount() {
             eprintln!(
-                "mirror: unmounting {} failed: {errno}",
+                "mirror: cannot unmount {}: {errno}",
                 self.mountpoint.display()
             );
         }

@@ -83,7 +83,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 const NATIVE: &str = "native";
 const PASSTHROUGH: &str = "passthrough";
 /// Without `HANDLE_KILLPRIV_V2`: the kernel asks for `security.capability` before each write.
-const ASKING: &str = "passthrough, asking";
+const NO_KILLPRIV: &str = "passthrough, --no-killpriv";
 const PLAIN: &str = "plain FUSE";
 const CACHED: &str = "plain FUSE, cached";
 
@@ -95,10 +95,10 @@ fn main() -> ExitCode {
     match sandbox::enter() {
         Ok(()) => {
             report.note(
-                "The mirror example on a tmpfs, or on ext4 without a journal in a file there. One thread is pinned to a CPU, the server is not. Before \
-                 each batch of reads through plain FUSE the kernel forgets what it has cached of the file, \
-                 but where it says cached: there it has all of it, and asks for \
-                 the attributes at every read, as the mirror lets it cache none.",
+                "The mirror example serves a tmpfs, or ext4 without a journal in a file on a tmpfs. A single client \
+                 thread is pinned to a CPU; the server is not. Before each batch of reads through plain FUSE, the \
+                 kernel drops the file's cached pages. Only \"plain FUSE, cached\" keeps them all; there the kernel \
+                 asks for the attributes at every read, because the mirror lets it cache none.",
             );
             for kind in Kind::ALL {
                 for threads in [1, 2] {
@@ -118,7 +118,11 @@ fn main() -> ExitCode {
                     measure(report, &sandbox, ext4.path(), &id, kind, 1)
                 });
             }
-            report.part("enforced", "reads enforced", enforced::run);
+            report.part(
+                "enforced",
+                "reads through an id registered in a Landlock domain",
+                enforced::run,
+            );
             sandbox::leave();
         }
         Err(why) => report.not_run("all of it", &why),
@@ -199,7 +203,7 @@ fn measure(
     let (name, third) = if kind.reads() {
         (CACHED, mirror(false, true)?)
     } else {
-        (ASKING, mirror(true, false)?)
+        (NO_KILLPRIV, mirror(true, false)?)
     };
     let mut other = reader(&third.mountpoint, false)?;
     let [wall, cpu] = Contest::new(["call", "CPU"])
@@ -220,13 +224,17 @@ fn measure(
         "Requests that the server saw: passthrough {} {seen}, {} GETXATTR; {name} {}, {}; plain FUSE {}, {}.",
         passed.0, passed.1, third.0, third.1, plain.0, plain.1,
     ));
-    let speed = format!("{title}: passthrough, of native speed");
+    let speed = format!("{title}: speed of passthrough / native");
     // The inverse of that of times.
     let of_native = wall.ratio(NATIVE, PASSTHROUGH);
     match kind {
         _ if id.ends_with("ext4") => {
             let cpu = cpu.ratio(PASSTHROUGH, NATIVE);
-            report.at_most(&format!("{cpu_title}, on ext4"), cpu, 1.1);
+            report.at_most(
+                &format!("{cpu_title}, on ext4: passthrough / native"),
+                cpu,
+                1.1,
+            );
         }
         Kind::SequentialRead | Kind::SequentialWrite => report.at_least(&speed, of_native, 0.97),
         Kind::RandomRead => report.at_least(&speed, of_native, 0.95),

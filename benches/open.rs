@@ -56,7 +56,7 @@ const EVERY: &str = "registered at every open";
 const COLD: &str = "table, cold";
 const IDLE: &str = "table, idle id kept";
 const SHARE: &str = "table, hot (share)";
-const HARD_CODED_OWN: &str = "one id, own open too";
+const HARD_CODED_OWN: &str = "one id, hard-coded, and own open";
 const OWN: &str = "table, hot (open)";
 const HANDLES: &str = "handles.open";
 const KNOWN: &str = "handles.open, access and identity known";
@@ -137,13 +137,14 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
         Some(SHARE),
     );
     report.note(
-        "Ratios to a server that names one id in every reply and keeps no books. \"Own open\", \"open\": the \
-         server also opens and closes the file itself, as it would without passthrough. Access and identity \
-         known: it keeps an O_PATH fd of the inode, of which it made a stat(2) once.",
+        "The baseline is a server that names one id in every reply and does no bookkeeping. With \"own open\", \
+         \"open\" and \"handles.open\", the server also opens and closes the file itself, as it would without \
+         passthrough. With \"access and identity known\", it keeps an O_PATH fd of the inode, and called stat(2) \
+         on it once.",
     );
     let price = comparison.ratio(HARD_CODED, PLAIN);
     report.note(&format!(
-        "The kernel's own price of a passthrough open, against plain FUSE: {price}."
+        "The kernel's own price of a passthrough open: {price} times plain FUSE."
     ));
     for (of, to) in [
         (SHARE, HARD_CODED),
@@ -152,7 +153,7 @@ fn opens(report: &mut Report) -> Result<(), Failed> {
         (HANDLES, HARD_CODED_OWN),
         (KNOWN, HARD_CODED_OWN),
     ] {
-        report.at_most(&format!("{of}, of {to}"), comparison.ratio(of, to), 1.03);
+        report.at_most(&format!("{of} / {to}"), comparison.ratio(of, to), 1.03);
     }
     Ok(())
 }
@@ -208,7 +209,7 @@ fn by_passes(report: &mut Report) -> Result<(), Failed> {
     break_even(
         report,
         "passes",
-        "Open, read 4 KiB so many times, close: passthrough against plain FUSE",
+        "Open, read 4 KiB repeatedly, close: passthrough against plain FUSE",
         Axis::log("reads of the same 4 KiB"),
         points.collect(),
     )

@@ -81,9 +81,10 @@ fn main() -> ExitCode {
 
 fn run(report: &mut Report, peers: &[(Result<PathBuf, String>, Peer)]) -> Result<(), Failed> {
     report.note(
-        "On a tmpfs. Servers and clients are pinned to one CPU. CPU time is that of client and server. \
-         Open: a file that the client holds open (hot) or nobody does (cold), and close. Create: and write 4 KiB, \
-         and close. Small read: open, read 4 KiB, close. Sequential: 1 MiB. Random: 4 KiB.",
+        "The source is a tmpfs. Servers and clients are pinned to one CPU. CPU time is that of client and server \
+         together. open-hot, open-cold: open and close a file that the client holds open (hot) or that no process \
+         holds open (cold). create: create, write 4 KiB, close. small-read: open, read 4 KiB, close. sequential: \
+         1 MiB a call. random: 4 KiB a call.",
     );
     let source = Sandbox::new("source")?.folder("source")?;
     for n in 0..FILES {
@@ -136,7 +137,7 @@ fn run(report: &mut Report, peers: &[(Result<PathBuf, String>, Peer)]) -> Result
     for (name, server) in &servers {
         let said = server.said();
         if !said.is_empty() {
-            report.note(&format!("{name} says: {said}"));
+            report.note(&format!("{name} wrote to stderr: {said}"));
         }
     }
     Ok(())

@@ -182,12 +182,11 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         .run(rounds);
 
     report.note(&format!(
-        "In turns, each id is closed before the next is opened, and the time of open and of close includes a \
-         clock reading; there is no other id, and the kernel sets its tree of ids up and takes it down \
-         each time. In a row, {BATCH} are opened, and then closed: the least that the calls can cost, of \
-         which whatever is added is the largest part.\n\nThe intervals are of this run of this program. \
-         Where a compiler puts the same instructions moves the ratios as well, from build to build: \"{CONTROL}\" \
-         shows by how much.",
+        "In turns: each id is closed before the next is opened. The times of open and of close each include a \
+         clock reading. There is no other id, so the kernel builds its tree of ids and tears it down each time. \
+         In a row: {BATCH} ids are opened, then closed. The calls cost the least this way, so an overhead is the \
+         largest part of it.\n\nThe intervals are those of this run of this program. Ratios also change from \
+         build to build with the placement of the same instructions; \"{CONTROL}\" shows by how much.",
     ));
     let [open, close, both] = &turns;
     let [row_open, row_close] = &in_a_row;
@@ -208,7 +207,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         ("backing_close, in a row", row_close, 1.005),
     ] {
         let ratio = comparison.ratio(OURS, BARE);
-        report.at_most(&format!("{what}, of the bare syscall"), ratio, limit);
+        report.at_most(&format!("{what}: {OURS} / {BARE}"), ratio, limit);
         against_all(report, what, comparison);
     }
     Ok(())
@@ -217,7 +216,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
 fn against_all(report: &mut Report, what: &str, comparison: &Comparison) {
     for other in [BARE, LIBC, NIX, FUSER] {
         let ratio = comparison.ratio(OURS, other);
-        report.surely_at_most(&format!("{what}, of {other}"), ratio, 1.02);
+        report.surely_at_most(&format!("{what}: {OURS} / {other}"), ratio, 1.02);
     }
 }
 

@@ -152,14 +152,18 @@ fn hot(report: &mut Report, device: &Device) -> Result<(), Failed> {
         .way(OPEN, || each(&inodes, |inode| open.open(inode)))
         .way(PAIR, || each(&inodes[..100], |_| pair(device, &open.file)))
         .run(report.args().rounds(ROUNDS));
-    report.comparison("hot", "Open and release of an open inode, of 1 000", &hot);
+    report.comparison(
+        "hot",
+        "Open and release of an open inode, among 1 000",
+        &hot,
+    );
     report.at_most(
-        "a hot share and release, times an ioctl pair",
+        "a hot share and release / an ioctl pair",
         hot.ratio(SHARE, PAIR),
         0.05,
     );
     report.surely_at_most(
-        "the same, times the usual cache",
+        "a hot share and release / the usual cache",
         hot.ratio(SHARE, USUAL),
         1.45,
     );
@@ -200,7 +204,7 @@ fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
         let path = reopened(&open.file);
         let [cold] = Contest::new(["open and release"])
             .way(PAIR, || each(&fresh, |_| pair(device, &open.file)))
-            .way("the same of a fd that was reopened with O_PATH", || {
+            .way("the same, of an fd reopened with O_PATH", || {
                 each(&fresh, |_| pair(device, reopened(&open.file)))
             })
             .way(USUAL, || each(&fresh, |inode| open.usual(inode)))
@@ -212,7 +216,7 @@ fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
                     let _ = black_box(opened.expect("registered"));
                 })
             })
-            .way("open, where idle ids are kept", || {
+            .way("open, idle ids kept", || {
                 each(&fresh, |inode| {
                     let opened = idle.open(&inode, RDONLY, for_reading(&open.file));
                     let _ = black_box(opened.expect("registered"));
@@ -255,16 +259,14 @@ fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
                 .way(USUAL, || run(&|inode| open.usual(inode)))
                 .way(SHARE, || run(&|inode| open.share(inode)))
                 .run(report.args().rounds(ROUNDS / 10));
-            report.comparison(
-                &format!("threads-{count}-{id}"),
-                &format!("{count} threads, {what}"),
-                &comparison,
-            );
+            let s = if count == 1 { "" } else { "s" };
+            let title = format!("{count} thread{s}, {what}");
+            report.comparison(&format!("threads-{count}-{id}"), &title, &comparison);
             if id == "distinct" {
                 // It takes its lock once more than the usual cache.
                 let limit = if count == 1 { 1.45 } else { 1.0 };
                 report.surely_at_most(
-                    &format!("{count} threads, {what}, times the usual cache"),
+                    &format!("{title}: {SHARE} / {USUAL}"),
                     comparison.ratio(SHARE, USUAL),
                     limit,
                 );
@@ -301,7 +303,7 @@ fn sizes(report: &mut Report, device: &Device) -> Result<(), Failed> {
         let heading = format!("Open and release at random among {size} open inodes");
         report.comparison(&id, &heading, &comparison);
         report.at_most(
-            &format!("at random among {size}, times the usual cache"),
+            &format!("at random among {size}: {SHARE} / {USUAL}"),
             comparison.ratio(SHARE, USUAL),
             1.45,
         );

@@ -15,7 +15,7 @@ use crate::support::{Contest, Report};
 use crate::{PATIENCE, make_data};
 
 const PLAIN: &str = "registered by this thread";
-const ENFORCED: &str = "by one that can write nothing";
+const ENFORCED: &str = "registered in a Landlock domain";
 
 pub fn run(report: &mut Report) -> Result<(), Failed> {
     let sandbox = Sandbox::patient("enforced", PATIENCE)?;

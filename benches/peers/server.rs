@@ -142,7 +142,7 @@ impl Server {
                 return Err(format!("{status}: {}", server.said()).into());
             }
             if Instant::now() > deadline {
-                return Err("it does not mount".into());
+                return Err(format!("not mounted within {} s", PATIENCE.as_secs()).into());
             }
             thread::sleep(Duration::from_millis(1));
         }

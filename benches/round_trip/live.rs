@@ -37,7 +37,7 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         if live > FEW {
             let bytes = slab().zip(before).map(|(after, before)| after - before);
             let each = bytes.map(|bytes| bytes as f64 / live as f64);
-            let text = each.map_or("not known".to_owned(), |each| format!("{each:.0}"));
+            let text = each.map_or("unknown".to_owned(), |each| format!("{each:.0}"));
             rows.push(vec![live.to_string(), text]);
             data.push(json!({ "live": live, "bytes_per_id": each }));
         }
@@ -64,7 +64,7 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let (most, few) = (name(LIVE[3]), name(FEW));
     for comparison in [&open, &close] {
         if comparison.has(&most) {
-            let what = format!("{} with 1 000 000 live ids, of 1 000", comparison.phase);
+            let what = format!("{}: 1 000 000 live ids / 1 000", comparison.phase);
             report.at_most(&what, comparison.ratio(&most, &few), 1.2);
         }
     }

@@ -72,8 +72,8 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         report.comparison(&format!("rights-{id}-open"), &title, open);
     }
     report.note(
-        "Credentials are freed later (RCU), in the time of whoever comes next: in batches of 64 that is often \
-         another way. Those of 20 000 pay for their own.",
+        "The kernel frees credentials later (RCU), in the time of the way that runs then. After a batch of 64 that \
+         is often another way; a batch of 20 000 pays for its own.",
     );
     report.comparison("rights-sustained", "The same, 20 000 in a row", &sustained);
     let (around, once) = (
@@ -81,15 +81,11 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         once[0].ratio(FOR_GOOD, PLAIN),
     );
     report.at_most(
-        "a pair lowered around each, of one with all rights, 20 000 in a row",
+        "a pair, 20 000 in a row: Lowered::around_each / all rights",
         around,
         1.7,
     );
-    report.at_most(
-        "backing_open lowered for good, of one with all rights",
-        once,
-        1.01,
-    );
+    report.at_most("backing_open: Lowered::for_good / all rights", once, 1.01);
     Ok(())
 }
 

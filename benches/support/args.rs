@@ -26,7 +26,7 @@ impl Args {
                 "--bench" => bench = true,
                 "--quick" => quick = true,
                 // `cargo test` hands its harnesses' options to benches as well.
-                option if option.starts_with('-') => eprintln!("option {option} is ignored"),
+                option if option.starts_with('-') => eprintln!("ignoring option {option}"),
                 _ => filters.push(arg),
             }
         }

@@ -49,7 +49,7 @@ impl Report {
         let machine = Machine::this();
         println!("{bench}: {machine}");
         if args.effort == Effort::Smoke {
-            println!("a few rounds, to see that it works: the figures mean nothing");
+            println!("smoke run of a few rounds: the figures mean nothing");
         }
         println!();
         Self {
@@ -126,7 +126,7 @@ impl Report {
             format!("times {} (95 % CI)", first.name),
         ];
         if let Some(ours) = ours {
-            header.push(format!("{ours}, times this (95 % CI)"));
+            header.push(format!("{ours}, times this way (95 % CI)"));
         }
         let mut rows = Vec::new();
         let mut points = Vec::new();
@@ -258,7 +258,7 @@ impl Report {
     /// the machine's doing as often as the code's.
     pub fn finish(mut self) -> ExitCode {
         if !self.bounds.is_empty() {
-            self.heading("To be reached");
+            self.heading("Targets");
             let rows: Vec<_> = self.bounds.iter().map(Bound::row).collect();
             let header = ["what", "limit", "measured (95 % CI)", ""].map(str::to_owned);
             self.say(&markdown_table(&header, &rows));
@@ -291,7 +291,7 @@ impl Report {
 
 impl Bound {
     fn row(&self) -> Vec<String> {
-        let met = if self.met { "reached" } else { "**missed**" };
+        let met = if self.met { "met" } else { "**missed**" };
         let measured = self.measured.to_string();
         vec![self.what.clone(), self.limit.clone(), measured, met.into()]
     }

@@ -1,44 +1,50 @@
-//! A passthrough mirror: serves a directory tree at another place, where reads and writes do not
-//! come to the server.
+//! A passthrough mirror: serves a directory tree at another place. The kernel reads and writes the files itself,
+//! without asking the server.
 //!
-//! `mirror SRC MNT` serves SRC at MNT until it is unmounted, or Ctrl-C; `mirror --help` lists the options. `mirror` alone
-//! measures plain FUSE and passthrough against the source, and checks that nothing leaks.
+//! `mirror SRC MNT` serves SRC at MNT until MNT is unmounted, or until Ctrl-C; `mirror --help` lists the options.
+//! `mirror` alone compares native reads, plain FUSE and passthrough, and checks that no backing id is left open.
 //!
-//! Mounting takes root. Where the kernel refuses passthrough, being older than Linux 6.9 or in a
-//! container with users of its own, the mirror says why and serves plainly.
+//! Mounting needs root. Where the kernel refuses passthrough, because it is older than Linux 6.9 or the mirror runs in
+//! a container with its own user namespace, the mirror prints the reason and serves without passthrough.
 //!
-//! Where to look: `mirror/opens.rs` is about passthrough and its rights, `mirror/on_behalf.rs` about those of other
-//! calls, `mirror/inodes.rs` about which file is which, `mirror/fs.rs` about everything else that a filesystem does,
-//! `mirror/threads.rs` about calls that block, `mirror/session.rs` about mounting, `mirror/demo.rs` about the measurement.
+//! | file | content |
+//! |---|---|
+//! | `mirror/opens.rs` | passthrough, and the rights of its I/O |
+//! | `mirror/on_behalf.rs` | the rights of other calls |
+//! | `mirror/inodes.rs` | which file is which |
+//! | `mirror/fs.rs` | everything else that a filesystem does |
+//! | `mirror/threads.rs` | calls that block |
+//! | `mirror/session.rs` | mounting |
+//! | `mirror/demo.rs` | the demonstration |
 //!
-//! What differs from the source:
+//! How the mount differs from SRC:
 //!
 //! | what | why |
 //! |---|---|
 //! | Set-user-ID programs and device nodes do not work. | The mount is `nosuid` and `nodev`. |
-//! | With `O_TMPFILE`, `FS_IOC_*` and other ioctls, reflinks, inserting or collapsing ranges, birth times: errors. | fuser, or FUSE itself, has no such request, or the mirror does not answer it. |
-//! | A lock (flock(2), fcntl(2)) on one side does not hold on the other. | The kernel keeps those of the mount itself. |
-//! | inotify(7) on the mount sees what happens on the mount, not what happens in SRC. | FUSE passes no such events on. |
-//! | A socket in SRC cannot be connected to through the mount. | The kernel finds sockets by its own inode, and FIFOs too. |
-//! | syncfs(2) and sync(2) of the mount write nothing in SRC; fsync(2) does. | The kernel sends SYNCFS to virtiofs alone. Sync SRC itself. |
-//! | access(2) does not tell that SRC is read-only or `noexec`, lseek(2) how large files may be, `F_SETFL` whether there is `O_DIRECT`. A limit on a client's file size does not keep it from reserving space beyond the end. | The kernel answers these by attributes alone. |
-//! | What changes in SRC within a tick of the kernel's clock (1 to 10 ms) after a lookup shows a tick later in attributes. | The kernel does not ask for what it was just told. |
-//! | The names of `trusted` attributes, not their values, are listed for everybody. | The server lists them, and it is root. |
-//! | Without passthrough `O_DIRECT` asks for no alignment. | The server reads and writes at any. |
-//! | A file opened with `O_APPEND` goes on appending when `fcntl` has cleared the flag. | Passthrough keeps the flags of the open. |
-//! | Root's writes, too, clear set-user-ID and set-group-ID bits, and find no room in reserved blocks. The set-group-ID bit of a file that its group may not execute goes when a member of the group writes. On NFS, only what everybody may read and write is passed through: use `--no-passthrough`. | Passthrough reads and writes as nobody. |
-//! | Truncation, allocation and copying leave those bits for root alone: not for other users with `CAP_FSETID`, nor for root in another PID or user namespace. A client's supplementary groups do not count. | The request has the client's user, group and process, and no more. |
-//! | Without passthrough, what is written through a mapping takes no reserved blocks, be it root's, and takes a file's capabilities away. | The kernel does not say who wrote. |
-//! | A program in a `noexec` mount within SRC can be mapped to be run, by ld.so(8) say; execve(2) refuses. `nosymfollow` there does not hold. | The kernel asks for neither. Where SRC itself is `noexec` or `nosymfollow`, so is the mount. |
-//! | Where the mirror is mounted in its own source, by a bind mount or by propagation, there is `ELOOP`. | It would wait for itself. |
-//! | A client that waits for a lease, or for a filesystem that hangs, cannot be killed meanwhile. | Nor does the server know that the client has been. |
-//! | While 31 clients wait for filesystems that are slow or hang, `EBUSY` for what is not known to be on btrfs, ext4, F2FS, tmpfs or XFS. | The last thread does not wait. |
-//! | On other filesystems than these, `ENOSPC` for more files than `fs.inotify.max_user_watches`, which all of root's processes share. | Their inode numbers do not tell files apart: the mirror has a watch of each file that the kernel remembers. |
-//! | A file that two mounts within SRC show is two files in one: locks by one path do not hold by the other, and with `--ttl` neither shows at once what is done by the other. On overlayfs, listings can have other inode numbers than stat(2). | The mounts may permit different things. Listings do not tell which layer a file is on. |
-//! | With `--ttl`, set-user-ID bits that a write has cleared show that much longer. | The kernel does not know that they are gone. |
-//! | Filesystems in SRC cannot be unmounted while the kernel remembers files of them (`umount -l`), and looking at an automount point mounts nothing. | The mirror holds an fd of each file that the kernel remembers. Its lookups ask no filesystem for more than there is. |
-//! | Files of /proc and the like, whose size is 0, are empty. close(2) reports no errors of writing; fsync(2) does. | The kernel reads no further than that. The mirror is not asked at close(2). |
-//! | In a tree of more files than the server may have fds, lookups fail with `EMFILE`. It gets as many as root may. | It holds an fd of each file that the kernel remembers, since a path may lead elsewhere by then. |
+//! | `O_TMPFILE`, `FS_IOC_*` and other ioctls, reflinks, inserting or collapsing ranges, and birth times fail. | fuser or FUSE has no such request, or the mirror does not implement it. |
+//! | A lock (flock(2), fcntl(2)) taken on one side does not hold on the other. | The kernel keeps the mount's locks itself. |
+//! | inotify(7) on the mount reports what happens on the mount, not what happens in SRC. | FUSE does not forward such events. |
+//! | Clients of the mount cannot connect to a socket in SRC, or share a FIFO with SRC. | The kernel finds sockets and FIFOs by its own inode. |
+//! | syncfs(2) and sync(2) on the mount write nothing in SRC; fsync(2) does. | The kernel sends SYNCFS only to virtiofs. Sync SRC itself. |
+//! | access(2) does not report that SRC is read-only or `noexec`, lseek(2) does not know the maximum file size, and `F_SETFL` does not know whether `O_DIRECT` is supported. A client can reserve space beyond the end of a file despite its limit on file size. | The kernel answers these from attributes alone. |
+//! | A change in SRC within one tick of the kernel's clock (1 to 10 ms) after a lookup shows in attributes one tick later. | The kernel does not ask for what it was just told. |
+//! | Everybody sees the names, but not the values, of `trusted` attributes. | The server lists them as root. |
+//! | Without passthrough, `O_DIRECT` requires no alignment. | The server reads and writes at any alignment. |
+//! | A file opened with `O_APPEND` still appends after `fcntl` has cleared the flag. | Passthrough keeps the flags of the open. |
+//! | Root's writes also clear set-user-ID and set-group-ID bits, and cannot use reserved blocks. A write by a member of the group clears the set-group-ID bit of a file that the group may not execute. On NFS, only files that everybody may read and write are passed through: use `--no-passthrough`. | Passthrough reads and writes as nobody. |
+//! | Only for root do truncation, allocation and copying keep those bits: not for other users with `CAP_FSETID`, nor for root in another PID or user namespace. A client's supplementary groups do not count. | The request names the client's user, group and process, and nothing more. |
+//! | Without passthrough, writes through a mapping use no reserved blocks, not even root's, and clear a file's capabilities. | The kernel does not say who wrote. |
+//! | A program on a `noexec` mount within SRC can be mapped as executable, for example by ld.so(8); execve(2) refuses. `nosymfollow` of such a mount has no effect. | The kernel asks for neither. If SRC itself is `noexec` or `nosymfollow`, so is the mount. |
+//! | If the mirror is mounted within its own source, by a bind mount or by propagation, access to it there fails with `ELOOP`. | The mirror would wait for itself. |
+//! | A client that waits for a lease, or for a filesystem that hangs, cannot be killed meanwhile. | The server does not learn that the client was killed. |
+//! | While 31 clients wait for slow or hanging filesystems, other requests fail with `EBUSY`, except for files known to be on btrfs, ext4, F2FS, tmpfs or XFS. | The last thread never waits. |
+//! | On filesystems other than these, a lookup fails with `ENOSPC` once the kernel remembers more files than `fs.inotify.max_user_watches`, a limit that all of root's processes share. | Inode numbers do not identify files there, so the mirror keeps an inotify watch on each file that the kernel remembers. |
+//! | A file that two mounts within SRC show becomes two files: locks taken by one path do not hold by the other, and with `--ttl` neither path shows at once what the other changes. On overlayfs, listings can have other inode numbers than stat(2). | The mounts may permit different things. Listings do not tell which layer a file is on. |
+//! | With `--ttl`, set-user-ID bits that a write has cleared stay visible for that time. | The kernel does not know that they were cleared. |
+//! | Filesystems in SRC cannot be unmounted while the kernel remembers files on them (`umount -l` works), and a lookup of an automount point mounts nothing. | The mirror holds an fd of each file that the kernel remembers. Its lookups (`O_PATH`, `AT_NO_AUTOMOUNT`) ask no filesystem for more than there is. |
+//! | Files of /proc and similar filesystems, whose size is 0, are empty. close(2) reports no write errors; fsync(2) does. | The kernel reads no further than the size. It does not ask the mirror at close(2). |
+//! | In a tree with more files than the server may have fds, lookups fail with `EMFILE`. The limit is the highest that root may have. | The mirror holds an fd of each file that the kernel remembers, because a path may lead elsewhere later. |
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
@@ -78,7 +84,7 @@ mod threads;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// How long a mirror that was interrupted waits for those who use it.
+/// How long an interrupted mirror keeps serving clients that still use it.
 const GRACE: Duration = Duration::from_secs(5);
 
 const USAGE: &str = "\
@@ -100,7 +106,7 @@ fn main() -> ExitCode {
             println!("{USAGE}");
             Ok(())
         }
-        // What a client process of the demonstration does.
+        // A client process of the demonstration.
         Some("--read") => demo::read(args.get(1).map_or(Path::new(""), Path::new)),
         _ => parse(args)
             .and_then(|([source, mountpoint], options)| serve(&source, &mountpoint, options)),
@@ -150,11 +156,11 @@ fn parse(args: Vec<OsString>) -> Result<([PathBuf; 2], Options)> {
 fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
     prepare_process()?;
     let events = Events::new();
-    // Before there is anything to clean up.
+    // Set before the mount, so that an interrupt never leaves a mount behind.
     let interrupted = events.sender.clone();
     ctrlc::set_handler(move || drop(interrupted.send(Event::Interrupted)))?;
 
-    // The device is dropped at once: the filesystem has its own, until it ends.
+    // Dropping this reference to the device is fine: the filesystem holds its own until it ends.
     let (mut mirror, _) = Mounted::new(source, mountpoint, options, events)?;
     if let Some(why) = mirror.status().refused() {
         eprintln!("mirror: serving without passthrough: {why}");
@@ -169,19 +175,19 @@ fn serve(source: &Path, mountpoint: &Path, options: Options) -> Result<()> {
             GRACE.as_secs(),
         );
     }
-    // If it is still in use then, or interrupted once more: the connection ends with the process.
+    // After the grace period or a second interrupt, the connection ends with the process.
     match mirror.wait(GRACE) {
         Some(Event::Ended(result)) => Ok(result?),
         Some(Event::Interrupted) | None => Ok(()),
     }
 }
 
-/// What a server that creates files for others, and holds an fd of each, needs. Before there are other threads, which
-/// inherit it.
+/// Prepares the process to create files for clients and to hold many fds. Must run before other threads start, because
+/// they inherit its settings.
 fn prepare_process() -> Result<()> {
-    // The modes in requests are final.
+    // The modes in requests are final: the server's own umask must not change them.
     umask(rustix::fs::Mode::empty());
-    // As many fds as root may have, or else as many as everybody may.
+    // The highest limit that root may set, or else the current hard limit.
     let highest = std::fs::read_to_string("/proc/sys/fs/nr_open")?;
     let limit = |maximum| Rlimit {
         current: maximum,
@@ -189,12 +195,12 @@ fn prepare_process() -> Result<()> {
     };
     setrlimit(Resource::Nofile, limit(highest.trim().parse().ok()))
         .or_else(|_| setrlimit(Resource::Nofile, limit(getrlimit(Resource::Nofile).maximum)))?;
-    // It takes blocks for others, and is in no group of theirs: `on_behalf.rs`.
+    // CAP_SYS_RESOURCE and supplementary groups would open reserved blocks to clients: see `on_behalf.rs`.
     let mut sets = capabilities(None)?;
     sets.effective.remove(CapabilitySet::SYS_RESOURCE);
     set_capabilities(None, sets)?;
     match set_thread_groups(&[]) {
-        // A user namespace can deny it: the groups that are left are those of the user who started the server.
+        // A user namespace can deny it. The process then keeps the groups of the user who started it.
         Ok(()) | Err(Errno::PERM) => Ok(()),
         Err(errno) => Err(format!("cannot drop supplementary groups: {errno}").into()),
     }

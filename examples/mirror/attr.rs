@@ -1,11 +1,11 @@
-//! Attributes: from statx(2) to the kernel's, and times both ways.
+//! Converts attributes from statx(2) to FUSE, and times both ways.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, INodeNo, TimeOrNow};
 use rustix::fs::{FileType, Statx, StatxTimestamp, Timespec, UTIME_NOW, UTIME_OMIT, makedev};
 
-/// The attributes of a source file, under the number that the kernel is told.
+/// The attributes of a source file, with `number` as its inode number.
 pub(crate) fn attr(number: INodeNo, stat: &Statx) -> FileAttr {
     let mode = stat.stx_mode.into();
     FileAttr {
@@ -15,7 +15,7 @@ pub(crate) fn attr(number: INodeNo, stat: &Statx) -> FileAttr {
         atime: system_time(&stat.stx_atime),
         mtime: system_time(&stat.stx_mtime),
         ctime: system_time(&stat.stx_ctime),
-        crtime: UNIX_EPOCH, // macOS only, as `flags` is
+        crtime: UNIX_EPOCH, // macOS only, like `flags`
         kind: kind(FileType::from_raw_mode(mode)).unwrap_or(fuser::FileType::RegularFile),
         perm: stat.stx_mode & 0o7777,
         nlink: stat.stx_nlink,
@@ -27,7 +27,7 @@ pub(crate) fn attr(number: INodeNo, stat: &Statx) -> FileAttr {
     }
 }
 
-/// `None` for a type that a directory entry did not tell.
+/// `None` for `DT_UNKNOWN`.
 pub(crate) fn kind(file_type: FileType) -> Option<fuser::FileType> {
     match file_type {
         FileType::RegularFile => Some(fuser::FileType::RegularFile),
@@ -41,7 +41,7 @@ pub(crate) fn kind(file_type: FileType) -> Option<fuser::FileType> {
     }
 }
 
-/// A time of SETATTR, for utimensat(2).
+/// Converts a time of SETATTR for utimensat(2).
 pub(crate) fn timespec(time: Option<TimeOrNow>) -> Timespec {
     let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
     let time = match time {
@@ -54,8 +54,8 @@ pub(crate) fn timespec(time: Option<TimeOrNow>) -> Timespec {
             tv_sec: since.as_secs() as i64,
             tv_nsec: since.subsec_nanos().into(),
         },
-        // The request had -1.25 s as (-2 s, 0.75 s). fuser 0.18 makes that 2.75 s before 1970, so
-        // that the two numbers can be taken apart again as they were.
+        // The kernel sends -1.25 s as (-2 s, 0.75 s). fuser 0.18 turns that into 2.75 s before 1970, from
+        // which both numbers can be recovered.
         Err(before) => Timespec {
             tv_sec: -(before.duration().as_secs() as i64),
             tv_nsec: before.duration().subsec_nanos().into(),

@@ -1,4 +1,4 @@
-//! The demonstration: one file read in three ways, and the proof that no id is left open.
+//! The demonstration: reads one file in three ways, and checks that no backing id is left open.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
@@ -20,7 +20,7 @@ const SIZE: u64 = 256 << 20;
 const CHUNK: usize = 1 << 20;
 /// Odd, for the median.
 const ROUNDS: usize = 3;
-/// For what takes no time unless something is broken.
+/// Limit for steps that are immediate unless something is broken.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const DATA: &str = "data";
@@ -32,10 +32,10 @@ pub(crate) fn run() -> Result<()> {
     enter_private_mount_namespace()
         .map_err(|e| format!("cannot create a private mount namespace: {e}"))?;
     crate::prepare_process()?;
-    // It ends the clients, and what they were started for.
+    // Ctrl-C ends the clients; the demonstration then fails and cleans up.
     ctrlc::set_handler(|| {})?;
 
-    // Undone in reverse: the mirrors, the source, the directory.
+    // Dropped in reverse: the mirrors, the source, the directory.
     let scratch = tempfile::Builder::new().prefix("mirror-").tempdir()?;
     let source = Tmpfs::mount(scratch.path().join("source"))?;
     let mut plain = Running::start(&source.at, scratch.path().join("plain"), false)?;
@@ -75,9 +75,9 @@ pub(crate) fn run() -> Result<()> {
     }
 }
 
-/// A client: reads a file from start to end, and prints its size, its checksum, and the seconds
-/// spent in read(2). Clients are processes of their own: one that has files open on a mount which it
-/// serves itself can end up waiting for itself.
+/// The client: reads a file from start to end, and prints its size, its checksum, and the seconds
+/// spent in read(2). It is a separate process, because a process with files open on a mount that it
+/// serves itself can wait for itself forever.
 pub(crate) fn read(path: &Path) -> Result<()> {
     let mut file = File::open(path)?;
     let mut buffer = vec![0; CHUNK];
@@ -100,12 +100,12 @@ pub(crate) fn read(path: &Path) -> Result<()> {
 
 /// How many ids the passthrough mirror did not close. Unmounts everything to find out.
 ///
-/// The mirror's own count is one half of it. The other is the kernel's word: an id pins the mount of
-/// its file until it is closed or its connection is gone, so that a source which can be unmounted
-/// *while the connection is still there* has no id left. The connection is kept by a device fd; the
-/// mirrors have to go first, as their fds of the source pin it too.
+/// The mirror's own count is checked against the kernel. An id pins the mount of its file until the id
+/// is closed or its connection is gone. So if the source can be unmounted *while the connection
+/// exists*, no id is left. A device fd keeps the connection alive. The mirrors are stopped first,
+/// because their fds pin the source too.
 fn ids_left_open(source: &Tmpfs, plain: &mut Running, passthrough: &mut Running) -> Result<usize> {
-    // RELEASE comes some time after close(2).
+    // The kernel sends RELEASE some time after close(2).
     let count = || passthrough.mirror.status().ids();
     within(PATIENCE, || count() == 0);
     let count = count();
@@ -124,7 +124,7 @@ fn ids_left_open(source: &Tmpfs, plain: &mut Running, passthrough: &mut Running)
     }
 }
 
-/// A mirror, and the device of its connection.
+/// A mounted mirror, with a device fd of its connection.
 struct Running {
     at: PathBuf,
     mirror: Mounted,
@@ -146,7 +146,7 @@ impl Running {
         self.mirror.status().reads.load(Ordering::Relaxed)
     }
 
-    /// Unmounts, and waits until the filesystem and its fds are gone.
+    /// Unmounts the mirror, and waits until the filesystem and its fds are gone.
     fn stop(&mut self) -> Result<()> {
         let at = self.at.display();
         if self.mirror.unmount()? {
@@ -236,7 +236,7 @@ fn client(path: &Path) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Waits until it is done, but not forever.
+/// Waits until `done` returns true, for at most `patience`.
 fn within(patience: Duration, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
     while !done() && Instant::now() < deadline {
@@ -244,7 +244,7 @@ fn within(patience: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A filesystem of its own, so that nothing but the demonstration keeps it from being unmounted.
+/// The source: a separate filesystem, so that nothing but the demonstration can keep it busy.
 struct Tmpfs {
     at: PathBuf,
 }
@@ -268,7 +268,7 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Content without a pattern that a page at the wrong place would fit into: xorshift64.
+/// Writes random content (xorshift64), so that a misplaced page changes the checksum.
 fn make_data(root: &Path) -> Result<()> {
     let mut data = BufWriter::with_capacity(CHUNK, File::create(root.join(DATA))?);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -282,7 +282,7 @@ fn make_data(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// From here on, nothing that this process mounts is seen outside, or outlives it.
+/// After this, mounts of this process are invisible outside it and do not outlive it.
 fn enter_private_mount_namespace() -> rustix::io::Result<()> {
     unshare_mounts()?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -294,7 +294,7 @@ fn enter_private_mount_namespace() -> rustix::io::Result<()> {
     reason = "unshare(2) can also take fds from other threads"
 )]
 fn unshare_mounts() -> rustix::io::Result<()> {
-    // SAFETY: the flags have no CLONE_FILES, so that the fds stay those of the whole process; no
-    // memory is concerned.
+    // SAFETY: the flags do not contain CLONE_FILES, so the whole process keeps sharing one set of fds.
+    // The call accesses no memory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }

@@ -1,4 +1,4 @@
-//! Open directories, by the number in the OPENDIR reply.
+//! Open directories, by the file handle in the OPENDIR reply.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use fuser::FileHandle;
 use rustix::io::Errno;
 
-/// Locked while the directory is read, which moves the position of the fd.
+/// Locked during a read, because reading moves the fd's position.
 pub(crate) type Dir = Arc<Mutex<OwnedFd>>;
 
-/// A number is never used twice.
+/// File handles are never reused.
 #[derive(Default)]
 pub(crate) struct Dirs {
     open: Mutex<HashMap<FileHandle, Dir>>,

@@ -1,7 +1,7 @@
 //! The filesystem: each request becomes the same call on the source tree.
 //!
-//! A request names inodes, which are fds here, and single names below them. The server follows no
-//! symbolic link, and every error is the errno of its own call.
+//! A request names inodes, for which the server has fds, and single names in directories. The server
+//! follows no symbolic link, and every error is the errno of the server's own call.
 
 use std::ffi::OsStr;
 use std::mem::MaybeUninit;
@@ -37,14 +37,14 @@ use crate::threads::Threads;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// Becomes a tick of the kernel's clock: attributes that have just come with a lookup need not be asked for again. Not
-/// without passthrough, where they say how far a file can be read.
+/// The kernel rounds this up to a tick of its clock, so that it does not ask again for attributes that a lookup just
+/// returned. Unused without passthrough, where attributes decide how far a file can be read.
 const TICK: Duration = Duration::from_nanos(1);
 
 const ACCESS_ACL: &str = "system.posix_acl_access";
 
-/// The id in the type that fuser's reply wants it in: `lend!(reply, id)`. That type would close the id when it
-/// is dropped, so it is to be taken apart with `into_raw`.
+/// `lend!(reply, id)`: the id as fuser's `BackingId`, which replies need. Its drop would close the id, so the caller
+/// must consume it with `into_raw`.
 macro_rules! lend {
     ($reply:ident, $id:ident) => {{
         #[allow(
@@ -52,14 +52,14 @@ macro_rules! lend {
             reason = "fuser cannot check an id that it did not register"
         )]
         // SAFETY: `Files` registered the id with the device of this session, and keeps it open until the
-        // RELEASE of the very open that is being answered.
+        // RELEASE of the open that is being answered.
         unsafe {
             $reply.wrap_backing($id as u32)
         }
     }};
 }
 
-/// Sends what the call returned: `answer!(reply, result, |value| reply.method(value))`.
+/// `answer!(reply, result, |value| reply.method(value))`: sends the result of a call.
 macro_rules! answer {
     ($reply:ident, $result:expr, |$value:pat_param| $send:expr) => {
         match $result {
@@ -74,19 +74,19 @@ pub(crate) struct Mirror {
     files: Arc<Files>,
     dirs: Dirs,
     threads: Threads,
-    /// Until INIT, if passthrough is wanted.
+    /// Set until INIT, if passthrough is wanted.
     device: Option<Device>,
     options: Options,
     passes_through: bool,
-    /// Files that were opened with `O_DIRECT` can be mapped all the same.
+    /// Files opened with `O_DIRECT` can be mapped (`FUSE_DIRECT_IO_ALLOW_MMAP`).
     can_map_direct: bool,
-    /// The kernel checks POSIX ACLs, and leaves the umask to the server.
+    /// The kernel checks POSIX ACLs, and the server applies the umask.
     acl: bool,
     status: Arc<Status>,
 }
 
 impl Mirror {
-    /// `device` is that of the session to come, if passthrough is wanted.
+    /// `device` is the future session's, if passthrough is wanted.
     pub(crate) fn new(
         inodes: Inodes,
         files: Arc<Files>,
@@ -108,8 +108,8 @@ impl Mirror {
         })
     }
 
-    /// The inode behind a nodeid in a request. If all other threads are at work, maybe for a filesystem that hangs, this
-    /// one waits for none, and goes on serving this machine's own.
+    /// The inode of a nodeid in a request. EBUSY if this is the last free thread and the inode's filesystem may hang, so
+    /// that one thread always serves local filesystems.
     fn inode(&self, nodeid: INodeNo) -> Result<Arc<Inode>> {
         let inode = self.inodes.get(nodeid)?;
         if !inode.is_numbered() && self.threads.is_last() {
@@ -118,9 +118,9 @@ impl Mirror {
         Ok(inode)
     }
 
-    /// One lookup of `name`, to be replied to.
+    /// Looks `name` up. Counts a lookup, so the caller must reply with the result.
     fn find(&self, parent: &Inode, name: &OsStr) -> Result<Found> {
-        // Often this is all. Elsewhere it would only be one more question to the filesystem's server.
+        // The fast path for known files. Elsewhere it would only be one more request to the filesystem's server.
         if parent.is_numbered() {
             let now = self.inodes.now();
             let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -134,7 +134,7 @@ impl Mirror {
     /// The attributes that come with an entry, and how long the kernel may keep them.
     fn entry(&self, found: &Found) -> (FileAttr, Duration) {
         let attr = attr(found.nodeid, &found.stat);
-        // A wrong inode number it must not keep: it asks at once, and gets the right one.
+        // The kernel must not keep a wrong inode number: without a ttl it asks again and gets the right one.
         let ttl = found.is_current.then_some(self.options.ttl);
         (attr, ttl.unwrap_or(Duration::ZERO))
     }
@@ -148,7 +148,7 @@ impl Mirror {
         });
     }
 
-    /// Makes a file of that name, or gives a file the name.
+    /// Makes `call`, which creates a file or a link `name`, for the client, and replies with the entry.
     fn make(
         &self,
         req: &Request,
@@ -178,7 +178,7 @@ impl Mirror {
         query: impl FnOnce(&str) -> Result<usize>,
         get: impl FnOnce(&str, &mut [u8]) -> Result<usize>,
     ) {
-        // Of the client's size, so that ERANGE is the call's own.
+        // A buffer of the client's size, so that the call itself returns ERANGE.
         let mut buffer = vec![0; size as usize];
         let path = self.inode(nodeid).map(|inode| (proc_path(&inode), inode));
         let length = path.and_then(|(path, _inode)| match size {
@@ -191,7 +191,7 @@ impl Mirror {
         });
     }
 
-    /// The mode for a new file in `parent`. A default ACL takes the place of the umask.
+    /// The mode for a new file in `parent`. A default ACL replaces the umask.
     fn creation_mode(&self, parent: &Inode, mode: u32, umask: u32) -> Mode {
         // Without ACL support the kernel has applied the umask already.
         let takes_umask = self.acl && mode & umask != 0 && !source::has_default_acl(parent);
@@ -208,9 +208,9 @@ impl Mirror {
     ) -> Result<(Found, Opened)> {
         let parent = self.inode(parent)?;
         let mode = self.creation_mode(&parent, mode.0, mode.1);
-        // Always exclusively: nobody has checked the client's permissions on a file that exists.
-        // If one has appeared since the kernel looked, ESTALE makes it look again, and then check
-        // and OPEN that file.
+        // Always O_EXCL, because nobody has checked the client's permissions on an existing file. If one
+        // has appeared since the kernel's lookup, ESTALE makes the kernel look it up again, check the
+        // permissions, and send OPEN.
         let exclusive = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let exclusively = source::server_flags(&parent, flags) | exclusive;
         let open = || rustix::fs::openat(&parent, name, exclusively, mode);
@@ -236,19 +236,19 @@ impl Mirror {
     }
 
     fn forget_lookups(&self, nodeid: INodeNo, lookups: u64) {
-        // Another file may get the nodeid.
+        // Another file may get this nodeid later.
         let forget = || self.files.table().forget(&nodeid);
         self.inodes.forget(nodeid, lookups, forget);
     }
 
-    /// An open file of this inode.
+    /// The open file of a handle. EBUSY as in `inode`.
     fn handle(&self, nodeid: INodeNo, handle: FileHandle) -> Result<Arc<OpenFile>> {
         self.inode(nodeid)?;
         self.files.get(handle.0).ok_or(Errno::BADF)
     }
 
-    /// Adds the entries from `offset` on. Offsets are the source's own, good for as long as the
-    /// directory is open: what did not fit into the reply is read again by the next request.
+    /// Adds the entries from `offset` on. Offsets are those of the source directory, valid while it is
+    /// open. The next request reads entries that did not fit into the reply again.
     fn read_dir(
         &self,
         nodeid: INodeNo,
@@ -265,12 +265,12 @@ impl Mirror {
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let Some(kind) = kind(entry.file_type()).or_else(|| {
-                // The filesystem keeps no types in its directories.
+                // The filesystem's directories contain no types.
                 let name = entry.file_name();
                 let stat = source::look(&*dir, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
                 kind(FileType::from_raw_mode(stat.stx_mode.into()))
             }) else {
-                continue; // Gone in the meantime.
+                continue; // Removed in the meantime.
             };
             let number = number(self.inodes.dev, (dev, entry.ino()));
             let name = OsStr::from_bytes(entry.file_name().to_bytes());
@@ -296,15 +296,15 @@ impl Mirror {
         flags: (OFlags, WriteFlags),
     ) -> Result<usize> {
         let (open_flags, write_flags) = flags;
-        // Pages that were written through a mapping go where they belong, also if the file that the kernel chose for
-        // them is open for appending.
+        // Pages written through a mapping go to their offset, even if the kernel sends them with a handle that is open
+        // for appending.
         if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
             return on_behalf::write_pages(|| rustix::io::pwrite(&open.file, data, offset));
         }
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         on_behalf::write(req.into(), kill, || {
             if open_flags.contains(OFlags::APPEND) {
-                // The kernel's idea of where the file ends may be old.
+                // The kernel's file size may be outdated, so do not write at its offset.
                 let data = [std::io::IoSlice::new(data)];
                 rustix::io::pwritev2(&open.file, &data, offset, ReadWriteFlags::APPEND)
             } else {
@@ -314,7 +314,6 @@ impl Mirror {
     }
 }
 
-/// The bit pattern of a request's open flags.
 fn open_flags(client: i32) -> OFlags {
     OFlags::from_bits_retain(client as u32)
 }
@@ -341,18 +340,18 @@ impl Filesystem for Mirror {
             let attached = opens::attach(&self.files, device, self.options, config);
             attached.map_err(|why| self.status.refuse(why)).is_ok()
         });
-        // Files that are released and read ahead where nothing hangs do not wait for those elsewhere.
+        // So that releases and readahead on local filesystems do not wait for those on filesystems that hang.
         let _ = config.set_max_background(u16::MAX);
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
-        // What is written without passthrough, the server sees.
+        // With passthrough, `opens::attach` negotiates this flag.
         if self.options.killpriv && !self.passes_through {
             add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
         add(InitFlags::FUSE_PARALLEL_DIROPS);
-        // For inodes in server mode: pages of a file that has changed are dropped.
+        // For inodes in server mode: the kernel drops cached pages of a file that has changed.
         add(InitFlags::FUSE_AUTO_INVAL_DATA);
-        // The kernel is to check the ACLs that the source's files have, not their modes alone.
+        // The kernel checks the ACLs of the source's files, not only their modes.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
         self.can_map_direct = add(InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP);
         Ok(())
@@ -366,7 +365,8 @@ impl Filesystem for Mirror {
         self.reply_entry(reply, found);
     }
 
-    // BATCH_FORGET comes here too, one by one. It takes no turn: a thread that waits for one would forget the rest later.
+    // fuser splits a BATCH_FORGET into calls of this. It takes no turn: if the thread waited for one after each call, the
+    // rest of the batch would be delayed.
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
         self.forget_lookups(ino, nlookup);
     }
@@ -405,13 +405,13 @@ impl Filesystem for Mirror {
             let handle = fh
                 .map(|fh| files.get(fh.0).ok_or(Errno::BADF))
                 .transpose()?;
-            // EAGAIN while a lease is being broken, before anything is changed.
+            // Opened before anything is changed: it fails with EAGAIN while a lease is being broken.
             let opened = match (size, &handle) {
                 (Some(_), None) => Some(source::open_for_writing(inode)?),
                 _ => None,
             };
-            // The owner before the mode, since a change of owner takes setuid and setgid away; the size
-            // before the times, since it sets them.
+            // The owner before the mode, since a change of owner clears set-user-ID and set-group-ID bits; the
+            // size before the times, since it sets them.
             if uid.is_some() || gid.is_some() {
                 let (uid, gid) = (uid.map(Uid::from_raw), gid.map(Gid::from_raw));
                 let group = rustix::fs::fstat(inode)?.st_gid;
@@ -644,7 +644,7 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         let file = self.files.release(fh.0);
         reply.ok();
-        // Elsewhere close(2) can wait for a filesystem that hangs, which the last thread must not.
+        // close(2) can block on a filesystem that hangs, and the last thread must not block.
         if self.inode(ino).is_err() {
             std::thread::spawn(move || drop(file));
         }
@@ -816,7 +816,7 @@ impl Filesystem for Mirror {
         reply: ReplyLseek,
     ) {
         let _turn = self.threads.begin();
-        // The kernel asks for holes and data alone: it keeps the positions itself.
+        // The kernel sends only SEEK_HOLE and SEEK_DATA: it keeps the positions itself.
         let position = self.handle(ino, fh).and_then(|open| {
             let from = match whence {
                 libc::SEEK_DATA => SeekFrom::Data(offset as u64),
@@ -842,7 +842,7 @@ impl Filesystem for Mirror {
         reply: ReplyWrite,
     ) {
         let _turn = self.threads.begin();
-        // The reply counts in 32 bits.
+        // The length in the reply has 32 bits.
         let len = len.min(1 << 30) as usize;
         let copied = self.handle(ino_in, fh_in).and_then(|from| {
             let to = self.handle(ino_out, fh_out)?;

@@ -1,8 +1,8 @@
 //! The inodes that the kernel knows, each held by an `O_PATH` fd.
 //!
-//! Three numbers are kept apart. The [`Key`] tells files from each other on this machine. The nodeid is what the kernel
-//! calls a file, from its first lookup to FORGET. The inode number is what stat(2) reports: it has to stay the same
-//! when the kernel forgets a file and looks it up again, or cp, rm, tar and git take it for another one.
+//! A file has three identifiers. The [`Key`] identifies it on this machine. The nodeid identifies it to the kernel,
+//! from its first lookup to FORGET. The inode number is what stat(2) reports: it must stay the same when the kernel
+//! forgets a file and looks it up again, or cp, rm, tar and git take it for another file.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use crate::source;
 
-/// What a file is, and by which mount it is reached: mounts of one filesystem differ in what they permit.
+/// A file and the mount through which it is reached: mounts of one filesystem differ in what they permit.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     mount: u64,
@@ -29,38 +29,37 @@ impl Key {
     }
 }
 
-/// What tells a file from others. It stays that of this file while an fd of it is open.
+/// Identifies a file as long as an fd of it is open.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum File {
-    /// The root of its mount, so that the filesystem, which may hang, is not asked.
+    /// The root of its mount. Needs no call to the filesystem, which may hang.
     Root,
-    /// `st_dev` and `st_ino`, where they tell files apart.
+    /// `st_dev` and `st_ino`, where they identify files.
     Number(u64, u64),
-    /// A watch descriptor of inotify(7), where they do not: on overlayfs two names of a lower file have one number, and
-    /// are two files as soon as one is written; and a file's number changes when it is copied up. The kernel has one
-    /// watch for each inode, whatever its number.
+    /// A watch descriptor of inotify(7), where `st_ino` does not identify files. On overlayfs, two names of a lower
+    /// file share a number, but become two files when one is written; and a file's number changes when it is copied up.
+    /// The kernel has one watch for each inode, independent of its number.
     Watch(i32),
-    /// Both again, where there can be no watch: the server may not read the file, and so is not root.
+    /// `st_dev` and `st_ino`, where a watch is refused because the server is not root and may not read the file.
     Unreadable(u64, u64),
 }
 
-/// What a lookup has found.
+/// The result of a lookup.
 pub(crate) struct Found {
     pub(crate) nodeid: INodeNo,
-    /// The kernel may know a nodeid once more, for another file.
+    /// Tells this file from earlier files with the same nodeid.
     pub(crate) generation: Generation,
     pub(crate) stat: Statx,
-    /// The nodeid is the inode number as well, and what `stat` says is not older than the lookup.
+    /// The nodeid equals the inode number, and `stat` is not older than the lookup.
     pub(crate) is_current: bool,
 }
 
-/// An inode of the source tree. Everything done to it goes through its fd, never through a path
-/// that somebody may have changed in the meantime.
+/// An inode of the source tree. All calls use its fd, never a path, which may lead elsewhere by then.
 pub(crate) struct Inode {
     fd: OwnedFd,
     key: Key,
     identity: (u64, u64),
-    /// Whether numbers tell files apart on this filesystem, as far as anybody asked.
+    /// Whether inode numbers identify files on this filesystem. Unset until the filesystem is asked.
     numbered: OnceLock<bool>,
 }
 
@@ -83,7 +82,7 @@ impl Inode {
         self.identity
     }
 
-    /// True of the filesystems on this machine that are known not to hang.
+    /// Whether inode numbers identify files here. True only on local filesystems that are known not to hang.
     pub(crate) fn is_numbered(&self) -> bool {
         self.numbered.get() == Some(&true)
     }
@@ -92,7 +91,7 @@ impl Inode {
         self.identity.0 == identity(stat).0
     }
 
-    /// The key of a file in this directory, if it takes no system call.
+    /// The key of a file in this directory, if it can be found without a system call.
     fn key_below(&self, stat: &Statx) -> Option<Key> {
         let file = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             File::Root
@@ -114,29 +113,29 @@ impl AsFd for Inode {
 
 struct Known {
     inode: Arc<Inode>,
-    /// How often the kernel was told of it, less what it has forgotten.
+    /// Lookups that the kernel has not taken back with FORGET.
     lookups: u64,
-    /// How many inodes had been inserted then. For the kernel it is the generation of the nodeid.
+    /// The value of `Table::now` at its insertion. Serves as the nodeid's generation.
     since: u64,
 }
 
 struct Table {
     by_nodeid: HashMap<INodeNo, Known>,
     by_key: HashMap<Key, INodeNo>,
-    /// How many keys have a watch: as many as there are mounts by which its file is known.
+    /// How many keys use a watch: one for each mount through which its file is known.
     watches: HashMap<i32, usize>,
-    /// For files whose inode number is taken.
+    /// The next nodeid for a file whose inode number is taken.
     next: u64,
-    /// Inodes inserted so far.
+    /// The number of inodes inserted so far.
     now: u64,
 }
 
 pub(crate) struct Inodes {
     table: Mutex<Table>,
     inotify: OwnedFd,
-    /// The filesystem of the root.
+    /// The `st_dev` of the source's root.
     pub(crate) dev: u64,
-    /// The filesystem that the mirror itself is.
+    /// The `st_dev` of the mirror itself.
     own: u64,
 }
 
@@ -178,20 +177,20 @@ impl Inodes {
         self.lock().now
     }
 
-    /// Counts one lookup of a file in `parent` that the kernel has known since before [`now`](Self::now), when `stat`
-    /// was not made yet, if it can be told by that: like [`remember`](Self::remember). Meanwhile its number was not
-    /// free for another file.
+    /// Counts one lookup of a known file in `parent`, like [`remember`](Self::remember) but without an fd. The caller
+    /// reads `now` from [`now`](Self::now) before it makes `stat`. `None` if the file is unknown or was inserted after
+    /// `now`: `stat` may then be of an earlier file with the same inode number.
     pub(crate) fn again(&self, parent: &Inode, stat: &Statx, now: u64) -> Option<Found> {
         let key = parent.key_below(stat)?;
         let counted = self.lock().count(key, now)?;
         Some(self.found(counted, key, *stat))
     }
 
-    /// Counts one lookup of the file in `parent` that `fd` is an `O_PATH` fd of. To be followed by a reply
-    /// that has the nodeid: the kernel will take the lookup back with FORGET.
+    /// Counts one lookup of the file in `parent` that the `O_PATH` fd refers to. The caller must reply with the nodeid:
+    /// the kernel takes the lookup back with FORGET.
     pub(crate) fn remember(&self, parent: &Inode, fd: OwnedFd) -> Result<Found, Errno> {
         let stat = source::look(&fd, "", AtFlags::EMPTY_PATH)?;
-        // The mirror would ask itself, and wait for a thread of its own.
+        // The mirror would send itself requests, and wait for one of its own threads.
         if identity(&stat).0 == self.own {
             return Err(Errno::LOOP);
         }
@@ -221,7 +220,7 @@ impl Inodes {
         }
     }
 
-    /// Without the lock: a filesystem that hangs can be asked here.
+    /// Called without the table lock, because this can ask a filesystem that hangs.
     fn key(&self, parent: &Inode, fd: &OwnedFd, stat: &Statx) -> Result<Key, Errno> {
         let ask = || source::numbers_tell_files_apart(fd);
         let numbered = if parent.has_filesystem_of(stat) {
@@ -233,7 +232,7 @@ impl Inodes {
         let file = if numbered {
             File::Number(dev, ino)
         } else {
-            // The watch is for no event: it is the descriptor that counts.
+            // Only the descriptor matters: this mask selects no event.
             let event = inotify::WatchFlags::EXCL_UNLINK;
             let path = source::proc_path(fd);
             match inotify::add_watch(&self.inotify, path, event) {
@@ -244,8 +243,8 @@ impl Inodes {
         Ok(Key::new(stat, file))
     }
 
-    /// Takes lookups back. An inode without any is let go of, as soon as no request uses it. Then `gone` is called,
-    /// before its nodeid can become that of another file.
+    /// Takes lookups back. Without any left, the inode is removed, and freed once no request uses it. `gone` is called
+    /// under the table lock, before the nodeid can be given to another file.
     pub(crate) fn forget(&self, nodeid: INodeNo, lookups: u64, gone: impl FnOnce()) {
         if nodeid == INodeNo::ROOT {
             return;
@@ -267,25 +266,26 @@ impl Inodes {
             *keys = keys.saturating_sub(1);
             if *keys == 0 {
                 table.watches.remove(&watch);
-                // Another thread may have just been given it for this file. Then the kernel knows that by two nodeids for
-                // a while, and locks on one do not hold on the other.
+                // Another thread may have just got this watch for the file. Then the kernel knows the file by two
+                // nodeids for a while, and locks on one do not hold on the other.
                 let _ = inotify::remove_watch(&self.inotify, watch);
             }
         }
         gone();
-        // The fd may be all that is left of a large file, which takes its time to go.
+        // Closed after the lock is released: the fd may be the last reference to a large file, which takes long to
+        // delete.
         drop(guard);
         drop(forgotten);
     }
 
-    /// A panic in one request is not to take the others down: no update can be half done.
+    /// Ignores poisoning, so that a panic in one request does not fail others: no update can be half done.
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Table {
-    /// The nodeid, and since when it is that of this file: not after `now`.
+    /// Counts a lookup and returns the nodeid and its `since`, if the key was inserted not after `now`.
     fn count(&mut self, key: Key, now: u64) -> Option<(INodeNo, u64)> {
         let nodeid = *self.by_key.get(&key)?;
         let known = self.by_nodeid.get_mut(&nodeid)?;
@@ -297,8 +297,8 @@ impl Table {
     }
 
     fn insert(&mut self, inode: Inode, number: INodeNo) -> (INodeNo, u64) {
-        // fuser 0.18 replies to a lookup with one number for both. Then the kernel may keep the attributes that came with
-        // it, or else asks for those with the right number.
+        // fuser 0.18 replies to a lookup with one number as both nodeid and inode number. If they are equal, the
+        // kernel may keep the attributes of the reply; else it asks again and gets the right number.
         let mut nodeid = number;
         while nodeid <= INodeNo::ROOT || self.by_nodeid.contains_key(&nodeid) {
             nodeid = INodeNo(self.next);
@@ -329,7 +329,7 @@ pub(crate) fn identity(stat: &Statx) -> (u64, u64) {
     (dev, stat.stx_ino)
 }
 
-/// The inode number to report. Files of the root's filesystem keep theirs, and others get numbers that are far from those.
+/// The inode number to report. Files on the root's filesystem keep theirs; others get numbers far from those.
 pub(crate) fn number(root_dev: u64, (dev, ino): (u64, u64)) -> INodeNo {
     if dev == root_dev {
         return INodeNo(ino);

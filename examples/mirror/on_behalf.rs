@@ -1,8 +1,8 @@
-//! Calls that the mirror, which is root, makes for a client: with the client's identity where blocks of the
-//! filesystem are taken, and without `CAP_FSETID` where the client has not got it.
+//! Calls that the mirror, running as root, makes for a client. Calls that allocate blocks run with the client's
+//! identity; calls for a client without `CAP_FSETID` run without it too.
 //!
-//! The server is without root's supplementary groups and `CAP_SYS_RESOURCE`, see `prepare_process`. So it is the fsuid
-//! alone that opens root's reserved blocks.
+//! The server has neither root's supplementary groups nor `CAP_SYS_RESOURCE`, see `prepare_process`. So only the fsuid
+//! decides about root's reserved blocks.
 
 use std::fs::read_to_string;
 
@@ -15,7 +15,7 @@ use rustix::thread::capabilities;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// Who has made a request.
+/// The process that made a request.
 #[derive(Clone, Copy)]
 pub(crate) struct Client {
     uid: u32,
@@ -33,36 +33,37 @@ impl From<&Request> for Client {
     }
 }
 
-/// An id that no user or group has. Not 65534: a filesystem may reserve its blocks for that.
+/// An id that no user or group has. Not 65534, because a filesystem may reserve blocks for that id.
 pub(crate) const NOBODY: u32 = u32::MAX - 1;
 
-/// Makes a file, or a name for one: it is the client's, and so are the blocks that it takes.
+/// Creates a file or a name. The file and the blocks belong to the client.
 pub(crate) fn make<T>(client: Client, call: impl FnOnce() -> Result<T>) -> Result<T> {
     let held = capabilities(None)?.effective;
     let _client = Identity::assume(client.uid, client.gid)?;
-    // The kernel has checked the client's permissions.
+    // Keeps root's capabilities: the kernel has checked the client's permissions.
     let _raised = CapabilityGuard::with(held)?;
     call()
 }
 
-/// Writes back pages of a shared mapping. The writer is unknown, so they take no reserved blocks. Set-id bits stay, as
-/// natively.
+/// Writes back pages of a shared mapping. The writer is unknown, so the call must not use reserved blocks. Set-user-ID
+/// and set-group-ID bits stay, as on a native filesystem.
 pub(crate) fn write_pages<T>(call: impl FnOnce() -> Result<T>) -> Result<T> {
     let held = capabilities(None)?.effective;
-    // In a user namespace there is no such id, and no block is reserved for its root.
+    // In a user namespace this id does not exist, but no blocks are reserved for its root either.
     let _nobody = Identity::assume(NOBODY, NOBODY).ok();
     let _raised = CapabilityGuard::with(held)?;
     call()
 }
 
-/// Changes the data of an open file. Set-user-ID and set-group-ID bits go if they are to be killed.
+/// Changes the data of an open file. If `kill`, this clears set-user-ID and set-group-ID bits.
 pub(crate) fn write<T>(client: Client, kill: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    // Other fsuids than 0 are without CAP_FSETID.
+    // An fsuid other than 0 has no CAP_FSETID.
     let _client = Identity::assume(client.uid, client.gid)?;
     without_fsetid(kill, call)
 }
 
-/// Changes who may do what with a file of this group: the set-group-ID bit goes, unless the client is in the group.
+/// Changes the permissions of a file of this group. This clears the set-group-ID bit, unless the client is in the
+/// group or [`kills_setid`] is false.
 pub(crate) fn change_rights<T>(
     client: Client,
     group: u32,
@@ -71,16 +72,16 @@ pub(crate) fn change_rights<T>(
     without_fsetid(kills_setid(client) && !is_in_group(client, group), call)
 }
 
-// A call that was made is not undone because the thread could not be restored: the next guard sees to that first.
+// If restoring the capabilities fails, the call is not undone: the next guard restores them first.
 fn without_fsetid<T>(kill: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
     let without = || CapabilityGuard::without(CapabilitySet::FSETID);
     let _lowered = kill.then(without).transpose()?;
     call()
 }
 
-/// Whether the bits go when this client changes a file's data. fuser 0.18 does not pass on what the kernel says of it
-/// at truncation, and of other calls the kernel says nothing. They stay for root, unless it is without `CAP_FSETID` or
-/// is in another PID or user namespace.
+/// Whether a change of data by this client clears the set-user-ID and set-group-ID bits. The kernel says so only for
+/// truncation, and fuser 0.18 does not pass it on. The bits stay for root, unless it has no `CAP_FSETID` or is in
+/// another PID or user namespace.
 pub(crate) fn kills_setid(client: Client) -> bool {
     let has_fsetid = |pid| {
         let sets = capabilities(Some(pid));
@@ -91,7 +92,7 @@ pub(crate) fn kills_setid(client: Client) -> bool {
     !process.is_some_and(has_fsetid)
 }
 
-/// capget(2) tells what a process may do in its own user namespace.
+/// Needed because capget(2) returns the capabilities of a process in its own user namespace.
 fn is_in_this_user_namespace(process: Pid) -> bool {
     let namespace = |process: &str| rustix::fs::stat(format!("/proc/{process}/ns/user"));
     let theirs = namespace(&process.to_string());
@@ -108,7 +109,7 @@ fn is_in_group(client: Client, group: u32) -> bool {
     client.gid == group || groups.any(|member| member.parse() == Ok(group))
 }
 
-/// Another fsuid and fsgid for the calling thread, until this is dropped.
+/// Sets the fsuid and fsgid of the calling thread until dropped.
 pub(crate) struct Identity {
     uid: Uid,
     gid: Gid,
@@ -122,7 +123,7 @@ impl Identity {
             uid: setfsuid(uid),
             gid: gid_before,
         };
-        // They report no error. Made again, they return what is set.
+        // These calls report no error; a second call returns the ids that are set.
         if (setfsuid(uid), setfsgid(gid)) == (uid, gid) {
             Ok(before)
         } else {

@@ -1,4 +1,4 @@
-//! Passthrough: whether it is on, and what the mirror knows of a file that a client opens.
+//! Turns passthrough on, and answers opens.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -22,7 +22,7 @@ use crate::source::{self, proc_path};
 
 type Result<T, E = Errno> = std::result::Result<T, E>;
 
-/// What the kernel adds to the flags of execve(2)'s open.
+/// `__FMODE_EXEC`, which the kernel adds to the flags of execve(2)'s open.
 const EXEC: OFlags = OFlags::from_bits_retain(0o40);
 const NOEXEC: StatVfsMountFlags = StatVfsMountFlags::NOEXEC;
 
@@ -30,7 +30,7 @@ pub(crate) type Device = Arc<FuseDevice>;
 pub(crate) type Files = Handles<AsNobody, OwnedFd, INodeNo>;
 pub(crate) type OpenFile = Handle<AsNobody, OwnedFd, INodeNo>;
 
-/// In INIT: turns passthrough on, or finds out why it is unavailable.
+/// Turns passthrough on in the INIT reply, or returns why it is unavailable.
 pub(crate) fn attach(
     files: &Files,
     device: Device,
@@ -55,8 +55,8 @@ pub(crate) fn attach(
     attached.map_err(|_| io::Error::other("a device is already attached"))
 }
 
-/// What clients do through passthrough is done with the rights that are recorded here: set-user-ID and set-group-ID bits
-/// go when a file is written, and neither root's reserved blocks nor quotas are open.
+/// Registers files with the rights of nobody, which passthrough I/O then has: writes clear set-user-ID and set-group-ID
+/// bits, and can use neither root's reserved blocks nor root's exemption from quotas.
 pub(crate) struct AsNobody(Lowered<Device>);
 
 impl Register for AsNobody {
@@ -76,9 +76,9 @@ impl Register for AsNobody {
 
 impl WithoutFsetid for AsNobody {}
 
-/// Opens a file that the kernel knows. The server opens it itself first, with the client's
-/// flags: that is where ETXTBSY, EROFS or EINVAL come from, which the kernel's own open of the
-/// backing file would turn into EIO. EAGAIN while a lease is being broken.
+/// Opens a file that the kernel knows. The server's own open with the client's flags returns the
+/// true errno (ETXTBSY, EROFS, EINVAL), where the kernel's own open of the backing file would return
+/// EIO. Returns EAGAIN while a lease is being broken.
 pub(crate) fn open(
     files: &Files,
     nodeid: INodeNo,
@@ -94,8 +94,8 @@ pub(crate) fn open(
     opened(files, nodeid, inode, file, flags, can_map_direct)
 }
 
-/// `file` was opened with the client's flags by way of `inode`. The inode's own fd is registered, so that the table has
-/// none to open.
+/// Answers an open. `file` is open with the client's flags, and is the file of `inode`. The table registers the inode's
+/// own `O_PATH` fd, and so need not open one.
 pub(crate) fn opened(
     files: &Files,
     nodeid: INodeNo,
@@ -104,16 +104,16 @@ pub(crate) fn opened(
     flags: OFlags,
     can_map_direct: bool,
 ) -> Result<Opened> {
-    // The server reads and writes what the page cache asks for, at any alignment and offset.
-    // (An append-only file does not let go of O_APPEND, and is never written elsewhere.)
+    // The server reads and writes for the page cache, at any alignment and offset. (Clearing O_APPEND
+    // fails on an append-only file, which is only ever written at its end.)
     if flags.intersects(OFlags::DIRECT | OFlags::APPEND) {
         if let Ok(set) = rustix::fs::fcntl_getfl(&file) {
             let _ = rustix::fs::fcntl_setfl(&file, set - OFlags::DIRECT - OFlags::APPEND);
         }
     }
     let (device, number) = inode.identity();
-    // Access mode 3 was checked for both by open(2), and then permits ioctls alone: the kernel
-    // lets the client neither read nor write.
+    // For access mode 3, open(2) has checked both reading and writing. The kernel then permits only
+    // ioctls: the client can neither read nor write.
     let file = ServerFile::new(file)
         .access(ClientFlags::from(flags).access())
         .identity(device, number)
@@ -121,8 +121,8 @@ pub(crate) fn opened(
     Ok(files.open(&nodeid, flags, file, reply_flags(flags, can_map_direct))?)
 }
 
-/// What to ask for beside the mode. In server mode a client that opens with `O_DIRECT` bypasses the page
-/// cache, if such files can be mapped, as they can elsewhere.
+/// Extra flags for the reply. In server mode, a client's `O_DIRECT` bypasses the page cache only if such files can
+/// still be mapped, as on other filesystems.
 fn reply_flags(flags: OFlags, can_map_direct: bool) -> FopenFlags {
     if can_map_direct && flags.contains(OFlags::DIRECT) {
         FopenFlags::DIRECT_IO

@@ -24,15 +24,15 @@ use crate::source;
 use crate::status::Status;
 use crate::threads;
 
-/// What whoever serves a mirror waits for.
+/// What the code that started a mirror waits for.
 pub(crate) enum Event {
-    /// Ctrl-C, or a request to terminate.
+    /// Ctrl-C or a termination signal.
     Interrupted,
-    /// The mirror was unmounted, by whomever, and its filesystem is gone.
+    /// The mirror was unmounted, by this process or another, and its filesystem has ended.
     Ended(io::Result<()>),
 }
 
-/// Where the events of a mirror come in. Made before the mirror, so that none is missed.
+/// A channel for a mirror's events. Created before the mirror, so that no event is missed.
 pub(crate) struct Events {
     pub(crate) sender: Sender<Event>,
     inbox: Receiver<Event>,
@@ -45,16 +45,16 @@ impl Events {
     }
 }
 
-/// In `statvfs`. libc does not have it.
+/// A flag in `statvfs` that libc does not define.
 const ST_NOSYMFOLLOW: u64 = 0x2000;
 
 /// How to serve.
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) passthrough: bool,
-    /// `HANDLE_KILLPRIV_V2`. Without it the kernel asks for a file's capabilities before each write.
+    /// Whether to use `HANDLE_KILLPRIV_V2`. Without it, the kernel asks for a file's capabilities before each write.
     pub(crate) killpriv: bool,
-    /// Two, so that the source may be on overlayfs. In return nothing can be stacked on the mirror.
+    /// With two, the source may be on overlayfs, but nothing can be stacked on the mirror.
     pub(crate) depth: MaxStackDepth,
     /// How long the kernel may keep entries and attributes.
     pub(crate) ttl: Duration,
@@ -82,8 +82,8 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts a mirror of `source`, and serves it in threads of its own. Whoever keeps the device
-    /// keeps the connection, and with it what is registered there.
+    /// Mounts a mirror of `source`, and serves it in its own threads. The returned device keeps the
+    /// connection alive, and with it the registered files.
     pub(crate) fn new(
         source: &Path,
         mountpoint: &Path,
@@ -97,16 +97,16 @@ impl Mounted {
             .canonicalize()
             .map_err(|e| format!("{}: {e}", mountpoint.display()))?;
 
-        // The server opens the device and mounts it by itself. What `Session::new` of fuser 0.18 has mounted,
-        // it unmounts at the end of the session even if somebody else has already: that takes away
-        // whatever is mounted there by then.
+        // The device is opened and mounted here, not by `Session::new` of fuser 0.18: at the end of the session
+        // that unmounts its mountpoint even if somebody else has unmounted it before, and so removes another
+        // mount.
         let device = Arc::new(FuseDevice::open()?);
         let passthrough = options.passthrough.then(|| Arc::clone(&device));
         let files = Arc::new(Files::default());
         let status = Arc::new(Status::of(Arc::downgrade(&files)));
         mount(&device, &root, source, &mountpoint)
             .map_err(|errno| format!("cannot mount at {}: {errno}", mountpoint.display()))?;
-        // It does not ask the server, which does not serve yet.
+        // Needs no reply of the server, which does not run yet.
         let own = device_at(&mountpoint)
             .inspect_err(|_| _ = rustix::mount::unmount(&mountpoint, UnmountFlags::DETACH))?;
         let mounted = Self {
@@ -127,7 +127,7 @@ impl Mounted {
         thread::Builder::new()
             .name("session".to_owned())
             .spawn(move || {
-                // What the kernel says if the mount goes away while a request is being read.
+                // The kernel returns this if the mount goes away while a request is being read.
                 let aborted = |error: &io::Error| error.raw_os_error() == Some(libc::ECONNABORTED);
                 let ended = match session.run() {
                     Err(error) if aborted(&error) => Ok(()),
@@ -142,7 +142,7 @@ impl Mounted {
         &self.status
     }
 
-    /// The next event; `None` if none comes in time.
+    /// The next event, or `None` if none comes within `patience`.
     pub(crate) fn wait(&mut self, patience: Duration) -> Option<Event> {
         let event = self.inbox.recv_timeout(patience).ok()?;
         if matches!(event, Event::Ended(Ok(()))) {
@@ -151,10 +151,10 @@ impl Mounted {
         Some(event)
     }
 
-    /// Unmounts. While somebody uses the mirror that fails; then it is taken off its mountpoint,
-    /// to be served until nobody uses it any more, and this returns true.
+    /// Unmounts the mirror. If it is in use, detaches it instead and returns true: it is then served
+    /// until the last user is gone.
     pub(crate) fn unmount(&mut self) -> rustix::io::Result<bool> {
-        // A server that has failed may have been unmounted, and something else mounted there.
+        // If the server has failed, somebody may have unmounted it and mounted something else there.
         if !self.attached || device_at(&self.mountpoint)? != self.own {
             return Ok(false);
         }
@@ -163,7 +163,7 @@ impl Mounted {
                 rustix::mount::unmount(&self.mountpoint, UnmountFlags::DETACH)?;
                 true
             }
-            // Somebody else was faster.
+            // EINVAL: somebody else has unmounted it.
             Ok(()) | Err(Errno::INVAL) => false,
             Err(errno) => return Err(errno),
         };
@@ -183,7 +183,7 @@ impl Drop for Mounted {
     }
 }
 
-/// What is mounted there, which is not asked.
+/// The `st_dev` of what is mounted there, without asking its server.
 fn device_at(mountpoint: &Path) -> rustix::io::Result<u64> {
     let stat = source::look(CWD, mountpoint, AtFlags::empty())?;
     Ok(identity(&stat).0)
@@ -195,8 +195,7 @@ fn mount(
     source: &Path,
     mountpoint: &Path,
 ) -> rustix::io::Result<()> {
-    // The kernel checks permissions, by the attributes that the mirror reports, and lets everybody
-    // in who has them.
+    // The kernel checks permissions by the attributes that the mirror reports, for all users.
     let data = format!(
         "fd={},rootmode=40000,user_id={},group_id={},default_permissions,allow_other",
         device.as_fd().as_raw_fd(),
@@ -204,7 +203,7 @@ fn mount(
         rustix::process::getgid().as_raw(),
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
-    // No wider than the source. A FUSE filesystem need not tell.
+    // Not more permissive than the source. A FUSE source may fail to report its flags.
     let source_flags = source::mount_flags(root).map_or(0, |flags| flags.bits());
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(

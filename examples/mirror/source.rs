@@ -1,4 +1,4 @@
-//! Calls on the source tree that take some care: by fd, or by a path that leads to an fd's file.
+//! Calls on the source tree that need care: by fd, or by a path to the file of an fd.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -11,14 +11,14 @@ use crate::inodes::Inode;
 
 type Result<T> = std::result::Result<T, Errno>;
 
-/// An `O_PATH` fd of the file of that name, be it a symbolic link. It takes no permission on it.
+/// An `O_PATH` fd of the file `name`, even if it is a symbolic link. Needs no permission on the file.
 pub(crate) fn path_fd(parent: &Inode, name: &OsStr) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty())
 }
 
-/// What is known of a file without asking for more: the server of its filesystem may hang, or be this mirror. Of a
-/// filesystem on this machine it is all there is to know.
+/// Attributes as the kernel has them, without asking the filesystem's server, which may hang or be this mirror. For a
+/// filesystem on this machine they are complete.
 pub(crate) fn look(dir: impl AsFd, name: impl Arg, flags: AtFlags) -> Result<Statx> {
     let flags = flags | AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
     statx(
@@ -29,12 +29,12 @@ pub(crate) fn look(dir: impl AsFd, name: impl Arg, flags: AtFlags) -> Result<Sta
     )
 }
 
-/// What is true of a file now.
+/// Current attributes. May ask the filesystem's server.
 pub(crate) fn attributes(inode: &Inode) -> Result<Statx> {
     statx(inode, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
 }
 
-/// Whether two files of this filesystem that are there at the same time never have the same number.
+/// Whether no two files that exist on this filesystem at the same time share an inode number.
 pub(crate) fn numbers_tell_files_apart(fd: &OwnedFd) -> bool {
     const BTRFS: u32 = 0x9123_683e;
     const EXT4: u32 = 0xef53;
@@ -45,7 +45,7 @@ pub(crate) fn numbers_tell_files_apart(fd: &OwnedFd) -> bool {
     magic.is_ok_and(|magic| [BTRFS, EXT4, F2FS, TMPFS, XFS].contains(&magic))
 }
 
-/// What the mount of a file permits.
+/// The flags of the file's mount.
 pub(crate) fn mount_flags(fd: impl AsFd) -> Result<StatVfsMountFlags> {
     Ok(fstatvfs(fd)?.f_flag)
 }
@@ -59,20 +59,21 @@ pub(crate) fn path_fd_of(file: &OwnedFd) -> Result<OwnedFd> {
     )
 }
 
-/// A path for calls that do not take an `O_PATH` fd. It leads to the open file, wherever that was
-/// moved, and ends there even if the file is a symbolic link.
+/// A path for calls that do not accept an `O_PATH` fd. It leads to the open file even after a rename,
+/// and does not go further if the file is a symbolic link.
 pub(crate) fn proc_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
-/// The flags for the server's own open: the kernel has dealt with creation, and the path under
-/// /proc is a link to follow.
+/// The flags for the server's own open. Without creation flags, because the kernel has handled
+/// creation; without `O_NOFOLLOW`, because the path under /proc is a link to follow.
 pub(crate) fn server_flags(inode: &Inode, client: OFlags) -> OFlags {
     let creation = OFlags::CREATE | OFlags::EXCL | OFlags::NOCTTY | OFlags::NOFOLLOW;
     (client - creation) | OFlags::CLOEXEC | nonblock(inode)
 }
 
-/// A file whose lease has to be broken first is not waited for, but tried again. Where trying can hang, it is.
+/// While a lease is being broken, the open fails with EAGAIN and `Threads::answer` retries it. Where even a try can
+/// hang, the open waits instead.
 fn nonblock(inode: &Inode) -> OFlags {
     if inode.is_numbered() {
         OFlags::NONBLOCK
@@ -85,7 +86,7 @@ pub(crate) fn has_default_acl(dir: &Inode) -> bool {
     rustix::fs::getxattr_query(proc_path(dir), "system.posix_acl_default").is_ok()
 }
 
-/// An fd to be written, of an inode that no client has open for that.
+/// An fd for writing, for a request that names no open file.
 pub(crate) fn open_for_writing(inode: &Inode) -> Result<OwnedFd> {
     let flags = OFlags::WRONLY | OFlags::CLOEXEC | nonblock(inode);
     rustix::fs::open(proc_path(inode), flags, Mode::empty())

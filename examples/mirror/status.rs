@@ -1,4 +1,4 @@
-//! What a mirror tells whoever serves it, while the filesystem itself belongs to its session.
+//! A mirror's state for the code that started it; the filesystem itself belongs to the fuser session.
 
 use std::io;
 use std::sync::atomic::AtomicU64;
@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError, Weak};
 use crate::opens::Files;
 
 pub(crate) struct Status {
-    /// Why passthrough, which was wanted, is unavailable.
+    /// Why passthrough is unavailable although it was requested.
     refused: Mutex<Option<io::Error>>,
     /// READ requests so far.
     pub(crate) reads: AtomicU64,
@@ -15,8 +15,8 @@ pub(crate) struct Status {
     pub(crate) writes: AtomicU64,
     /// GETXATTR requests so far.
     pub(crate) getxattrs: AtomicU64,
-    /// Upgrades while the mirror is served. Weak, because its table holds the device, which would keep the
-    /// connection.
+    /// Weak, because the table of `Files` holds the device, which would keep the connection alive. Can be upgraded
+    /// while the mirror is served.
     pub(crate) files: Weak<Files>,
 }
 
@@ -40,7 +40,7 @@ impl Status {
         refused.as_ref().map(ToString::to_string)
     }
 
-    /// Backing ids that are registered now.
+    /// The number of backing ids that are registered now.
     pub(crate) fn ids(&self) -> usize {
         let files = self.files.upgrade();
         files.map_or(0, |files| files.table().stats().ids)

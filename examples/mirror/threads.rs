@@ -1,6 +1,6 @@
-//! The server's threads. As many as there are CPUs take turns: with sixteen, an open takes 1.3 times the CPU time. A
-//! thread that watches them lets another one join when they all wait for something, and makes calls again that would
-//! have blocked.
+//! The server's threads. Normally as many threads as there are CPUs take turns reading requests: with sixteen, an open
+//! costs 1.3 times the CPU time. A watcher thread adds another thread when all of them are blocked, and retries calls
+//! that would have blocked.
 
 use std::cell::OnceCell;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-/// How many clients can wait for a filesystem that hangs, and one more.
+/// The number of threads. All but one may wait for filesystems that hang.
 pub(crate) const MAX: usize = 32;
 
-/// Between two looks at the threads, and two attempts at a call.
+/// The interval at which the watcher checks the threads and retries calls.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Answers if it can. False: try again.
+/// Makes a call and sends its reply. Returns false if the call has to be retried.
 type Attempt = Box<dyn FnMut() -> bool + Send>;
 
 pub(crate) struct Threads(Arc<Shared>);
@@ -28,25 +28,28 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// How many threads take turns now.
+    /// How many threads may take turns now.
     turns: usize,
-    /// Threads that have served a request, and wait for their next one.
+    /// Threads that wait for their next request. A thread counts after its first request.
     ready: usize,
-    /// Threads that serve one.
+    /// Threads that serve a request.
     busy: usize,
-    /// Requests that were begun or ended so far.
+    /// Counts begins and ends of requests.
     progress: u64,
+    /// Calls for the watcher to retry.
     attempts: Vec<Attempt>,
+    /// The watcher is awake.
     watched: bool,
-    /// The filesystem is gone.
+    /// The filesystem has ended.
     over: bool,
 }
 
-/// A thread serves a request. When this is dropped, after the reply, it waits for one, or for its turn to do so.
+/// Exists while a thread serves a request. Dropped after the reply; the drop waits until it is the thread's turn again.
 pub(crate) struct Turn<'a>(&'a Shared);
 
 thread_local! {
-    /// In each thread that has served. It is dropped when the thread ends, since the filesystem is gone.
+    /// Set in each thread that has served a request. A thread ends when the filesystem has ended; the drop then wakes
+    /// the other threads.
     static LEAVING: OnceCell<Threads> = const { OnceCell::new() };
 }
 
@@ -79,12 +82,12 @@ impl Threads {
         Turn(&self.0)
     }
 
-    /// The other threads are all at work: this one must not wait.
+    /// Whether all other threads serve requests, so that this one must not block.
     pub(crate) fn is_last(&self) -> bool {
         self.0.lock().busy >= MAX
     }
 
-    /// Makes the call, and sends what comes of it. If it `waits`, the call is made again until it is no longer EAGAIN.
+    /// Makes the call and sends its result. If `waits`, EAGAIN is not sent: the watcher retries the call.
     pub(crate) fn answer<T: 'static>(
         &self,
         waits: bool,
@@ -136,7 +139,7 @@ impl Shared {
             let woken = self.watcher.wait_timeout(state, PAUSE);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        // Dropped unanswered, they give their clients EIO.
+        // A reply that is dropped unsent gives its client EIO.
         let attempts = std::mem::take(&mut state.attempts);
         drop(state);
         drop(attempts);
@@ -154,7 +157,7 @@ impl Shared {
     }
 }
 
-/// How many threads take turns if none of them has to wait.
+/// How many threads take turns while none of them is blocked.
 fn few() -> usize {
     thread::available_parallelism().map_or(2, |cpus| cpus.get().max(2))
 }

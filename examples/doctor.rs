@@ -1,24 +1,29 @@
-//! Does FUSE passthrough work on this machine? Tries it on a scratch mount, step by step.
+//! Tests whether FUSE passthrough works on this machine, step by step, on a scratch mount.
 //!
 //! ```text
 //! doctor [--json] [PATH...]
 //! ```
 //!
-//! Each step is told as `ok`, `FAILED` or `skipped`, with what was found, and what to do about it.
-//! For each PATH, a directory or a file, it tells whether files there can be backing files, and
-//! with which `max_stack_depth`. The last line sums up. The exit status is 0 if all of it works, 1
-//! if not, 2 if the arguments make no sense.
+//! The report has a line for each step: `ok`, `FAILED` or `skipped`, what was found, and what to do
+//! about a failure. For each PATH, a directory or a file, it says whether files there can be backing
+//! files, and with which `max_stack_depth`. The last line is a summary. The exit status is 0 if
+//! everything works, 1 if something does not, 2 if the arguments are invalid.
 //!
-//! Registering takes root. Without it the doctor says so, and tells what can be told without.
+//! Registering needs root. Without root, the doctor says so and reports what it can.
 //!
-//! It leaves nothing behind, however it ends: its mounts are attached to nothing but fds, in a
-//! mount namespace of its own, and the only file that it ever makes at a PATH has no name. Whatever
-//! could hang is done by a client process, which is given some seconds.
+//! The doctor leaves nothing behind, however it ends: its mounts are attached only to fds, in a
+//! separate mount namespace, and the only file that it ever creates at a PATH has no name. Anything
+//! that could hang runs in a client process with a time limit.
 //!
-//! Where to look: `doctor/examine.rs` has the steps, `doctor/server.rs` a FUSE server of two files,
-//! `doctor/scratch.rs` the mounts, `doctor/probe.rs` what is done about a PATH, `doctor/client.rs`
-//! how processes are started, `doctor/advice.rs` what to do about errors, and `doctor/report.rs`
-//! the output.
+//! | file | content |
+//! |---|---|
+//! | `doctor/examine.rs` | the steps |
+//! | `doctor/server.rs` | a FUSE server of two files |
+//! | `doctor/scratch.rs` | the scratch mounts |
+//! | `doctor/probe.rs` | the check of a PATH |
+//! | `doctor/client.rs` | client processes |
+//! | `doctor/advice.rs` | causes of failures, and advice |
+//! | `doctor/report.rs` | the output |
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -58,7 +63,7 @@ enum Command {
         json: bool,
         paths: Vec<PathBuf>,
     },
-    /// What the client processes do.
+    /// `Read` and `Probe` are the client processes.
     Read(OsString),
     Probe(PathBuf),
 }

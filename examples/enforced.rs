@@ -1,5 +1,5 @@
-//! Serves FILE as MNT/file, to be read: `enforced FILE MNT`, as root. The server forgets to check what a client asks
-//! for, and grants everything. No client can write all the same (but for memfds): `registrar` is how.
+//! Serves FILE as MNT/file, read-only: `enforced FILE MNT`, as root. The server does not check what a client asks for,
+//! and grants everything. Still no client can write (memfds excepted), because of the thread that `registrar` starts.
 #![cfg_attr(rustfmt, rustfmt_skip)]
 use std::{env, error::Error, ffi::OsStr, fs::File, io, os::fd::AsFd, sync::Arc, time::Duration, time::UNIX_EPOCH};
 use fuse_backing::{FopenFlags, FuseDevice, Handles, Opened, init::{InitFlags, MaxStackDepth, negotiate}};
@@ -7,7 +7,7 @@ use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuser::{Errno, FileAttr, FileHandle, FileType, INodeNo, KernelConfig, OpenFlags, Request};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError};
 
-/// A thread that can open no file for writing. The kernel opens what is registered as it would.
+/// A thread that cannot open files for writing. The kernel opens what this thread registers with the thread's rights.
 fn registrar(device: FuseDevice) -> io::Result<RegistrarThread<Lowered<FuseDevice>>> {
     let lowered = Lowered::for_good(device, CapabilitySet::empty());
     Ok(RegistrarThread::spawn(lowered, || -> Result<(), RulesetError> {

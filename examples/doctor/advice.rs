@@ -1,4 +1,4 @@
-//! What failed, and what to do about it.
+//! Failures: the cause, and advice.
 
 use fuse_backing::error::Errno;
 use fuse_backing::error::{BackingError, DeviceError, NegotiateError, NotPermitted, Scope};
@@ -46,14 +46,14 @@ impl From<DeviceError> for Failure {
 
 impl From<NotPermitted> for Failure {
     fn from(error: NotPermitted) -> Self {
-        Self::new(error, to_be_permitted(error))
+        Self::new(error, advice_on_permission(error))
     }
 }
 
 impl From<NegotiateError> for Failure {
     fn from(error: NegotiateError) -> Self {
         let advice = match error {
-            NegotiateError::NotPermitted(why) => to_be_permitted(why),
+            NegotiateError::NotPermitted(why) => advice_on_permission(why),
             NegotiateError::NotOffered => "boot Linux 6.9 or newer with CONFIG_FUSE_PASSTHROUGH=y",
             _ => "check what the INIT reply requests",
         };
@@ -69,7 +69,7 @@ impl From<BackingError> for Failure {
             BackingError::Unimplemented => {
                 "run it without the emulator, or with a seccomp profile that allows ioctl(2)"
             }
-            BackingError::NotPermitted(why) => to_be_permitted(why),
+            BackingError::NotPermitted(why) => advice_on_permission(why),
             BackingError::UnknownId | BackingError::Other(_) => CHECK_THE_LOG,
             BackingError::StackedTooDeep => {
                 "serve such files without passthrough, or move them to a less deeply stacked filesystem"
@@ -80,7 +80,7 @@ impl From<BackingError> for Failure {
     }
 }
 
-fn to_be_permitted(error: NotPermitted) -> &'static str {
+fn advice_on_permission(error: NotPermitted) -> &'static str {
     match error {
         NotPermitted::NotInInitialUserNamespace => {
             "run it as the machine's root, outside of rootless containers and user namespaces"
@@ -88,7 +88,7 @@ fn to_be_permitted(error: NotPermitted) -> &'static str {
         NotPermitted::MissingCapability => {
             "run it as root; for a container, add `--cap-add SYS_ADMIN`"
         }
-        // The doctor's INIT reply is right.
+        // An error in the INIT reply is ruled out: the doctor's own reply is correct.
         _ => "find the security policy that denies it: seccomp, SELinux, AppArmor",
     }
 }

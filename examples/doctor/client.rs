@@ -1,5 +1,5 @@
-//! Clients: this program once more, for what must not be done by the process that serves the mount,
-//! or could hang.
+//! Client processes: this program started again, for work that could hang or that the process which
+//! serves the mount must not do.
 
 use std::error::Error;
 use std::ffi::OsStr;
@@ -20,19 +20,18 @@ pub(crate) const READ: &str = "--client-read";
 /// `--client-probe PATH`: registers a file at PATH with the FUSE device on standard input.
 pub(crate) const PROBE: &str = "--client-probe";
 
-/// For what takes no time, unless something is broken or a disk has to spin up.
+/// Limit for steps that are immediate, unless something is broken or a disk has to spin up.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What came of a client.
+/// The result of a client process.
 pub(crate) struct Ran {
-    /// What it printed in time.
+    /// What it printed within `PATIENCE`.
     pub(crate) printed: String,
-    /// Why it did not end well.
+    /// Why it failed, if it did.
     pub(crate) result: Result<(), Failure>,
 }
 
-/// Runs a client with an fd as its standard input: the one way to hand it over that needs no
-/// inheritable fd.
+/// Runs a client process. It gets its fd as standard input, so that no other fd has to be inheritable.
 pub(crate) fn run(part: &str, operand: impl AsRef<OsStr>, stdin: Stdio) -> Ran {
     let mut printed = Vec::new();
     let started = start(part, operand.as_ref(), stdin);
@@ -50,7 +49,7 @@ pub(crate) fn run(part: &str, operand: impl AsRef<OsStr>, stdin: Stdio) -> Ran {
 }
 
 fn start(part: &str, operand: &OsStr, stdin: Stdio) -> io::Result<Child> {
-    // The path of the program may be another one, or none, in this mount namespace.
+    // Not by path: in this mount namespace the path may be missing, or be another program.
     Command::new("/proc/self/exe")
         .arg(part)
         .arg(operand)
@@ -71,7 +70,7 @@ fn follow(mut child: Child, printed: &mut Vec<u8>) -> Result<(), Failure> {
             };
             Err(Failure::new(cause, CHECK_THE_LOG))
         }
-        // Killed, but not waited for: what hangs in the kernel may not end at once.
+        // Not waited for after the kill: a process that hangs in the kernel may not end at once.
         Ok(None) => {
             let _ = child.kill();
             Err(Failure::new(
@@ -89,7 +88,7 @@ fn follow(mut child: Child, printed: &mut Vec<u8>) -> Result<(), Failure> {
     }
 }
 
-/// What the client prints, until it has closed its standard output.
+/// Collects what the client prints, until it closes its standard output.
 fn gather(child: &mut Child, deadline: Instant, printed: &mut Vec<u8>) -> io::Result<()> {
     let Some(mut output) = child.stdout.take() else {
         return Ok(());
@@ -119,7 +118,7 @@ fn wait_for(child: &mut Child, deadline: Instant) -> io::Result<Option<ExitStatu
     status
 }
 
-/// Waits until it is done, but not forever.
+/// Waits until `done` returns true, for at most `patience`.
 pub(crate) fn within(patience: Duration, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
     while !done() && Instant::now() < deadline {
@@ -127,7 +126,7 @@ pub(crate) fn within(patience: Duration, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// In the client: the size and the checksum of a file.
+/// Runs in the client process: returns the size and the checksum of a file.
 pub(crate) fn read(name: &OsStr) -> Result<String, Box<dyn Error>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = openat(io::stdin(), name, flags, Mode::empty())
@@ -139,7 +138,7 @@ pub(crate) fn read(name: &OsStr) -> Result<String, Box<dyn Error>> {
     Ok(summary(&content))
 }
 
-/// What tells whether two processes have the same bytes.
+/// Size and checksum, to compare what two processes have read.
 pub(crate) fn summary(content: &[u8]) -> String {
     format!("{} {:08x}\n", content.len(), crc32fast::hash(content))
 }

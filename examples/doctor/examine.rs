@@ -1,4 +1,4 @@
-//! The steps.
+//! The doctor's steps.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -19,7 +19,7 @@ use crate::report::{Feature, Outcome, PathReport, Report, Step};
 use crate::scratch::{Connection, Device, Tmpfs, enter_mount_namespace};
 use crate::server::{Offer, PASSED_THROUGH, SERVED};
 
-/// Of the file: some READ requests long.
+/// The size of the files: several READ requests.
 const SIZE: usize = 1 << 20;
 
 pub(crate) fn examine(paths: &[PathBuf]) -> Report {
@@ -55,7 +55,7 @@ pub(crate) fn examine(paths: &[PathBuf]) -> Report {
         Ok(scratch) => (Ok((scratch.tmpfs, scratch.private)), Ok(scratch.connection)),
         Err(blocker) => (Err(blocker), Err(blocker)),
     };
-    // With the connection still there, which would keep what is registered.
+    // The connection still exists here, so a file that is still registered would keep the mount busy.
     steps.note("unmount", closed.and(backing), |(tmpfs, private)| {
         unmount(tmpfs, private)
     });
@@ -74,7 +74,7 @@ pub(crate) fn examine(paths: &[PathBuf]) -> Report {
     }
 }
 
-/// What a step gave for later ones, or the name of the step that is in its way.
+/// The result of a step for later steps, or the name of the step that blocks it.
 type Done<T> = Result<T, &'static str>;
 
 fn by_ref<T>(done: &Done<T>) -> Done<&T> {
@@ -85,14 +85,14 @@ fn needs_step(blocker: &str) -> String {
     format!("needs the step: {blocker}")
 }
 
-/// What was found, to be told, and what later steps need of it.
+/// What to report, and the result for later steps.
 type Found<T> = Result<(String, T), Trouble>;
 
-/// Why a step gave nothing.
+/// Why a step has no result.
 enum Trouble {
     Failed(Failure),
-    /// It cannot be told here, which is neither good nor bad.
-    Untold(String),
+    /// The step cannot find out, which counts as neither success nor failure.
+    Unknown(String),
 }
 
 impl<F: Into<Failure>> From<F> for Trouble {
@@ -105,7 +105,7 @@ impl<F: Into<Failure>> From<F> for Trouble {
 struct Steps(Vec<Step>);
 
 impl Steps {
-    /// Makes a step, unless another is in its way.
+    /// Runs a step, unless another step blocks it.
     fn run<N, T>(
         &mut self,
         name: &'static str,
@@ -115,21 +115,21 @@ impl Steps {
         let (outcome, done) = match needed.map(step) {
             Ok(Ok((found, done))) => (Outcome::Ok(found), Ok(done)),
             Ok(Err(Trouble::Failed(failure))) => (Outcome::Failed(failure), Err(name)),
-            Ok(Err(Trouble::Untold(why))) => (Outcome::Skipped(why), Err(name)),
+            Ok(Err(Trouble::Unknown(why))) => (Outcome::Skipped(why), Err(name)),
             Err(blocker) => (Outcome::Skipped(needs_step(blocker)), Err(blocker)),
         };
         self.0.push(Step { name, outcome });
         done
     }
 
-    /// Makes a step that no other needs.
+    /// Runs a step that no other step needs.
     fn note<N>(
         &mut self,
         name: &'static str,
         needed: Done<N>,
         step: impl FnOnce(N) -> Result<String, Trouble>,
     ) {
-        // The outcome is kept.
+        // `run` has recorded the outcome.
         let _ = self.run(name, needed, |needed| Ok((step(needed)?, ())));
     }
 }
@@ -140,8 +140,8 @@ fn open_device() -> Found<Device> {
     Ok((found, Arc::new(device)))
 }
 
-/// A device that is not mounted yet refuses every registration, and knows the ioctl or not. That
-/// the kernel was built without passthrough shows only on one that is.
+/// Whether the kernel knows the ioctl. A device that is not mounted refuses every registration. A
+/// kernel built without passthrough can be recognized only on a mounted device.
 fn try_ioctl(device: &Device) -> Result<String, Trouble> {
     match device.backing_open(device) {
         Err(BackingError::NotAttached(_)) => {
@@ -179,10 +179,10 @@ fn look_at_user_namespace() -> Result<String, Trouble> {
     {
         return Err(why.into());
     }
-    // The answer is yes also where it cannot be told.
+    // `negotiate` also succeeds if it cannot find out.
     match std::fs::read_link("/proc/thread-self/ns/user") {
         Ok(name) => Ok(format!("{}, the initial one", name.display())),
-        Err(e) => Err(Trouble::Untold(format!("cannot read it from /proc: {e}"))),
+        Err(e) => Err(Trouble::Unknown(format!("cannot read it from /proc: {e}"))),
     }
 }
 
@@ -210,7 +210,7 @@ fn look_at_offer(scratch: &Scratch) -> Found<Offer> {
     if offer.flags.contains(InitFlags::PASSTHROUGH) {
         return Ok((format!("{version}, with FUSE_PASSTHROUGH"), offer));
     }
-    // A registration may tell why not.
+    // The error of a registration may say why.
     let why = match scratch.tmpfs.open(OFlags::RDONLY) {
         Ok(file) => scratch.connection.device.backing_open(file).err(),
         Err(_) => None,
@@ -260,7 +260,7 @@ fn read_passed_through(connection: &Connection, content: &[u8]) -> Result<String
     }
 }
 
-/// The control: that the requests which passthrough spares the server would come.
+/// The control: without passthrough, READ requests do reach the server.
 fn read_served(connection: &Connection, content: &[u8]) -> Result<String, Trouble> {
     let reads = &connection.shared.served_reads;
     match read(connection, SERVED, reads, content)? {
@@ -275,7 +275,7 @@ fn read_served(connection: &Connection, content: &[u8]) -> Result<String, Troubl
     }
 }
 
-/// Has a client read the file, and gives the number of READ requests.
+/// Makes a client read the file, and returns the number of READ requests.
 fn read(
     connection: &Connection,
     name: &str,
@@ -294,7 +294,7 @@ fn read(
 
 fn close(connection: &Connection) -> Found<()> {
     let shared = &connection.shared;
-    // RELEASE comes some time after close(2).
+    // The kernel sends RELEASE some time after close(2).
     let is_open = || shared.passed_through_opens.load(Ordering::SeqCst) > 0;
     within(PATIENCE, || !is_open());
     if is_open() {
@@ -310,7 +310,7 @@ fn close(connection: &Connection) -> Found<()> {
 fn unmount(tmpfs: Tmpfs, private: rustix::io::Result<()>) -> Result<String, Trouble> {
     if let Err(errno) = private {
         let why = format!("/ is not a mount point that can be made private: {errno}");
-        return Err(Trouble::Untold(why));
+        return Err(Trouble::Unknown(why));
     }
     tmpfs.unmount().map_err(|errno| {
         let cause = match errno {
@@ -322,7 +322,7 @@ fn unmount(tmpfs: Tmpfs, private: rustix::io::Result<()>) -> Result<String, Trou
     Ok("nothing pins the backing filesystem".to_owned())
 }
 
-/// Linux 6.12 takes backing fds that are `O_PATH`.
+/// Since Linux 6.12, `O_PATH` fds can be registered.
 fn try_path_fd(ready: Done<&Scratch>) -> Feature {
     let Scratch {
         tmpfs, connection, ..
@@ -344,7 +344,7 @@ fn try_path_fd(ready: Done<&Scratch>) -> Feature {
     }
 }
 
-/// On a device of its own: it changes what the device does.
+/// On a separate device, because it changes how the device works.
 fn try_sync_init(device: Done<&Device>) -> Feature {
     if let Err(blocker) = device {
         return Feature::unknown(needs_step(blocker));
@@ -360,10 +360,10 @@ fn try_sync_init(device: Done<&Device>) -> Feature {
     }
 }
 
-/// Connections for the files of others, by their `max_stack_depth`.
+/// Connections to try files at a PATH with, by `max_stack_depth`.
 struct Depths {
     one: Done<Connection>,
-    /// Once a file needs it.
+    /// Made when the first file needs it.
     two: Option<Result<Connection, Failure>>,
     content: Arc<[u8]>,
 }
@@ -406,8 +406,7 @@ fn connect_two(content: &Arc<[u8]>) -> Result<Connection, Failure> {
     Ok(connection)
 }
 
-/// The filesystem's name, and what came of trying a file there, if there is a connection to try it
-/// with.
+/// The filesystem's name, and, given a connection, whether a file there can be registered.
 fn probe(path: &Path, connection: Option<&Connection>) -> (Option<String>, Option<Verdict>) {
     let stdin = match connection.map(Connection::device).transpose() {
         Ok(device) => device.map_or_else(Stdio::null, Stdio::from),
@@ -426,7 +425,7 @@ fn did_not_tell() -> Failure {
     Failure::new("the client process gave no answer", CHECK_THE_LOG)
 }
 
-/// Content without a pattern that a page at the wrong place would fit into: xorshift64.
+/// Random content (xorshift64), so that a misplaced page changes the checksum.
 fn content() -> Arc<[u8]> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let words = std::iter::repeat_with(|| {

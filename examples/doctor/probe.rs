@@ -1,5 +1,5 @@
-//! Whether files at a place can be backing files. In a client process, since a filesystem of which
-//! nothing is known can hang.
+//! Checks whether files at a PATH can be backing files. Runs in a client process, since an unknown
+//! filesystem can hang.
 
 use std::collections::VecDeque;
 use std::ffi::CStr;
@@ -17,15 +17,15 @@ use rustix::fs::{
 
 use crate::advice::{CHECK_THE_LOG, Failure};
 
-/// How many directory entries are looked at for a regular file, and how many levels up.
+/// Limits of the search for a regular file: directory entries in each search, and levels upwards.
 const ENTRIES: usize = 250;
 const LEVELS: usize = 16;
 
-/// What a client found, line by line as it printed it.
+/// What a client found, parsed from the lines that it printed.
 #[derive(Default)]
 pub(crate) struct Probed {
     pub(crate) filesystem: Option<String>,
-    /// `None` if it had no device to try it with, or came to no end.
+    /// `None` if the client had no device, or did not finish.
     pub(crate) verdict: Option<Verdict>,
 }
 
@@ -62,7 +62,7 @@ impl Probed {
     }
 }
 
-/// In the client, with the FUSE device as its standard input, or something else if there is none.
+/// Runs in the client process. Standard input is the FUSE device, or something else if there is none.
 pub(crate) fn probe(path: &Path) -> io::Result<()> {
     let opened = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     let place = match opened {
@@ -91,14 +91,14 @@ fn print_failure(key: &str, failure: &Failure) -> io::Result<()> {
     print(ADVICE, &failure.advice)
 }
 
-/// At once: what comes next may hang.
+/// Prints and flushes a line, because the next call may hang.
 fn print(key: &str, value: impl Display) -> io::Result<()> {
     let mut stdout = io::stdout();
     writeln!(stdout, "{key} {value}")?;
     stdout.flush()
 }
 
-/// The name of the filesystem, or at least its number.
+/// The filesystem's name, or else its magic number.
 fn filesystem(place: &OwnedFd) -> String {
     if let Some(name) = filesystem_name(place) {
         return name;
@@ -126,8 +126,8 @@ fn filesystem_name(place: &OwnedFd) -> Option<String> {
     filesystem.split(' ').next().map(str::to_owned)
 }
 
-/// The file to try: the place itself unless it is a directory, else a regular file that is there,
-/// else one without a name.
+/// The file to register: the place itself unless it is a directory; else a regular file near it; else
+/// a new file without a name.
 fn file_at(place: OwnedFd) -> Result<OwnedFd, Failure> {
     if file_type(&place) != FileType::Directory {
         return Ok(place);
@@ -150,8 +150,8 @@ fn file_at(place: OwnedFd) -> Result<OwnedFd, Failure> {
     })
 }
 
-/// A regular file in the directory, or else below or above it on the same mount, opened with
-/// `O_PATH`: that asks nothing of the file.
+/// A regular file in the directory, or else below or above it on the same mount. Opened with `O_PATH`,
+/// which needs no permission on the file.
 fn regular_file_near(directory: &OwnedFd) -> Option<OwnedFd> {
     let mut above = open_on_mount(directory, c".", LISTED)?;
     for _ in 0..LEVELS {
@@ -187,7 +187,7 @@ fn regular_file_below(directory: &OwnedFd) -> Option<OwnedFd> {
 
 const LISTED: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY);
 
-/// Neither what is mounted there, nor what a symbolic link leads to.
+/// Opens `name`, but neither what is mounted there nor the target of a symbolic link.
 fn open_on_mount(directory: &OwnedFd, name: &CStr, flags: OFlags) -> Option<OwnedFd> {
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat2(directory, name, flags, Mode::empty(), ResolveFlags::NO_XDEV).ok()
@@ -204,11 +204,11 @@ fn file_type(file: &OwnedFd) -> FileType {
     })
 }
 
-/// Registers it for a moment. `Some` if it is stacked too deep.
+/// Registers the file and closes the id. `Some` if the file is stacked too deep.
 fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<Failure>, Failure> {
     let regular = file_type(&file) == FileType::RegularFile;
     let backing = match BackingFile::open(device, &file, Access::ReadOnly) {
-        // Before Linux 6.12.
+        // Linux before 6.12 refuses `O_PATH` fds.
         Err(BackingError::PathOnlyFd) if regular => {
             let file = for_reading(&file)?;
             BackingFile::open(device, file, Access::ReadOnly)
@@ -230,7 +230,7 @@ fn register(device: &FuseDevice<impl DeviceFd>, file: OwnedFd) -> Result<Option<
     if regular {
         Ok(None)
     } else {
-        // Linux 6.12 to 6.16 took anything, before 6.12.48 and 6.16.8.
+        // Linux 6.12 to 6.16, before 6.12.48 and 6.16.8, also registered files that are not regular.
         Err(Failure::new(
             "not a regular file",
             "serve such files without passthrough",

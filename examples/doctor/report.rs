@@ -1,10 +1,10 @@
-//! What was found, as text for a screen and as JSON.
+//! The report, as text for a terminal and as JSON.
 
 use std::path::PathBuf;
 
 use crate::advice::Failure;
 
-/// Of the JSON object; counts up when something in it changes its meaning or goes away.
+/// The version of the JSON object. Increases when a member changes its meaning or is removed.
 const SCHEMA_VERSION: u32 = 1;
 
 pub(crate) struct Report {
@@ -25,7 +25,7 @@ pub(crate) enum Outcome {
     Skipped(String),
 }
 
-/// Nice to have.
+/// An optional feature of the kernel.
 pub(crate) struct Feature {
     present: Option<bool>,
     found: String,
@@ -55,12 +55,12 @@ impl Feature {
 pub(crate) struct PathReport {
     pub(crate) path: PathBuf,
     pub(crate) filesystem: Option<String>,
-    /// The lowest that permits backing files there.
+    /// The lowest `max_stack_depth` that permits backing files there.
     pub(crate) max_stack_depth: Result<u32, Failure>,
 }
 
 impl PathReport {
-    /// Without what a terminal would act upon.
+    /// The path with control characters escaped, which a terminal would interpret.
     fn printable(&self) -> String {
         let escape = |c: char| {
             if c.is_control() {
@@ -78,7 +78,7 @@ impl Report {
         self.first_failure().is_none()
     }
 
-    /// What failed, how it is to be put, and why.
+    /// The step or path that failed first, and why.
     fn first_failure(&self) -> Option<(String, &Failure)> {
         let steps = self.steps.iter().filter_map(|step| match &step.outcome {
             Outcome::Failed(failure) => Some((step.name.to_owned(), failure)),
@@ -160,7 +160,7 @@ impl Report {
         format!("{verdict} {what}: {cause}; {advice}")
     }
 
-    /// One object. `ok` and features are null where they were not tried.
+    /// One JSON object. `ok` and `present` are null if unknown or not tried.
     pub(crate) fn json(&self) -> String {
         let failure = self.first_failure();
         let steps = self.steps.iter().map(|step| {
@@ -250,7 +250,7 @@ fn string(value: &str) -> String {
     for c in value.chars() {
         match c {
             '"' | '\\' => quoted.extend(['\\', c]),
-            // All that JSON does not take as it is.
+            // JSON requires that these are escaped.
             '\0'..='\x1f' => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
             _ => quoted.push(c),
         }

@@ -1,5 +1,5 @@
-//! The scratch mounts. They are attached to no directory, seen by nobody else, and gone with the
-//! last fd of theirs.
+//! The scratch mounts. They are attached to no directory, visible to no other process, and disappear
+//! with their last fd.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -24,13 +24,13 @@ use crate::server::{Offer, Server, Shared};
 
 pub(crate) type Device = Arc<FuseDevice>;
 
-/// Where the tmpfs is attached for a moment: a directory that is there wherever `/dev/fuse` is.
-const FOR_A_MOMENT: &str = "/dev";
+/// The directory where `Tmpfs::unmount` attaches the tmpfs briefly. It exists wherever `/dev/fuse` does.
+const ATTACH_POINT: &str = "/dev";
 
 /// The name of the file on the tmpfs.
 const BACKING: &str = "backing";
 
-/// A filesystem of its own for the backing file, so that nothing but the doctor can keep it busy.
+/// A separate filesystem for the backing file, so that nothing but the doctor can keep it busy.
 pub(crate) struct Tmpfs(OwnedFd);
 
 impl Tmpfs {
@@ -52,26 +52,26 @@ impl Tmpfs {
         openat(&self.0, BACKING, flags | OFlags::CLOEXEC, Mode::RUSR)
     }
 
-    /// Fails with `EBUSY` if anything pins it. In a private mount namespace only.
+    /// Fails with `EBUSY` if anything pins the tmpfs. Call it only in a private mount namespace.
     pub(crate) fn unmount(self) -> rustix::io::Result<()> {
-        // To be unmounted it has to be attached.
+        // Only an attached mount can be unmounted.
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        move_mount(&self.0, "", CWD, FOR_A_MOMENT, flags)?;
+        move_mount(&self.0, "", CWD, ATTACH_POINT, flags)?;
         drop(self.0);
         let mut unmounted = Err(Errno::BUSY);
-        // The last reference to a file is dropped some time after close(2).
+        // The kernel drops the last reference to a file some time after close(2).
         within(PATIENCE, || {
-            unmounted = unmount(FOR_A_MOMENT, UnmountFlags::NOFOLLOW);
+            unmounted = unmount(ATTACH_POINT, UnmountFlags::NOFOLLOW);
             unmounted != Err(Errno::BUSY)
         });
         unmounted.inspect_err(|_| {
-            // What was there before is needed again.
-            let _ = unmount(FOR_A_MOMENT, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+            // Uncovers the real directory, which later steps need.
+            let _ = unmount(ATTACH_POINT, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         })
     }
 }
 
-/// A FUSE mount, served by a thread of its own.
+/// A FUSE mount, served by its own thread.
 pub(crate) struct Connection {
     pub(crate) device: Device,
     pub(crate) shared: Arc<Shared>,
@@ -101,8 +101,8 @@ impl Connection {
             shared: Arc::clone(&shared),
             offers: sender,
         };
-        // It ends with the mount, or else with the process: whoever waits for it then gets an
-        // error.
+        // The thread ends with the mount, or else with the process. A client that waits for it then
+        // gets an error.
         thread::Builder::new()
             .name("server".to_owned())
             .spawn(move || server.run())
@@ -118,7 +118,7 @@ impl Connection {
         })
     }
 
-    /// What the kernel offered. To be asked once.
+    /// What the kernel offered in INIT. Can be called once.
     pub(crate) fn offer(&self) -> Result<Offer, Failure> {
         self.offers.recv_timeout(PATIENCE).map_err(|error| {
             let cause = match error {
@@ -129,24 +129,24 @@ impl Connection {
         })
     }
 
-    /// For a client: the root directory.
+    /// The root directory, for a client process.
     pub(crate) fn root(&self) -> io::Result<OwnedFd> {
         self.mount.try_clone()
     }
 
-    /// For a client: the device.
+    /// The device, for a client process.
     pub(crate) fn device(&self) -> io::Result<OwnedFd> {
         self.device.as_fd().try_clone_to_owned()
     }
 }
 
-/// Leaves the machine's mount namespace for one of its own, where it may mount. Before any thread
-/// is started, since a namespace belongs to a thread.
+/// Enters a new mount namespace, where the process may mount. Must run before other threads start,
+/// since a namespace belongs to a thread.
 ///
-/// What it returns then is whether a mount stays private there when it is attached to a directory.
+/// The inner result says whether mounts stay private when they are attached to a directory.
 pub(crate) fn enter_mount_namespace() -> Result<rustix::io::Result<()>, Failure> {
     unshare_mounts().map_err(|errno| refused("unshare(CLONE_NEWNS)", errno))?;
-    // What is unmounted outside is unmounted here too: nothing is kept busy.
+    // Downstream: an unmount outside also happens here, so that no outside mount is kept busy.
     let private = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
     Ok(mount_change("/", private))
 }
@@ -156,8 +156,8 @@ pub(crate) fn enter_mount_namespace() -> Result<rustix::io::Result<()>, Failure>
     reason = "unshare(2) can also take fds from other threads"
 )]
 fn unshare_mounts() -> rustix::io::Result<()> {
-    // SAFETY: the flags have no CLONE_FILES, so that the fds stay those of the whole process; no
-    // memory is concerned.
+    // SAFETY: the flags do not contain CLONE_FILES, so the whole process keeps sharing one set of fds.
+    // The call accesses no memory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 

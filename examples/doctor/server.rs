@@ -1,5 +1,5 @@
-//! A FUSE server of two files with the same content: reads of the one are passed through to a
-//! backing file, reads of the other come to the server.
+//! A FUSE server of two files with the same content. Reads of one are passed through to a backing
+//! file; the server answers reads of the other.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -21,7 +21,7 @@ const ROOT: u64 = 1;
 const PASSED_THROUGH_NODE: u64 = 2;
 const SERVED_NODE: u64 = 3;
 
-// Of `<linux/fuse.h>`.
+// From `<linux/fuse.h>`.
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
@@ -32,11 +32,11 @@ const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 
-/// Larger than any request that is no WRITE of more than `MAX_WRITE`.
+/// Larger than any request: WRITE carries at most `MAX_WRITE` bytes.
 const BUFFER: usize = 64 << 10;
 const MAX_WRITE: u32 = 4096;
 
-/// What the kernel said in its INIT request, and what came of it.
+/// What the kernel offered in its INIT request, and the result of the negotiation.
 pub(crate) struct Offer {
     pub(crate) major: u32,
     pub(crate) minor: u32,
@@ -44,13 +44,13 @@ pub(crate) struct Offer {
     pub(crate) negotiated: Result<Negotiated, NegotiateError>,
 }
 
-/// Between the server and who started it.
+/// State that the server thread and the doctor share.
 #[derive(Default)]
 pub(crate) struct Shared {
-    /// READ requests for each of the files.
+    /// READ requests for each file.
     pub(crate) passed_through_reads: AtomicU64,
     pub(crate) served_reads: AtomicU64,
-    /// Opens of the file that is passed through, less its releases.
+    /// Opens minus releases of the passed-through file.
     pub(crate) passed_through_opens: AtomicU64,
     /// The backing file.
     pub(crate) backing: Mutex<Option<BackingFile<Device>>>,
@@ -75,7 +75,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Until the filesystem is gone.
+    /// Serves until the filesystem has ended.
     pub(crate) fn run(self) {
         let mut buffer = vec![0; BUFFER];
         loop {
@@ -90,7 +90,8 @@ impl Server {
                 INIT => {
                     let (offer, body) = self.init(&request);
                     self.reply(&request, Ok(body));
-                    // Now that files can be registered. Nobody hears it if it comes too late.
+                    // Sent after the reply: files can be registered only then. If the receiver has given up,
+                    // nobody needs it.
                     let _ = self.offers.send(offer);
                 }
                 _ => self.reply(&request, self.answer(&request)),
@@ -107,7 +108,7 @@ impl Server {
                     Some(name) if name == SERVED.as_bytes() => SERVED_NODE,
                     _ => return Err(Errno::NOENT),
                 };
-                // Nothing is cached: a time of validity of 0.
+                // Valid for 0 seconds: the kernel caches nothing.
                 let entry = [nodeid, 0, 0, 0, 0].map(u64::to_ne_bytes).concat();
                 Ok([entry, self.attributes(nodeid)].concat())
             }
@@ -141,7 +142,7 @@ impl Server {
             flags: offered,
             negotiated,
         };
-        // 7.40; max_readahead, flags; max_background and congestion_threshold; max_write,
+        // major, minor; max_readahead, flags; max_background and congestion_threshold; max_write,
         // time_gran; max_pages and map_alignment, flags2, max_stack_depth; the rest is reserved.
         let readahead = request.u32(8);
         let reply = [7, 40, readahead, flags, 0, MAX_WRITE, 1, 0, flags2, depth];
@@ -157,7 +158,7 @@ impl Server {
             let backing = backing.as_ref().ok_or(Errno::IO)?;
             let granted = Access::ReadOnly;
             let reply = OpenReply::passthrough(backing.id(), granted, flags, FopenFlags::empty())?;
-            // An OPEN that is answered with an error gets no RELEASE.
+            // Counted only now: an OPEN that fails gets no RELEASE.
             let opens = &self.shared.passed_through_opens;
             opens.fetch_add(1, Ordering::SeqCst);
             reply
@@ -179,7 +180,7 @@ impl Server {
         rest[..size.min(rest.len())].to_vec()
     }
 
-    /// `fuse_attr`.
+    /// `struct fuse_attr`.
     fn attributes(&self, nodeid: u64) -> Vec<u8> {
         let (mode, size) = match nodeid {
             ROOT => (0o40_555, 0),
@@ -202,12 +203,12 @@ impl Server {
         reply.extend(error.to_ne_bytes());
         reply.extend(request.unique().to_ne_bytes());
         reply.extend(body);
-        // It fails if the request was interrupted, or the filesystem is gone.
+        // Fails if the request was interrupted, or the filesystem has ended.
         let _ = write(&self.device, &reply);
     }
 }
 
-/// `fuse_in_header` and what follows it.
+/// `struct fuse_in_header` and the body.
 struct Request<'a>(&'a [u8]);
 
 impl<'a> Request<'a> {
@@ -227,17 +228,17 @@ impl<'a> Request<'a> {
         self.0.get(40..).unwrap_or_default()
     }
 
-    /// In the body.
+    /// At an offset in the body.
     fn u32(&self, offset: usize) -> u32 {
         u32::from_ne_bytes(self.field(40 + offset))
     }
 
-    /// In the body.
+    /// At an offset in the body.
     fn u64(&self, offset: usize) -> u64 {
         u64::from_ne_bytes(self.field(40 + offset))
     }
 
-    /// Zero beyond the end: older kernels send less.
+    /// Zero if beyond the end, since older kernels send less.
     fn field<const N: usize>(&self, offset: usize) -> [u8; N] {
         let bytes = self.0.get(offset..offset + N);
         bytes

@@ -108,8 +108,8 @@ impl Mirror {
         })
     }
 
-    /// The inode of a nodeid in a request. EBUSY if this is the last free thread and the inode's filesystem may hang, so
-    /// that one thread always serves local filesystems.
+    /// The inode of a nodeid in a request. EBUSY if this is the last free thread and the inode's filesystem may hang,
+    /// so that one thread always serves local filesystems.
     fn inode(&self, nodeid: INodeNo) -> Result<Arc<Inode>> {
         let inode = self.inodes.get(nodeid)?;
         if !inode.is_numbered() && self.threads.is_last() {
@@ -344,7 +344,7 @@ impl Filesystem for Mirror {
         let _ = config.set_max_background(u16::MAX);
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
-        // With passthrough, `opens::attach` negotiates this flag.
+        // Without passthrough, the server sees each write. With passthrough, `opens::attach` sets this flag.
         if self.options.killpriv && !self.passes_through {
             add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
@@ -365,8 +365,8 @@ impl Filesystem for Mirror {
         self.reply_entry(reply, found);
     }
 
-    // fuser splits a BATCH_FORGET into calls of this. It takes no turn: if the thread waited for one after each call, the
-    // rest of the batch would be delayed.
+    // fuser splits a BATCH_FORGET into calls of this. It takes no turn: if the thread waited for one after each call,
+    // the rest of the batch would be delayed.
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
         self.forget_lookups(ino, nlookup);
     }

@@ -1,8 +1,8 @@
-//! Instructions that the process executes, counted by callgrind: the same at every run of a build,
-//! where times are not.
+//! Counts the instructions that the process executes, with callgrind. Unlike times, the counts are the
+//! same in every run of a build.
 //!
-//! `cargo bench --bench instructions`, which takes valgrind, gungraun-runner of gungraun's version, and
-//! root. `benches/instructions.json` has the counts that `.ci/instructions` compares a run with.
+//! `cargo bench --bench instructions`. Needs valgrind, gungraun-runner in gungraun's version, and root.
+//! `.ci/instructions` compares a run with the counts in `benches/instructions.json`.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -38,7 +38,7 @@ use usual::Usual;
 
 type Device = FuseDevice<Arc<OwnedFd>>;
 
-/// So many that what is around them does not count.
+/// Enough calls to make the code around them negligible.
 const ROUNDS: usize = 1_000;
 
 const RDONLY: i32 = 0;
@@ -71,7 +71,7 @@ fn for_reading(file: &File) -> ServerFile<'_, &File> {
     ServerFile::new(file).access(Access::ReadOnly)
 }
 
-/// One inode, open in both.
+/// Both caches, with one inode open.
 fn opened() -> Opened {
     let mounted = mounted();
     let (usual, table) = (

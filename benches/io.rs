@@ -1,4 +1,4 @@
-//! What reads and writes cost through the mirror example, with passthrough and without it, against the
+//! Compares reads and writes through the mirror example, with and without passthrough, with those of the
 //! source itself.
 //!
 //! `cargo bench --bench io [-- --quick] [-- PART]`, as root.
@@ -73,11 +73,11 @@ use sandbox::Sandbox;
 use session::{Events, Mounted, Options};
 use support::{Contest, Report};
 
-/// That of the mirror's modules.
+/// The mirror's modules use this as `crate::Result`.
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const SIZE: usize = 128 << 20;
-/// For one part.
+/// The time limit for one part.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const NATIVE: &str = "native";
@@ -130,16 +130,17 @@ fn main() -> ExitCode {
     report.finish()
 }
 
-/// A mirror, and its part of the report.
+/// A mounted mirror.
 struct Mirror {
-    // Before the device, which keeps the connection.
+    // Dropped before the device, which keeps the connection alive.
     mounted: Mounted,
     _device: Device,
     mountpoint: PathBuf,
 }
 
 impl Mirror {
-    /// In this process, which keeps the capabilities and groups that the mirror gives up: they cost nothing.
+    /// Runs in this process, which keeps the capabilities and groups that the mirror drops. They do not affect the
+    /// time.
     fn start(
         sandbox: &Sandbox,
         source: &Path,
@@ -158,7 +159,7 @@ impl Mirror {
         })
     }
 
-    /// READ and WRITE requests so far, and GETXATTR.
+    /// The numbers of READ and WRITE requests together, and of GETXATTR requests.
     fn requests(&self) -> (u64, u64) {
         let status = self.mounted.status();
         let count = |requests: &AtomicU64| requests.load(Ordering::Relaxed);
@@ -167,8 +168,8 @@ impl Mirror {
     }
 }
 
-/// In pieces: a file that is written at once is cached in large folios, in which ext4 looks for the 4 KiB to be
-/// written for 0.1 ms.
+/// Writes the file in pieces. A file written at once is cached in large folios, and ext4 then takes 0.1 ms to find
+/// the 4 KiB to write in a folio.
 fn make_data(path: &Path) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     let piece = [0x5a; 4 << 10];
@@ -199,7 +200,7 @@ fn measure(
     let mut native = reader(source, false)?;
     let mut passed = reader(&passthrough.mountpoint, false)?;
     let mut cold = reader(&plain.mountpoint, kind.reads())?;
-    // On a mount of its own: the cache is the inode's.
+    // On a separate mount, because the cache belongs to the inode.
     let (name, third) = if kind.reads() {
         (CACHED, mirror(false, true)?)
     } else {
@@ -225,7 +226,7 @@ fn measure(
         passed.0, passed.1, third.0, third.1, plain.0, plain.1,
     ));
     let speed = format!("{title}: speed of passthrough / native");
-    // The inverse of that of times.
+    // The inverse of the ratio of times.
     let of_native = wall.ratio(NATIVE, PASSTHROUGH);
     match kind {
         _ if id.ends_with("ext4") => {

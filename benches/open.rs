@@ -1,5 +1,5 @@
-//! What an open costs a client: open(2) and close(2) of a file on a real mount, by the way in which the
-//! server answers OPEN, and from which size and how many reads on passthrough pays.
+//! Measures what an open costs a client: open(2) and close(2) of a file on a real mount, for several ways
+//! to answer OPEN; and from which file size and number of reads passthrough is faster.
 //!
 //! `cargo bench --bench open [-- --quick] [-- PART]`, as root.
 
@@ -47,7 +47,7 @@ use ways::{ByHandles, EveryOpen, HardCoded, Plain, Table, Use};
 /// Opens in a row.
 const BATCH: usize = 100;
 const ROUNDS: usize = 1_500;
-/// For one part.
+/// The time limit for one part.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const HARD_CODED: &str = "one id, hard-coded";
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     let mut report = Report::new("open");
     match sandbox::enter() {
         Ok(()) => {
-            // The servers' threads and the clients inherit it.
+            // The servers' threads and the clients inherit the pinning.
             let pinned = cpu::pin();
             if let Some(pinned) = &pinned {
                 report.note(&format!(
@@ -95,10 +95,10 @@ fn run(report: &mut Report) {
     }
 }
 
-/// Whose file is on a tmpfs, of this size.
+/// Creates the backing file on a tmpfs, with this size.
 fn backing(sandbox: &Sandbox, bytes: u64) -> Result<PathBuf, Failed> {
     let path = sandbox.folder("backing")?.join("file");
-    // Written, since a hole is read at another speed.
+    // Written, because reads of a hole have another speed.
     std::fs::write(&path, vec![0x5a; bytes as usize])?;
     Ok(path)
 }
@@ -180,7 +180,7 @@ fn contest(
 
 const KEEP: &str = "plain FUSE, KEEP_CACHE";
 
-/// From which size on it pays to read a file once.
+/// One read of a file, by file size.
 fn by_bytes(report: &mut Report) -> Result<(), Failed> {
     let sizes = (12..=24).map(|power| 1_u64 << power);
     let points = sizes.map(|bytes| {
@@ -196,7 +196,7 @@ fn by_bytes(report: &mut Report) -> Result<(), Failed> {
     )
 }
 
-/// How often a small file is to be read.
+/// Repeated reads of a small file, by their number.
 fn by_passes(report: &mut Report) -> Result<(), Failed> {
     let passes = (0..=8).map(|power| 1_usize << power);
     let points = passes.map(|passes| {
@@ -244,7 +244,7 @@ fn break_even(
             (SHARE, table(Use::Share)?),
             (KEEP, plain(&sandbox, file, true)?),
         ];
-        // A batch of a millisecond or so.
+        // A batch takes about a millisecond.
         let moved = reading.bytes * reading.passes as u64;
         let batch = (1_000_000 / (20_000 + moved / 2)).clamp(1, 50) as usize;
         let comparison = contest("open, read, close", &servers, batch, reading, rounds)?;

@@ -1,16 +1,17 @@
-//! What clients pay for the mirror example, and for the passthrough filesystems of others, over one directory.
+//! Compares the mirror example with other passthrough filesystems, over one directory.
 //!
-//! `cargo bench --bench peers [-- --quick] [-- PART]`, as root. Peers are looked for in `PATH`, or where a variable
-//! says; the report names those that are missing. To get them:
+//! `cargo bench --bench peers [-- --quick] [-- PART]`, as root. Peers are searched for in `PATH`; a variable can
+//! name another program. The report names missing ones. To get them:
 //!
 //! - `passthrough_hp` (`FUSE_BACKING_PEER_HP`): from the sources of libfuse 3.18,
 //!   `meson setup --buildtype=release build && ninja -C build example/passthrough_hp`
 //! - `loopback` (`FUSE_BACKING_PEER_LOOPBACK`): from those of go-fuse 2.10, `go build ./example/loopback`
 //! - `mergerfs` (`FUSE_BACKING_PEER_MERGERFS`): its own packages, or from the sources of 2.42, `make NDEBUG=1`
 //!
-//! The first two cannot tell their version: `FUSE_BACKING_PEER_HP_VERSION` and `FUSE_BACKING_PEER_LOOPBACK_VERSION`
-//! do. `FUSE_BACKING_PEER_MIRROR` names another build of the mirror. Servers and clients share one CPU: with two, one
-//! run found a server 1.2 times as slow as another, and the next run 0.7 times, depending on where their threads ran.
+//! The first two do not report their version; set `FUSE_BACKING_PEER_HP_VERSION` and
+//! `FUSE_BACKING_PEER_LOOPBACK_VERSION`. `FUSE_BACKING_PEER_MIRROR` names another build of the mirror. Servers and
+//! clients share one CPU: with two, a server took 1.2 times as long as another in one run and 0.7 times in the next,
+//! depending on where their threads ran.
 
 #![allow(
     clippy::cast_precision_loss,
@@ -52,7 +53,7 @@ use server::{PEERS, Peer, Server};
 use support::{Comparison, Contest, Report, cpu};
 use worker::{DATA, FILES, OPERATIONS, Operation};
 
-/// For one part.
+/// The time limit for one part.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const NATIVE: &str = "native";
@@ -67,7 +68,7 @@ fn main() -> ExitCode {
     let peers = PEERS.map(|peer| (peer.program(), peer));
     match sandbox::enter() {
         Ok(()) => {
-            // Servers and clients inherit it.
+            // Servers and clients inherit the pinning.
             let _pinned = cpu::pin();
             if let Err(why) = run(&mut report, &peers) {
                 report.not_run("all of it", why.message().unwrap_or_default());
@@ -143,7 +144,7 @@ fn run(report: &mut Report, peers: &[(Result<PathBuf, String>, Peer)]) -> Result
     Ok(())
 }
 
-/// Ratios to native, of each server.
+/// Each server's ratios to native.
 fn measure(
     report: &mut Report,
     operation: &Operation,
@@ -162,7 +163,7 @@ fn measure(
         if server.is_some() {
             fuse::watched(&sandbox, folder)?;
         }
-        // Names come and go in a folder of the client's own, where no other server caches them.
+        // Each client creates names in its own folder, so that no other server caches them.
         let mut client = worker::start(operation, folder, name, server.map(Server::id))?;
         contest = contest.way(name, move || worker::batch(&mut client));
     }

@@ -1,8 +1,8 @@
-//! What the crate adds to an ioctl: BACKING_OPEN and BACKING_CLOSE through it, as libc, nix and fuser
-//! make them, and as the bare `syscall` instruction, on one mount and in one process.
+//! Measures what the crate adds to an ioctl: compares its BACKING_OPEN and BACKING_CLOSE with those of libc,
+//! nix, fuser and the bare `syscall` instruction, on one mount and in one process.
 //!
-//! `cargo bench --bench round_trip [-- --quick] [-- PART]`. Without root it measures the call that the
-//! kernel refuses, which takes nothing but an open of `/dev/fuse`.
+//! `cargo bench --bench round_trip [-- --quick] [-- PART]`. Without root, it measures only a call that the
+//! kernel rejects, which needs only an open `/dev/fuse`.
 
 #![allow(
     clippy::cast_precision_loss,
@@ -49,14 +49,14 @@ use peers::{FuserSession, libc_ioctl, nix_macros};
 use sandbox::Sandbox;
 use support::{Comparison, Contest, Report, cpu, per_op};
 
-/// Calls in a row. Ids come out of the kernel's tree in nodes of 64.
+/// Calls in a row. The kernel's tree of ids has nodes of 64.
 const BATCH: usize = 64;
 const ROUNDS: usize = 20_000;
-/// For one part.
+/// The time limit for one part.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 const BARE: &str = "syscall";
-/// The same once more, at another place in the program: what differs is the doing of code placement.
+/// The same call again, at another place in the program. Differences come from code placement.
 const CONTROL: &str = "syscall, again";
 const LIBC: &str = "libc";
 const NIX: &str = "nix";
@@ -95,7 +95,7 @@ fn main() -> ExitCode {
     report.finish()
 }
 
-/// The kernel's first check fails: the device is not attached. The crate goes on to find out why.
+/// The device is not attached, so the kernel's first check fails. The crate then finds out why.
 fn rejected(report: &mut Report) {
     let device = match FuseDevice::open() {
         Ok(device) => device,
@@ -140,7 +140,7 @@ fn accepted(report: &mut Report) -> Result<(), Failed> {
         id as i32
     };
     let bare_close = |id| assert_eq!(bare::close(fd, id), 0);
-    // Other messages, so that it stays code of its own.
+    // Different messages, so that the compiler does not merge this with the code above.
     let control_open = || {
         let id = bare::open(fd, backing);
         assert!(id > 0, "not registered: {id}");
@@ -220,7 +220,7 @@ fn against_all(report: &mut Report, what: &str, comparison: &Comparison) {
     }
 }
 
-/// A batch of opens, then as many closes.
+/// A batch of opens, then as many closes, timed separately.
 fn apart<T>(open: impl Fn() -> T, close: impl Fn(T)) -> impl FnMut() -> [f64; 2] {
     let mut ids = Vec::with_capacity(BATCH);
     move || {
@@ -234,7 +234,7 @@ fn apart<T>(open: impl Fn() -> T, close: impl Fn(T)) -> impl FnMut() -> [f64; 2]
     }
 }
 
-/// Each id is closed before the next one is opened; timed apart, and together.
+/// Closes each id before the next is opened. Times opens, closes, and pairs.
 fn in_turns<T>(open: impl Fn() -> T, close: impl Fn(T)) -> impl FnMut() -> [f64; 3] {
     move || {
         let (mut opening, mut closing) = (Duration::ZERO, Duration::ZERO);

@@ -1,6 +1,6 @@
-//! What the table costs, beside the cache that servers write by hand: `Mutex<HashMap<u64, Weak<_>>>`.
+//! Compares the table with the cache that servers usually write by hand: `Mutex<HashMap<u64, Weak<_>>>`.
 //!
-//! `cargo bench --bench table [-- --quick] [-- PART]`. Needs root: inodes are registered on a mount.
+//! `cargo bench --bench table [-- --quick] [-- PART]`. Needs root, to mount.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -49,9 +49,9 @@ const OPEN: &str = "open, with the server's fd";
 const PAIR: &str = "BACKING_OPEN and BACKING_CLOSE";
 
 const RDONLY: i32 = 0;
-/// For one part.
+/// The time limit for one part.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// In a batch.
+/// Operations in a batch.
 const OPS: usize = 1_000;
 const ROUNDS: usize = 4_000;
 
@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     report.finish()
 }
 
-/// The same inodes open in both, each kept open once.
+/// Both caches, with the same inodes open. Each inode is held open once.
 struct Open<'d> {
     usual: Usual<'d>,
     table: BackingTable<&'d Device>,
@@ -128,7 +128,7 @@ fn for_reading(file: &File) -> ServerFile<'_, &File> {
     ServerFile::new(file).access(Access::ReadOnly)
 }
 
-/// Inodes in an order without a pattern.
+/// Random inodes from the range.
 fn random(seed: u64, from: u64, inodes: u64) -> Vec<u64> {
     let mut random = Random(seed);
     (0..OPS).map(|_| from + random.next() % inodes).collect()
@@ -140,7 +140,7 @@ fn each(inodes: &[u64], mut op: impl FnMut(u64)) -> [f64; 1] {
     })]
 }
 
-/// Opens of inodes that are open, and their releases.
+/// Opens and releases of inodes that are open already.
 fn hot(report: &mut Report, device: &Device) -> Result<(), Failed> {
     const INODES: u64 = 1_000;
     let _pinned = cpu::pin();
@@ -172,12 +172,12 @@ fn hot(report: &mut Report, device: &Device) -> Result<(), Failed> {
 
 fn pair(device: &Device, file: impl AsFd) {
     let id = device.backing_open(&file).expect("registered");
-    // As soon as it is registered, where it was reopened.
+    // If `file` is a reopened fd, this closes it right after the registration.
     drop(file);
     device.backing_close(id).expect("closed");
 }
 
-/// As the table does where it is given no `O_PATH` fd.
+/// Reopens the file as the table does when it is given no `O_PATH` fd.
 fn reopened(file: &File) -> OwnedFd {
     let flags = OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let path = open_tree(file, "", flags).expect("an O_PATH fd");
@@ -187,7 +187,7 @@ fn reopened(file: &File) -> OwnedFd {
     path
 }
 
-/// The first open of an inode and its last release.
+/// First opens and last releases of inodes.
 fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
     let _pinned = cpu::pin();
     let mut open = Open::new(device, 0)?;
@@ -196,7 +196,7 @@ fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
         ("cold-many", report.args().size(1_000_000) as u64),
     ] {
         open.grow(among)?;
-        // Not those that are open, and each only once before all have had their turn.
+        // Inodes that are not open. Each is used once before any is used again.
         let fresh: Vec<_> = (among..among + 100).collect();
         let idle = BackingTable::new(device);
         idle.set_limit(usize::MAX);
@@ -232,10 +232,10 @@ fn cold(report: &mut Report, device: &Device) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Opens of open inodes by several threads: of one inode, and each of its own.
+/// Opens of open inodes by several threads: all of one inode, or each thread of its own inodes.
 fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
     const INODES: u64 = 1_000;
-    // Long enough that starting a thread late does not matter.
+    // Makes the batch long enough that a late start of a thread does not matter.
     const REPEAT: usize = 20;
     let open = Open::new(device, INODES)?;
     for count in 1..=4 {
@@ -263,7 +263,7 @@ fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
             let title = format!("{count} thread{s}, {what}");
             report.comparison(&format!("threads-{count}-{id}"), &title, &comparison);
             if id == "distinct" {
-                // It takes its lock once more than the usual cache.
+                // The table takes its lock once more than the usual cache.
                 let limit = if count == 1 { 1.45 } else { 1.0 };
                 report.surely_at_most(
                     &format!("{title}: {SHARE} / {USUAL}"),
@@ -276,7 +276,7 @@ fn many_threads(report: &mut Report, device: &Device) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Opens of open inodes at random, among more and more of them.
+/// Random opens of open inodes, among a growing number of them.
 fn sizes(report: &mut Report, device: &Device) -> Result<(), Failed> {
     let _pinned = cpu::pin();
     let mut open = Open::new(device, 0)?;
@@ -284,7 +284,7 @@ fn sizes(report: &mut Report, device: &Device) -> Result<(), Failed> {
     for size in [1_000, 10_000, 100_000, 1_000_000] {
         let size = report.args().size(size) as u64;
         open.grow(size)?;
-        // New ones each time: the last ones would still be in the CPU's caches.
+        // New inodes for each batch: the last ones would still be in the CPU's caches.
         let mut seed = 0;
         let mut inodes = || {
             seed += 1;

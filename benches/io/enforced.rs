@@ -1,4 +1,4 @@
-//! Whether reads are slower through an id that a thread in a Landlock domain has registered.
+//! Measures whether reads are slower through an id that a thread in a Landlock domain has registered.
 
 use std::fs::File;
 use std::sync::{Arc, OnceLock};
@@ -21,7 +21,7 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let sandbox = Sandbox::patient("enforced", PATIENCE)?;
     let path = sandbox.folder("source")?.join("data");
     make_data(&path)?;
-    // One file under two names: of two, one would have the better memory.
+    // One file under two names, because one of two files might lie better in memory.
     let file = File::open(path)?;
     let node = |name: &str| -> std::io::Result<Node> {
         let (name, backing) = (name.to_owned(), file.try_clone()?);

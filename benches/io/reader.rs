@@ -1,4 +1,4 @@
-//! The client, in a process of its own: reads or writes a file that it keeps open.
+//! The client, a separate process: reads or writes a file that it keeps open.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -71,7 +71,7 @@ impl Kind {
         if self.is_sequential() { 150 } else { 1_000 }
     }
 
-    /// By one thread, in a batch.
+    /// Calls of one thread in a batch.
     pub fn calls(self) -> usize {
         if self.is_sequential() { 32 } else { 500 }
     }
@@ -80,7 +80,7 @@ impl Kind {
 pub struct Reader(Client);
 
 impl Reader {
-    /// `cold`: the kernel is to forget what it has cached of the file before each batch.
+    /// `cold`: before each batch, the kernel drops the file's cached pages.
     pub fn start(path: &Path, kind: Kind, threads: usize, cold: bool) -> Result<Self, Failed> {
         let mut args = vec![path.as_os_str().to_owned(), OsString::from(kind.id())];
         args.push(threads.to_string().into());
@@ -89,8 +89,8 @@ impl Reader {
         Ok(Self(Client::start(ROLES[0].0, &args)?))
     }
 
-    /// Nanoseconds that one call of a batch took, and nanoseconds of CPU time: the client's and this process's,
-    /// in which the server is.
+    /// Nanoseconds per call of a batch, and nanoseconds of CPU time per call: the client's plus this process's, where
+    /// the server runs.
     pub fn batch(&mut self) -> [f64; 2] {
         let before = cpu_time();
         self.0.proceed().expect("the client lives");
@@ -104,7 +104,7 @@ impl Reader {
     }
 }
 
-/// A thread's own open of the file, and where it goes on.
+/// A thread's own open of the file, and its position.
 struct Worker {
     file: File,
     buffer: Vec<u8>,
@@ -117,7 +117,7 @@ fn read_or_write(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     let (path, threads, cold) = (&args[0], args[2].parse::<usize>()?, args[3] == "true");
     let kind = Kind::ALL.into_iter().find(|kind| kind.id() == args[1]);
     let kind = kind.ok_or("no such kind")?;
-    // A single thread is on the same CPU at every batch; the server is wherever the kernel puts it.
+    // A single thread runs on the same CPU in every batch; the kernel places the server.
     let _pinned = (threads == 1).then(cpu::pin);
 
     let calls = std::fs::metadata(path)?.len() / kind.length() as u64;
@@ -127,16 +127,16 @@ fn read_or_write(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
         workers.push(Mutex::new(Worker {
             file,
             buffer: vec![0x5a; kind.length()],
-            // Another order in every client: else one would find in the CPU's caches what the one before
-            // it has read.
+            // Another order in every client, so that none finds in the CPU's caches what another has
+            // just read.
             random: Random((u64::from(std::process::id()) << 8) | (index + 1)),
-            // Apart from each other.
+            // Threads start apart from each other.
             at: index * calls / threads as u64,
             calls,
         }));
     }
     if kind.reads() && !cold {
-        // What can be cached is: an open has made the kernel forget it.
+        // Fills the page cache, which the open has emptied.
         let file = &workers[0].lock().expect("no panic").file;
         std::io::copy(&mut &*file, &mut std::io::sink())?;
     }
@@ -157,7 +157,7 @@ fn read_or_write(args: &[String]) -> Result<String, Box<dyn std::error::Error>> 
     Ok(String::new())
 }
 
-/// Of this process, in nanoseconds.
+/// The CPU time of this process, in nanoseconds.
 fn cpu_time() -> f64 {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     time.tv_sec as f64 * 1e9 + time.tv_nsec as f64

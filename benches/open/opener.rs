@@ -1,4 +1,4 @@
-//! The client, in a process of its own: opens a file, reads it or not, and closes it, over and over.
+//! The client, a separate process: opens a file, possibly reads it, and closes it, over and over.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,11 +16,11 @@ pub const ROLES: &[(&str, Role)] = &[("open-and-close", open_and_close)];
 /// The largest read.
 const CHUNK: usize = 128 << 10;
 
-/// What is done with the file between open and close.
+/// What the client reads between open and close.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
     pub bytes: u64,
-    /// From start to end, so many times.
+    /// How many times the file is read from start to end.
     pub passes: usize,
 }
 
@@ -42,7 +42,7 @@ impl Opener {
         Ok(Self(Client::start(ROLES[0].0, &args)?))
     }
 
-    /// Nanoseconds that one open and close took, of a batch of them.
+    /// Runs a batch. Returns nanoseconds per open and close.
     pub fn batch(&mut self) -> f64 {
         self.0.proceed().expect("the client lives");
         let line = self.0.line().expect("the client answers");

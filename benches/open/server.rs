@@ -1,8 +1,7 @@
-//! A FUSE server of one file, with as little as possible between a request and its reply: whatever
-//! differs between two of them is what answers OPEN and RELEASE.
+//! A minimal FUSE server of one file. Two servers differ only in how they answer OPEN and RELEASE.
 //!
-//! Names are cached by the kernel, and FLUSH is not implemented, of which the kernel takes note. So a
-//! client's open and close are an OPEN and a RELEASE.
+//! The kernel caches names. FLUSH is not implemented, which the kernel remembers. So a client's open and
+//! close cause exactly one OPEN and one RELEASE.
 
 use std::fs::File;
 use std::io::Write;
@@ -28,7 +27,7 @@ pub type Device = Arc<FuseDevice>;
 pub const NAME: &str = "file";
 const NODE: u64 = 2;
 
-/// What a server answers OPEN with, and does at RELEASE. Called by one thread.
+/// How a server answers OPEN, and what it does at RELEASE. Called by one thread.
 pub trait Opens: Send {
     fn open(&mut self, client_flags: u32) -> Answer;
     fn release(&mut self, fh: u64);
@@ -49,7 +48,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// `make` gets the device when INIT is answered, when it can register.
+    /// `make` gets the device after INIT is answered, when files can be registered.
     pub fn start<O: Opens + 'static>(
         sandbox: &Sandbox,
         file: &Path,
@@ -118,7 +117,7 @@ const IN_HEADER: usize = 40;
 const OUT_HEADER: usize = 16;
 /// The largest READ and WRITE.
 const LARGEST: usize = 1 << 20;
-/// Seconds for which the kernel may rely on a name and on attributes.
+/// How long the kernel may cache names and attributes, in seconds.
 const VALID: u64 = 3_600;
 
 const ASYNC_READ: u64 = 1;
@@ -159,7 +158,7 @@ fn send(device: &Device, request: &[u8], reply: &mut [u8], error: i32) {
     reply[..4].copy_from_slice(&length);
     reply[4..8].copy_from_slice(&(-error).to_ne_bytes());
     reply[8..16].copy_from_slice(&request[8..16]);
-    // It fails if the connection was aborted.
+    // Fails if the connection was aborted.
     let _ = rustix::io::write(device.as_fd(), reply);
 }
 

@@ -28,7 +28,7 @@ fn file(path: &Path) -> Result<File, Failed> {
     Ok(File::options().read(true).write(true).open(path)?)
 }
 
-/// Everything through the server.
+/// Plain FUSE: the server answers all reads.
 pub struct Plain {
     pub keep_cache: bool,
 }
@@ -45,10 +45,10 @@ impl Opens for Plain {
     fn release(&mut self, _: u64) {}
 }
 
-/// One id that is registered at the start and named in every reply: what nothing can be faster than.
+/// One id, registered at the start and named in every reply. No server can be faster.
 pub struct HardCoded {
     id: BackingFile<Device>,
-    /// The server opens the file itself at every OPEN, for the errno that the client should get.
+    /// If set, the server opens the file itself at every OPEN, to return the true errno.
     own: Option<PathBuf>,
     opened: Slots<File>,
 }
@@ -78,7 +78,7 @@ impl Opens for HardCoded {
     }
 }
 
-/// No bookkeeping: each open registers the file and each release closes the id.
+/// Without bookkeeping: each OPEN registers the file and each RELEASE closes the id.
 pub struct EveryOpen {
     device: Device,
     file: File,
@@ -111,13 +111,13 @@ impl Opens for EveryOpen {
 /// How the table is used.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Use {
-    /// Nobody else has the file open: each open registers it.
+    /// The file is not open already, so each OPEN registers it.
     Cold,
-    /// Somebody has, and the server asks the table alone.
+    /// The file is open already, and the server calls `share` first.
     Share,
-    /// Somebody has, and the server opens the file itself first.
+    /// The file is open already, and the server opens it itself first.
     OwnOpen,
-    /// Nobody else has, but the table keeps the id.
+    /// The file is not open already, but the table keeps the idle id.
     Idle,
 }
 
@@ -126,7 +126,7 @@ pub struct Table {
     usage: Use,
     path: PathBuf,
     file: File,
-    /// For whom the file is hot.
+    /// Keeps the file hot.
     _held: Option<OpenFile<Device>>,
     opened: Slots<(OpenFile<Device>, Option<File>)>,
 }
@@ -184,14 +184,14 @@ impl Opens for Table {
     }
 }
 
-/// The crate's file handles: the server opens the file itself first. Somebody has it open.
+/// The crate's `Handles`: the server opens the file itself first. The file is open already.
 pub struct ByHandles {
     handles: Handles<Device>,
     path: PathBuf,
     known: Option<Known>,
 }
 
-/// What a server has found out that keeps an `O_PATH` fd of each inode.
+/// What a server that keeps an `O_PATH` fd of each inode knows of it.
 struct Known {
     path_fd: OwnedFd,
     metadata: Metadata,
@@ -200,7 +200,7 @@ struct Known {
 impl ByHandles {
     pub fn new(device: &Device, path: &Path, known: bool) -> Result<Self, Failed> {
         let handles = Handles::new(BackingTable::new(Arc::clone(device)));
-        // For whom the file is hot: it is never released.
+        // Keeps the file hot: it is never released.
         let held = handles.open(&INODE, libc::O_RDWR, file(path)?, FopenFlags::empty())?;
         assert!(held.backing_id.is_some(), "it is passed through");
         let look = || {
@@ -236,7 +236,7 @@ impl Opens for ByHandles {
     }
 }
 
-/// What is kept under a file handle.
+/// Values by file handle.
 struct Slots<T> {
     slots: Vec<Option<T>>,
     free: Vec<usize>,

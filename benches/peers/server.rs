@@ -1,4 +1,4 @@
-//! The servers, in processes of their own: where they are, their start and their end.
+//! The servers, which are separate processes: finds, starts and ends them.
 
 use std::env;
 use std::fs::{self, File};
@@ -20,15 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Peer {
     pub name: &'static str,
-    /// Completes `FUSE_BACKING_PEER_`, the variable that names the program.
+    /// The suffix of the variable `FUSE_BACKING_PEER_*` that names the program.
     variable: &'static str,
-    /// `SRC` and `MNT` stand for the folders.
+    /// Arguments. `SRC` and `MNT` stand for the folders.
     pub args: &'static str,
-    /// The ways to run it: what comes before `args`.
+    /// The ways to run it: arguments that precede `args`.
     pub ways: &'static [&'static str],
 }
 
-/// All check permissions in the kernel (`default_permissions`).
+/// All of them let the kernel check permissions (`default_permissions`).
 pub const PEERS: [Peer; 4] = [
     Peer {
         name: "mirror",
@@ -51,7 +51,7 @@ pub const PEERS: [Peer; 4] = [
     Peer {
         name: "mergerfs",
         variable: "MERGERFS",
-        // By default it creates files only where 4 GiB are free. It raises its own priority, to nice -10.
+        // By default, mergerfs creates files only where 4 GiB are free. It raises its own priority, to nice -10.
         args: "-f -o minfreespace=0 SRC MNT",
         ways: &["", "-o passthrough.io=rw,cache.files=auto-full"],
     },
@@ -89,7 +89,7 @@ impl Peer {
     }
 }
 
-/// Of this checkout, in the bench's own profile: `cargo bench --bench peers` alone builds no example.
+/// Builds the mirror of this checkout in the bench's profile, because `cargo bench --bench peers` builds no example.
 fn build_mirror() -> Result<PathBuf, String> {
     let mut build = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()));
     build.args(["build", "--quiet", "--example", "mirror"]);
@@ -105,7 +105,7 @@ fn build_mirror() -> Result<PathBuf, String> {
         .ok_or_else(|| format!("{build:?} failed"))
 }
 
-/// Ended when dropped.
+/// A running server. Dropping it unmounts and ends it.
 pub struct Server {
     child: Child,
     pub mountpoint: PathBuf,
@@ -114,7 +114,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Returns once INIT is answered. Fails if the server ends before, with what it said.
+    /// Returns once INIT is answered. If the server ends before that, fails with its message.
     pub fn start(name: &str, program: &Path, args: &str, source: &Path) -> Result<Self, Failed> {
         let sandbox = Sandbox::new(name)?;
         let mountpoint = sandbox.folder("mount")?;
@@ -165,7 +165,7 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Abort first: after it, nothing on the mount can hang.
+        // Aborts first, so that nothing on the mount can hang afterwards.
         if let Some(abort) = &self.abort {
             let _ = abort.as_ref().write_all(b"1");
         }

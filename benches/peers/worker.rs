@@ -1,4 +1,4 @@
-//! The client, in a process of its own: does one operation over and over.
+//! The client, a separate process: does one operation over and over.
 
 #![allow(unsafe_code)]
 
@@ -16,20 +16,20 @@ use crate::support::per_op;
 
 pub const ROLES: &[(&str, Role)] = &[("operate", operate)];
 
-/// In a batch. RELEASE is sent after close(2) has returned, so a single file that is opened again and again would
-/// not be cold.
+/// Files in a batch. The kernel sends RELEASE after close(2) has returned, so a single file that is opened again and
+/// again would not be cold.
 pub const FILES: usize = 64;
 pub const DATA: usize = 128 << 20;
 
-/// Its id, its size, and the steps of a batch, of which the middle one is measured.
+/// The id, the size, and the three steps of a batch. Only the middle step is measured.
 pub struct Operation(pub &'static str, pub Size, pub [fn(&mut Worker); 3]);
 
 #[derive(Clone, Copy)]
 pub struct Size {
     pub rounds: usize,
-    /// In a batch.
+    /// Calls in a batch.
     calls: usize,
-    /// Of a read or write.
+    /// Bytes of a read or write.
     bytes: usize,
 }
 
@@ -58,7 +58,7 @@ const fn size(rounds: usize, calls: usize, bytes: usize) -> Size {
     }
 }
 
-/// `own`: the name of a folder that no other client uses. `server`: the process that serves this one.
+/// `own`: the name of a folder that no other client uses. `server`: the process id of the server, if any.
 pub fn start(
     operation: &Operation,
     folder: &Path,
@@ -75,7 +75,7 @@ pub fn start(
     Client::start(ROLES[0].0, &args)
 }
 
-/// Nanoseconds that one call of a batch took, and nanoseconds of CPU time, of client and server.
+/// Runs a batch. Returns nanoseconds per call, and nanoseconds of CPU time per call, of client and server together.
 pub fn batch(client: &mut Client) -> [f64; 2] {
     client.proceed().expect("the client lives");
     let line = client.line().expect("the client answers");
@@ -85,9 +85,9 @@ pub fn batch(client: &mut Client) -> [f64; 2] {
 }
 
 pub struct Worker {
-    /// Of all clients.
+    /// Files that all clients share.
     paths: Vec<PathBuf>,
-    /// This client's own.
+    /// This client's own files.
     own: Vec<PathBuf>,
     data: File,
     size: Size,
@@ -114,7 +114,7 @@ fn operate(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
             .open(folder.join("data"))?,
         size,
         buffer: vec![0x5a; size.bytes],
-        // Another order in every client: else one would find in the CPU's caches what the one before it has read.
+        // Another order in every client, so that none finds in the CPU's caches what another has just read.
         random: Random(u64::from(std::process::id())),
         at: 0,
     };
@@ -147,7 +147,7 @@ fn clock_of(process: libc::pid_t) -> std::io::Result<libc::clockid_t> {
     }
 }
 
-/// In nanoseconds.
+/// The CPU time of a clock, in nanoseconds.
 fn time(clock: libc::clockid_t) -> f64 {
     let mut time = libc::timespec {
         tv_sec: 0,

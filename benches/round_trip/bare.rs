@@ -1,4 +1,4 @@
-//! The system call itself: what nothing can be faster than.
+//! The bare system call. Nothing can be faster.
 
 #![allow(unsafe_code)]
 
@@ -24,7 +24,7 @@ impl Map {
     }
 }
 
-/// What the kernel returned: the id, or an errno, negated.
+/// Returns what the kernel returns: the id, or a negated errno.
 #[inline]
 pub fn open(device: BorrowedFd<'_>, file: BorrowedFd<'_>) -> isize {
     let map = Map::new(file);

@@ -1,5 +1,4 @@
-//! What ids that are registered already add to the cost of the next one, and what they take of the
-//! kernel's memory.
+//! Measures how live ids affect the cost of the next one, and how much kernel memory they take.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -14,7 +13,7 @@ use crate::support::{Contest, Report};
 use crate::{PATIENCE, ROUNDS, apart};
 
 const LIVE: [usize; 4] = [0, 1_000, 100_000, 1_000_000];
-/// What the others are compared with.
+/// The baseline.
 const FEW: usize = 1_000;
 
 pub fn run(report: &mut Report) -> Result<(), Failed> {
@@ -30,7 +29,7 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         let before = slab();
         let mut progress = Progress::new(format!("{live} ids"), live);
         for _ in 0..live {
-            // They end with the connection.
+            // The ids end with the connection.
             let _ = device.backing_open(&file)?.into_raw();
             progress.step();
         }
@@ -75,7 +74,7 @@ fn name(live: usize) -> String {
     format!("{live} live")
 }
 
-/// Bytes. What the kernel allocates for an id is in its slabs.
+/// The size of the kernel's slabs in bytes. They contain what the kernel allocates for an id.
 fn slab() -> Option<i64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo

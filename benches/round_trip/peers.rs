@@ -1,4 +1,4 @@
-//! The same two calls as others make them: libc, nix and fuser.
+//! The same two calls through libc, nix and fuser.
 
 #![allow(unsafe_code)]
 
@@ -37,7 +37,10 @@ pub mod libc_ioctl {
 pub mod nix_macros {
     use super::*;
 
-    #[allow(clippy::multiple_unsafe_ops_per_block, reason = "the macros' own")]
+    #[allow(
+        clippy::multiple_unsafe_ops_per_block,
+        reason = "nix's macros generate it"
+    )]
     mod generated {
         nix::ioctl_write_ptr!(backing_open, 229, 1, super::Map);
         nix::ioctl_write_ptr!(backing_close, 229, 2, u32);
@@ -57,8 +60,8 @@ pub mod nix_macros {
     }
 }
 
-/// A mount that fuser serves, with an OPEN that is not answered: its reply is the one public way to
-/// fuser's `BackingId`, and is good for any number of them.
+/// A mount that fuser serves, with an unanswered OPEN. Its `ReplyOpen` is the only public way to make
+/// fuser's `BackingId`, and can make any number of them.
 pub struct FuserSession {
     pub reply: Option<fuser::ReplyOpen>,
     pub device: FuseDevice,
@@ -68,9 +71,9 @@ pub struct FuserSession {
     client: Option<Client>,
 }
 
-/// The part of the client process.
+/// The role of the client process.
 pub fn open_and_wait(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
-    // Answered when the measurement is over.
+    // The open returns when the measurement is over.
     Ok(format!("{:?}", std::fs::File::open(&args[0])))
 }
 
@@ -118,7 +121,7 @@ impl Drop for FuserSession {
     }
 }
 
-/// Hands the reply of an OPEN out.
+/// Sends the `ReplyOpen` of an OPEN to the bench.
 struct OneFile(Sender<fuser::ReplyOpen>);
 
 impl fuser::Filesystem for OneFile {

@@ -1,4 +1,4 @@
-//! What it costs to register with fewer rights.
+//! Measures what it costs to register with fewer rights.
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -45,7 +45,8 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         .way(PLAIN, many(device, file, long))
         .way(AROUND, many(&around, file, long))
         .run(report.args().rounds(100));
-    // Each in a thread of its own, which stays lowered. One that keeps CAP_SETUID is looked at each time.
+    // Each runs in its own thread, which stays lowered. For a thread that keeps CAP_SETUID, the rights are checked
+    // at each call.
     let once = |keep| {
         thread::scope(|scope| {
             let measured = scope.spawn(move || {
@@ -100,7 +101,7 @@ fn both<'a>(registrar: &'a impl Register, file: BorrowedFd<'a>) -> impl FnMut() 
     in_turns(open, move |id| registrar.unregister(id).expect("closed"))
 }
 
-/// Pairs in a row.
+/// Registers and unregisters `count` times in a row.
 fn many<'a>(
     registrar: &'a impl Register,
     file: BorrowedFd<'a>,

@@ -1,9 +1,9 @@
-//! What a bench is asked to do.
+//! The command line of a bench.
 
-/// How much of it.
+/// How long to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effort {
-    /// Without `--bench`, as `cargo test --benches` runs it: to see that it works.
+    /// Without `--bench`, as `cargo test --benches` runs it: only checks that the bench works.
     Smoke,
     /// `--quick`
     Quick,
@@ -13,7 +13,7 @@ pub enum Effort {
 #[derive(Clone, Debug)]
 pub struct Args {
     pub effort: Effort,
-    /// Parts whose id contains one of these; all, if there is none.
+    /// Run only parts whose id contains one of these. If empty, run all parts.
     filters: Vec<String>,
 }
 
@@ -25,7 +25,7 @@ impl Args {
             match arg.as_str() {
                 "--bench" => bench = true,
                 "--quick" => quick = true,
-                // `cargo test` hands its harnesses' options to benches as well.
+                // `cargo test` passes its harness options to benches too.
                 option if option.starts_with('-') => eprintln!("ignoring option {option}"),
                 _ => filters.push(arg),
             }
@@ -42,7 +42,7 @@ impl Args {
         self.filters.is_empty() || self.filters.iter().any(|filter| id.contains(filter))
     }
 
-    /// How many rounds, where a full run has this many.
+    /// The number of rounds, given that of a full run.
     pub fn rounds(&self, full: usize) -> usize {
         match self.effort {
             Effort::Smoke => 3,
@@ -51,7 +51,7 @@ impl Args {
         }
     }
 
-    /// What to set up in which number, where a full run has this many.
+    /// The number of items to set up, given that of a full run.
     pub fn size(&self, full: usize) -> usize {
         match self.effort {
             Effort::Smoke => full.min(1_000),

@@ -1,11 +1,11 @@
-//! Ways to do one thing, which take turns.
+//! Compares ways to do the same thing: they take turns.
 
 use std::time::Instant;
 
 use super::progress::Progress;
 use super::stats::Interval;
 
-/// Nanoseconds that one of `ops` operations takes.
+/// Nanoseconds per operation of a batch of `ops`.
 #[inline]
 pub fn per_op(ops: usize, batch: impl FnOnce()) -> f64 {
     let start = Instant::now();
@@ -13,8 +13,8 @@ pub fn per_op(ops: usize, batch: impl FnOnce()) -> f64 {
     start.elapsed().as_nanos() as f64 / ops as f64
 }
 
-/// A batch gives a figure for each of `N` phases, in nanoseconds most often: those of opening and
-/// those of closing, say.
+/// Each batch returns one figure for each of `N` phases, usually in nanoseconds: for example one for
+/// opening and one for closing.
 pub struct Contest<'a, const N: usize> {
     phases: [&'static str; N],
     ways: Vec<(String, Batch<'a, N>)>,
@@ -30,15 +30,15 @@ impl<'a, const N: usize> Contest<'a, N> {
         }
     }
 
-    /// The first one is what the others are compared with.
+    /// Adds a way. The first way is the baseline.
     #[must_use]
     pub fn way(mut self, name: impl Into<String>, batch: impl FnMut() -> [f64; N] + 'a) -> Self {
         self.ways.push((name.into(), Box::new(batch)));
         self
     }
 
-    /// Each round runs one batch of every way, in an order that is drawn anew: nobody always comes
-    /// first, or after the one that leaves the colder caches.
+    /// Each round runs one batch of every way, in a new random order, so that no way always comes first
+    /// or always after the way that leaves the coldest caches.
     pub fn run(mut self, rounds: usize) -> [Comparison; N] {
         let mut comparisons = self.phases.map(|phase| Comparison {
             phase,
@@ -72,7 +72,7 @@ impl<'a, const N: usize> Contest<'a, N> {
     }
 }
 
-/// What came of one phase.
+/// The results of one phase.
 #[derive(Clone, Debug)]
 pub struct Comparison {
     pub phase: &'static str,
@@ -97,7 +97,7 @@ impl Comparison {
         self.ways.first().map_or(0, |way| way.samples.len())
     }
 
-    /// Of the ratios in each round.
+    /// The median of the ratios within each round.
     pub fn ratio(&self, of: &str, to: &str) -> Interval {
         let ratios = self.get(of).samples.iter().zip(&self.get(to).samples);
         Interval::of_median(ratios.map(|(of, to)| of / to).collect())
@@ -113,7 +113,7 @@ impl Comparison {
     }
 }
 
-/// xorshift64: nothing depends on its quality, and every run has the same order.
+/// xorshift64. Its quality does not matter; a fixed seed gives every run the same order.
 pub struct Random(pub u64);
 
 impl Random {
@@ -124,7 +124,7 @@ impl Random {
         self.0
     }
 
-    /// Fisher and Yates.
+    /// The Fisher-Yates shuffle.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for last in (1..items.len()).rev() {
             items.swap(last, (self.next() % (last as u64 + 1)) as usize);

@@ -1,4 +1,4 @@
-//! Which CPU the bench runs on.
+//! Pins benches to CPUs.
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -10,13 +10,13 @@ pub struct Pinned {
     pub cpu: usize,
 }
 
-/// On the last CPU that the process may use: the first often has the interrupts.
+/// Pins to the last CPU that the process may use, because the first often handles the interrupts.
 pub fn pin() -> Option<Pinned> {
     pin_nth(0)
 }
 
-/// On the `n`th CPU from the last, or from there on again: each of several threads on one of its own,
-/// where the scheduler might take longer to spread them than they run.
+/// Pins to the `n`th CPU from the last, modulo their number. With it, each of several threads gets its
+/// own CPU; the scheduler might take longer to spread the threads than they run.
 pub fn pin_nth(n: usize) -> Option<Pinned> {
     let before = sched_getaffinity(None).ok()?;
     let cpus: Vec<_> = (0..CpuSet::MAX_CPU)

@@ -1,4 +1,4 @@
-//! What the figures are from.
+//! The machine and tools that the figures come from.
 
 use std::fs;
 use std::process::Command;
@@ -69,7 +69,7 @@ fn cpu() -> String {
     format!("{model}{guest}")
 }
 
-/// That of the cargo which runs this bench.
+/// The rustc of the cargo that runs this bench.
 fn rustc() -> String {
     let version = Command::new("rustc").arg("--version").output();
     let version = version
@@ -81,14 +81,14 @@ fn rustc() -> String {
     })
 }
 
-/// In UTC.
+/// The date in UTC.
 fn today() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     let (year, month, day) = civil(since.map_or(0, |since| since.as_secs() / 86_400));
     format!("{year}-{month:02}-{day:02}")
 }
 
-/// Days since 1970 as a date: years start in March, so that the leap day is their last.
+/// Converts days since 1970 to a date. Internally years start in March, so that the leap day is their last day.
 fn civil(days: u64) -> (u64, u64, u64) {
     let days = days + 719_468;
     let (era, day) = (days / 146_097, days % 146_097);

@@ -1,6 +1,6 @@
-//! The harness: ways to do one thing take turns in small batches of one process, and what is reported
-//! are the ratios within each round. Absolute times on a shared machine say little; a ratio of two
-//! batches that ran within the same millisecond does.
+//! The bench harness. Ways to do the same thing take turns in small batches in one process, and the
+//! report has the ratios within each round. Absolute times on a shared machine say little; the ratio
+//! of two batches that ran within the same millisecond says more.
 //!
 //! ```text
 //! let mut report = Report::new("name");

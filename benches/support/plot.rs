@@ -1,4 +1,4 @@
-//! Plots, as SVG.
+//! Plots in SVG.
 
 use std::error::Error;
 use std::ops::Range;
@@ -21,22 +21,22 @@ pub struct Lines {
     pub x: Axis,
     pub y: Axis,
     pub series: Vec<Series>,
-    /// Horizontal lines to compare with.
+    /// Horizontal reference lines.
     pub levels: Vec<(String, f64)>,
 }
 
 pub struct Axis {
-    /// With the unit.
+    /// Includes the unit.
     pub label: String,
     pub scale: Scale,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
-    /// From 0.
+    /// Starts at 0.
     Linear,
     Log,
-    /// Logarithmic, with powers of two.
+    /// Logarithmic, marked at powers of two.
     Bytes,
 }
 
@@ -65,8 +65,8 @@ impl Axis {
         }
     }
 
-    /// plotters has a type for each kind of axis; all are drawn as linear ones, of the logarithm where
-    /// that is wanted, with marks of our own.
+    /// The position of a value on the axis. plotters has a type for each kind of axis; here all are
+    /// linear, of the logarithm where needed, with our own marks.
     fn place(&self, value: f64) -> f64 {
         match self.scale {
             Scale::Linear => value,
@@ -89,7 +89,7 @@ impl Axis {
         }
     }
 
-    /// Where the axis has a figure.
+    /// The positions that get a label.
     fn marks(&self, range: &Range<f64>) -> Vec<f64> {
         let decades = || (range.start.floor() as i32)..=(range.end.ceil() as i32);
         let marks: Vec<f64> = match self.scale {
@@ -132,7 +132,7 @@ impl Axis {
     }
 }
 
-/// At 1, 2 or 5 times a power of ten.
+/// Marks at multiples of 1, 2 or 5 times a power of ten.
 fn linear_marks(range: &Range<f64>) -> Vec<f64> {
     let rough = (range.end - range.start) / 8.0;
     let power = 10_f64.powf(rough.log10().floor());
@@ -146,7 +146,7 @@ fn linear_marks(range: &Range<f64>) -> Vec<f64> {
     (first..=last).map(|index| index as f64 * step).collect()
 }
 
-/// The ratio of each way as a dot, with its interval.
+/// Draws the ratio of each way as a dot with its interval.
 pub fn ratios(path: &Path, title: &str, label: &str, ways: &[(String, Interval)]) {
     let size = (900, 120 + 34 * ways.len() as u32);
     draw(path, size, |area| draw_ratios(&area, title, label, ways));
@@ -158,7 +158,7 @@ pub fn lines(path: &Path, lines: &Lines) {
 
 fn draw(path: &Path, size: (u32, u32), content: impl FnOnce(Area<'_>) -> Drawn) {
     let area = SVGBackend::new(path, size).into_drawing_area();
-    // The figures are in the tables: a plot that cannot be drawn ends nothing.
+    // A failed plot does not end the bench: the tables have the figures.
     if let Err(error) = content(area) {
         eprintln!("{}: {error}", path.display());
     }
@@ -172,7 +172,7 @@ fn draw_ratios(area: &Area<'_>, title: &str, label: &str, ways: &[(String, Inter
     let count = ways.len() as f64;
     let range = low - margin..high + margin;
     let marks = linear_marks(&range);
-    // Ways are at whole numbers, from the top down.
+    // Ways are at whole numbers, from top to bottom.
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 20))
         .margin(12)
@@ -212,7 +212,7 @@ fn draw_ratios(area: &Area<'_>, title: &str, label: &str, ways: &[(String, Inter
     Ok(())
 }
 
-/// A linear axis with marks at given places.
+/// A linear axis with given marks.
 struct Marked {
     range: Range<f64>,
     marks: Vec<f64>,
@@ -236,7 +236,7 @@ impl Ranged for Marked {
     }
 }
 
-/// What the names of series need, to the right of the lines.
+/// The width of the legend to the right of the lines, in pixels.
 const LEGEND: u32 = 230;
 
 fn draw_lines(area: &Area<'_>, lines: &Lines) -> Drawn {
@@ -302,7 +302,7 @@ fn draw_lines(area: &Area<'_>, lines: &Lines) -> Drawn {
     Ok(())
 }
 
-/// Okabe and Ito's, which can be told apart by whoever does not see all colours.
+/// The palette of Okabe and Ito, which colour-blind readers can distinguish.
 fn color(index: usize) -> RGBColor {
     const COLORS: [RGBColor; 7] = [
         RGBColor(0, 114, 178),
@@ -330,7 +330,7 @@ fn format_number(number: f64) -> String {
     } else {
         &text
     };
-    // 1000000 as 1 000 000.
+    // Groups digits: 1000000 becomes 1 000 000.
     let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
     let mut grouped = String::new();
     for (index, digit) in whole.chars().enumerate() {

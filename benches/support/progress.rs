@@ -1,4 +1,4 @@
-//! That it still runs, and for how long it will.
+//! Shows progress and the time left on stderr.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ pub struct Progress {
     start: Instant,
     told: Instant,
     every: Duration,
+    /// A line on the terminal has to be erased at the end.
     line: bool,
 }
 
@@ -37,7 +38,7 @@ impl Progress {
             self.start.elapsed().as_secs_f64() / self.done as f64 * (self.total - self.done) as f64;
         let (what, percent) = (&self.what, 100 * self.done / self.total);
         let text = format!("{what}: {percent} %, {left:.0} s left");
-        // A terminal's line is written over.
+        // On a terminal, each message overwrites the last.
         if stderr().is_terminal() {
             eprint!("\r{text:<78}");
             let _ = stderr().flush();

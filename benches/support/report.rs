@@ -1,5 +1,5 @@
-//! What a bench found: printed as it comes, and written to `target/fuse-backing-bench/` as JSON,
-//! Markdown and plots, each bench's own and a summary of all that have run.
+//! The report of a bench: printed during the run, and written to `target/fuse-backing-bench/` as
+//! JSON, Markdown and plots, with a summary of all benches that have run.
 
 use std::fmt::Write;
 use std::fs;
@@ -26,11 +26,11 @@ pub struct Report {
     not_run: Vec<Value>,
 }
 
-/// What is to be reached, and was or was not.
+/// A target, and whether it was met.
 struct Bound {
     what: String,
     measured: Interval,
-    /// `≤ 1.01`
+    /// For example `≤ 1.01`.
     limit: String,
     met: bool,
 }
@@ -38,11 +38,11 @@ struct Bound {
 impl Report {
     pub fn new(bench: &'static str) -> Self {
         let args = Args::parse();
-        // Cargo's word for where the build goes, CARGO_TARGET_DIR included.
+        // The target folder, which respects CARGO_TARGET_DIR.
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent();
         let mut folder = target.expect("it has a parent").join("fuse-backing-bench");
         if args.effort == Effort::Smoke {
-            // Not over what was measured in earnest.
+            // Does not overwrite results of real runs.
             folder.push("smoke");
         }
         fs::create_dir_all(&folder).expect("the report's folder");
@@ -68,12 +68,12 @@ impl Report {
         &self.args
     }
 
-    /// Whether to run a part; ids are what filters are held against.
+    /// Whether to run the part with this id.
     pub fn wants(&self, id: &str) -> bool {
         self.args.wants(id)
     }
 
-    /// Runs a part that is wanted, or says why it could not be.
+    /// Runs a part if it is wanted. If it fails, reports it as not run, with the reason.
     pub fn part(
         &mut self,
         id: &str,
@@ -103,12 +103,12 @@ impl Report {
         self.not_run.push(json!({ "what": what, "why": why }));
     }
 
-    /// A table and a plot of the ways' ratios to the first one.
+    /// Adds a table and a plot of the ways' ratios to the first way.
     pub fn comparison(&mut self, id: &str, heading: &str, comparison: &Comparison) {
         self.comparison_of(id, heading, comparison, "ns", None);
     }
 
-    /// With the ratio of one way, `ours`, to each of the others as well.
+    /// Like `comparison`, and also has the ratio of one way, `ours`, to each other way.
     pub fn comparison_of(
         &mut self,
         id: &str,
@@ -182,7 +182,7 @@ impl Report {
         }));
     }
 
-    /// Figures that are no comparison. `data` goes into the JSON.
+    /// Adds a table of figures without a comparison. `data` goes into the JSON.
     pub fn table(
         &mut self,
         id: &str,
@@ -214,19 +214,19 @@ impl Report {
         }));
     }
 
-    /// A median that must not be larger.
+    /// A target: the median is at most `limit`.
     pub fn at_most(&mut self, what: &str, measured: Interval, limit: f64) {
         let met = measured.median <= limit;
         self.bound(what, measured, format!("≤ {limit}"), met);
     }
 
-    /// The same of the upper end of the interval.
+    /// A target: the upper end of the interval is at most `limit`.
     pub fn surely_at_most(&mut self, what: &str, measured: Interval, limit: f64) {
         let met = measured.high <= limit;
         self.bound(what, measured, format!("upper end ≤ {limit}"), met);
     }
 
-    /// A median that must not be smaller.
+    /// A target: the median is at least `limit`.
     pub fn at_least(&mut self, what: &str, measured: Interval, limit: f64) {
         let met = measured.median >= limit;
         self.bound(what, measured, format!("≥ {limit}"), met);
@@ -248,14 +248,14 @@ impl Report {
         self.say(&format!("### {heading}\n"));
     }
 
-    /// Where a plot goes, and its name.
+    /// The path of a plot, and its file name.
     fn plot_path(&self, id: &str) -> (PathBuf, String) {
         let name = format!("{}-{id}.svg", self.bench);
         (self.folder.join(&name), name)
     }
 
-    /// Writes it all. A bound that was missed fails nothing: the figures stand in the report, and it is
-    /// the machine's doing as often as the code's.
+    /// Writes the files. A missed target does not fail the bench: the report shows it, and the machine
+    /// causes it as often as the code.
     pub fn finish(mut self) -> ExitCode {
         if !self.bounds.is_empty() {
             self.heading("Targets");
@@ -314,7 +314,7 @@ fn write_json(path: &Path, json: &Value) -> std::io::Result<()> {
     fs::write(path, format!("{json:#}\n"))
 }
 
-/// `summary.md` and `summary.json`, from what the benches have written so far.
+/// Writes `summary.md` and `summary.json` from what the benches have written so far.
 fn summarize(folder: &Path) -> std::io::Result<()> {
     let mut benches = serde_json::Map::new();
     let mut names: Vec<_> = fs::read_dir(folder)?
@@ -359,7 +359,7 @@ fn summarize(folder: &Path) -> std::io::Result<()> {
     write_json(&folder.join("summary.json"), &Value::Object(benches))
 }
 
-/// With columns of equal width, to be read in a terminal as well.
+/// Pads the columns, so that the table is readable in a terminal too.
 fn markdown_table(header: &[String], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = std::iter::once(&header[column]).chain(rows.iter().map(|row| &row[column]));
@@ -370,7 +370,7 @@ fn markdown_table(header: &[String], rows: &[Vec<String>]) -> String {
         let mut line = String::from("|");
         for (index, (cell, width)) in cells.iter().zip(&widths).enumerate() {
             let pad = " ".repeat(width - cell.chars().count());
-            // Words to the left, figures to the right.
+            // Names are aligned left, figures right.
             let _ = match index {
                 0 => write!(line, " {cell}{pad} |"),
                 _ => write!(line, " {pad}{cell} |"),

@@ -1,4 +1,4 @@
-//! Medians, and how far to trust them.
+//! Medians with confidence intervals.
 
 /// A median with a 95 % confidence interval.
 #[derive(Clone, Copy, Debug)]
@@ -9,9 +9,9 @@ pub struct Interval {
 }
 
 impl Interval {
-    /// The interval is that of the order statistics: the true median lies below the k-th smallest of n
-    /// independent values with the probability of less than k heads in n throws. It assumes nothing of
-    /// how the values are distributed. Of less than six values it is their whole range.
+    /// The interval comes from order statistics: the true median is below the k-th smallest of n
+    /// independent values with the probability of fewer than k heads in n coin tosses. This assumes
+    /// nothing about the distribution of the values. For fewer than six values, it is their whole range.
     pub fn of_median(mut values: Vec<f64>) -> Self {
         assert!(!values.is_empty(), "no values");
         values.sort_by(f64::total_cmp);
@@ -30,8 +30,8 @@ impl Interval {
 impl std::fmt::Display for Interval {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { low, median, high } = self;
-        // 1.0004 is not 1.000 to somebody who compares it with a bound of 0.5 %; and of a large ratio the
-        // noise leaves no such digits.
+        // Ratios near 1 need four digits to compare with a limit of 0.5 %. In larger ratios, noise makes
+        // such digits meaningless.
         let digits = match median {
             ..0.5 => 3,
             ..2.0 => 4,
@@ -42,7 +42,7 @@ impl std::fmt::Display for Interval {
     }
 }
 
-/// Of sorted values.
+/// The median of sorted values.
 fn median(sorted: &[f64]) -> f64 {
     let middle = sorted.len() / 2;
     if sorted.len() % 2 == 1 {

@@ -1,4 +1,4 @@
-//! The same batch on several threads at once.
+//! Runs the same batch on several threads at once.
 
 use std::sync::Barrier;
 use std::thread;
@@ -6,9 +6,9 @@ use std::time::Instant;
 
 use super::cpu;
 
-/// Nanoseconds from the moment when the first thread starts its batch until the last one has ended it,
-/// for one of `ops`, the operations of all threads together. Threads start at the same time, and
-/// starting them is not counted. They are spread over the CPUs.
+/// Nanoseconds per operation, from the start of the first thread's batch to the end of the last. `ops`
+/// counts the operations of all threads. The threads start their batches together and are spread over
+/// the CPUs; starting threads is not counted.
 pub fn per_op(threads: usize, ops: usize, batch: impl Fn(usize) + Sync) -> f64 {
     let barrier = Barrier::new(threads);
     let times: Vec<(Instant, Instant)> = thread::scope(|scope| {

@@ -1,7 +1,7 @@
 //! The cache of a server without this crate's table: one map of weak references behind one lock.
 //!
-//! It knows less: an open is answered whatever its flags ask for, the lock is held over the ioctl, and
-//! entries stay behind.
+//! It does less than the table: it ignores the flags of an open, holds the lock during the ioctl, and
+//! leaves entries behind.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -27,7 +27,7 @@ impl<'d> Usual<'d> {
         }
     }
 
-    /// Dropping what it returns is the release.
+    /// Dropping the returned value is the release.
     pub fn open(&self, inode: u64, file: &File) -> Result<Backing<'d>, BackingError> {
         let mut by_inode = self.by_inode.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(backing) = by_inode.get(&inode).and_then(Weak::upgrade) {

@@ -45,7 +45,7 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let plain = BackingFile::open(&device, &file, Access::ReadOnly)?;
     let enforced = BackingFile::open(&thread, &file, Access::ReadOnly)?;
     let registered = ids.set([plain.id().as_raw(), enforced.id().as_raw()]);
-    registered.expect("nobody was faster");
+    registered.expect("set once");
 
     for kind in [Kind::SequentialRead, Kind::RandomRead] {
         let reader = |name: &str| Reader::start(&connection.path(name), kind, 1, false);

@@ -112,7 +112,7 @@ impl Mirror {
     /// so that one thread always serves local filesystems.
     fn inode(&self, nodeid: INodeNo) -> Result<Arc<Inode>> {
         let inode = self.inodes.get(nodeid)?;
-        if !inode.is_numbered() && self.threads.is_last() {
+        if !inode.is_local() && self.threads.is_last() {
             return Err(Errno::BUSY);
         }
         Ok(inode)
@@ -121,10 +121,10 @@ impl Mirror {
     /// Looks `name` up. Counts a lookup, so the caller must reply with the result.
     fn find(&self, parent: &Inode, name: &OsStr) -> Result<Found> {
         // The fast path for known files. Elsewhere it would only be one more request to the filesystem's server.
-        if parent.is_numbered() {
+        if parent.is_local() {
             let now = self.inodes.now();
             let stat = source::look(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            if let Some(found) = self.inodes.again(parent, &stat, now) {
+            if let Some(found) = self.inodes.find_known(parent, &stat, now) {
                 return Ok(found);
             }
         }
@@ -340,7 +340,7 @@ impl Filesystem for Mirror {
             let attached = opens::attach(&self.files, device, self.options, config);
             attached.map_err(|why| self.status.refuse(why)).is_ok()
         });
-        // So that releases and readahead on local filesystems do not wait for those on filesystems that hang.
+        // Lets releases and readahead on local filesystems proceed while those on filesystems that hang wait.
         let _ = config.set_max_background(u16::MAX);
         let offered = config.capabilities();
         let mut add = |wanted| offered.contains(wanted) && config.add_capabilities(wanted).is_ok();
@@ -349,7 +349,7 @@ impl Filesystem for Mirror {
             add(InitFlags::FUSE_HANDLE_KILLPRIV_V2);
         }
         add(InitFlags::FUSE_PARALLEL_DIROPS);
-        // For inodes in server mode: the kernel drops cached pages of a file that has changed.
+        // In server mode, the kernel then drops cached pages of a file that has changed.
         add(InitFlags::FUSE_AUTO_INVAL_DATA);
         // The kernel checks the ACLs of the source's files, not only their modes.
         self.acl = add(InitFlags::FUSE_POSIX_ACL | InitFlags::FUSE_DONT_MASK);
@@ -399,7 +399,7 @@ impl Filesystem for Mirror {
         let (client, files) = (Client::from(req), Arc::clone(&self.files));
         let (root_dev, ttl) = (self.inodes.dev, self.options.ttl);
         let inode = self.inode(ino);
-        let waits = inode.as_ref().is_ok_and(|inode| inode.is_numbered());
+        let waits = inode.as_ref().is_ok_and(|inode| inode.is_local());
         let set = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             let handle = fh
@@ -549,14 +549,14 @@ impl Filesystem for Mirror {
         let _turn = self.threads.begin();
         let (files, flags) = (Arc::clone(&self.files), open_flags(flags.0));
         let (inode, can_map_direct) = (self.inode(ino), self.can_map_direct);
-        let is_numbered = inode.as_ref().is_ok_and(|inode| inode.is_numbered());
+        let is_local = inode.as_ref().is_ok_and(|inode| inode.is_local());
         let open = move || {
             let inode = inode.as_ref().map_err(|&errno| errno)?;
             opens::open(&files, ino, inode, flags, can_map_direct)
         };
         let asks_to_wait = !flags.contains(OFlags::NONBLOCK);
         self.threads
-            .answer(asks_to_wait && is_numbered, open, |opened| {
+            .answer(asks_to_wait && is_local, open, |opened| {
                 answer!(reply, opened, |opened| {
                     let (handle, flags) = fuser_fields(&opened);
                     let Some(id) = opened.backing_id else {

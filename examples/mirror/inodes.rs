@@ -19,11 +19,11 @@ use crate::source;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     mount: u64,
-    file: File,
+    file: FileId,
 }
 
 impl Key {
-    fn new(stat: &Statx, file: File) -> Self {
+    fn new(stat: &Statx, file: FileId) -> Self {
         let mount = stat.stx_mnt_id;
         Self { mount, file }
     }
@@ -31,10 +31,10 @@ impl Key {
 
 /// Identifies a file as long as an fd of it is open.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum File {
+enum FileId {
     /// The root of its mount. Needs no call to the filesystem, which may hang.
     Root,
-    /// `st_dev` and `st_ino`, where they identify files.
+    /// `st_dev` and `st_ino`, which identify files on local filesystems.
     Number(u64, u64),
     /// A watch descriptor of inotify(7), where `st_ino` does not identify files. On overlayfs, two names of a lower
     /// file share a number, but become two files when one is written; and a file's number changes when it is copied up.
@@ -59,8 +59,8 @@ pub(crate) struct Inode {
     fd: OwnedFd,
     key: Key,
     identity: (u64, u64),
-    /// Whether inode numbers identify files on this filesystem. Unset until the filesystem is asked.
-    numbered: OnceLock<bool>,
+    /// The answer of [`source::is_local_filesystem`], once the filesystem is asked.
+    local: OnceLock<bool>,
 }
 
 impl Inode {
@@ -69,10 +69,10 @@ impl Inode {
             fd,
             key,
             identity: identity(stat),
-            numbered: match key.file {
-                File::Root => OnceLock::new(),
-                File::Number(..) => OnceLock::from(true),
-                File::Watch(_) | File::Unreadable(..) => OnceLock::from(false),
+            local: match key.file {
+                FileId::Root => OnceLock::new(),
+                FileId::Number(..) => OnceLock::from(true),
+                FileId::Watch(_) | FileId::Unreadable(..) => OnceLock::from(false),
             },
         }
     }
@@ -82,9 +82,9 @@ impl Inode {
         self.identity
     }
 
-    /// Whether inode numbers identify files here. True only on local filesystems that are known not to hang.
-    pub(crate) fn is_numbered(&self) -> bool {
-        self.numbered.get() == Some(&true)
+    /// Whether this inode is known to be on a local filesystem. False until the filesystem is asked.
+    pub(crate) fn is_local(&self) -> bool {
+        self.local.get() == Some(&true)
     }
 
     fn has_filesystem_of(&self, stat: &Statx) -> bool {
@@ -94,10 +94,10 @@ impl Inode {
     /// The key of a file in this directory, if it can be found without a system call.
     fn key_below(&self, stat: &Statx) -> Option<Key> {
         let file = if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
-            File::Root
-        } else if self.has_filesystem_of(stat) && self.is_numbered() {
+            FileId::Root
+        } else if self.has_filesystem_of(stat) && self.is_local() {
             let (dev, ino) = identity(stat);
-            File::Number(dev, ino)
+            FileId::Number(dev, ino)
         } else {
             return None;
         };
@@ -143,10 +143,10 @@ impl Inodes {
     /// `own` is the `st_dev` of the mirror.
     pub(crate) fn new(root: OwnedFd, own: u64) -> Result<Self, Errno> {
         let stat = source::look(&root, "", AtFlags::EMPTY_PATH)?;
-        let key = Key::new(&stat, File::Root);
+        let key = Key::new(&stat, FileId::Root);
         let inode = Arc::new(Inode::new(root, key, &stat));
-        let ask = || source::numbers_tell_files_apart(&inode.fd);
-        inode.numbered.get_or_init(ask);
+        let ask = || source::is_local_filesystem(&inode.fd);
+        inode.local.get_or_init(ask);
         let known = Known {
             inode,
             lookups: 1,
@@ -180,7 +180,7 @@ impl Inodes {
     /// Counts one lookup of a known file in `parent`, like [`remember`](Self::remember) but without an fd. The caller
     /// reads `now` from [`now`](Self::now) before it makes `stat`. `None` if the file is unknown or was inserted after
     /// `now`: `stat` may then be of an earlier file with the same inode number.
-    pub(crate) fn again(&self, parent: &Inode, stat: &Statx, now: u64) -> Option<Found> {
+    pub(crate) fn find_known(&self, parent: &Inode, stat: &Statx, now: u64) -> Option<Found> {
         let key = parent.key_below(stat)?;
         let counted = self.lock().count(key, now)?;
         Some(self.found(counted, key, *stat))
@@ -211,7 +211,7 @@ impl Inodes {
 
     fn found(&self, (nodeid, since): (INodeNo, u64), key: Key, stat: Statx) -> Found {
         let is_current =
-            matches!(key.file, File::Number(..)) && nodeid == number(self.dev, identity(&stat));
+            matches!(key.file, FileId::Number(..)) && nodeid == number(self.dev, identity(&stat));
         Found {
             nodeid,
             generation: Generation(since),
@@ -222,22 +222,22 @@ impl Inodes {
 
     /// Called without the table lock, because this can ask a filesystem that hangs.
     fn key(&self, parent: &Inode, fd: &OwnedFd, stat: &Statx) -> Result<Key, Errno> {
-        let ask = || source::numbers_tell_files_apart(fd);
-        let numbered = if parent.has_filesystem_of(stat) {
-            *parent.numbered.get_or_init(ask)
+        let ask = || source::is_local_filesystem(fd);
+        let local = if parent.has_filesystem_of(stat) {
+            *parent.local.get_or_init(ask)
         } else {
             ask()
         };
         let (dev, ino) = identity(stat);
-        let file = if numbered {
-            File::Number(dev, ino)
+        let file = if local {
+            FileId::Number(dev, ino)
         } else {
             // Only the descriptor matters: this mask selects no event.
             let event = inotify::WatchFlags::EXCL_UNLINK;
             let path = source::proc_path(fd);
             match inotify::add_watch(&self.inotify, path, event) {
-                Err(Errno::ACCESS) => File::Unreadable(dev, ino),
-                watch => File::Watch(watch?),
+                Err(Errno::ACCESS) => FileId::Unreadable(dev, ino),
+                watch => FileId::Watch(watch?),
             }
         };
         Ok(Key::new(stat, file))
@@ -261,7 +261,7 @@ impl Inodes {
         let key = known.inode.key;
         table.by_key.remove(&key);
         let forgotten = table.by_nodeid.remove(&nodeid);
-        if let File::Watch(watch) = key.file {
+        if let FileId::Watch(watch) = key.file {
             let keys = table.watches.entry(watch).or_default();
             *keys = keys.saturating_sub(1);
             if *keys == 0 {
@@ -305,7 +305,7 @@ impl Table {
             self.next += 1;
         }
         let key = inode.key;
-        if let File::Watch(watch) = key.file {
+        if let FileId::Watch(watch) = key.file {
             *self.watches.entry(watch).or_default() += 1;
         }
         let inode = Arc::new(inode);

@@ -1,4 +1,4 @@
-//! A mounted mirror, from mount(2) until its filesystem is gone.
+//! A mounted mirror, from mount(2) until its filesystem has ended.
 
 use std::ffi::CString;
 use std::io;

@@ -34,8 +34,9 @@ pub(crate) fn attributes(inode: &Inode) -> Result<Statx> {
     statx(inode, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
 }
 
-/// Whether no two files that exist on this filesystem at the same time share an inode number.
-pub(crate) fn numbers_tell_files_apart(fd: &OwnedFd) -> bool {
+/// Whether this is a filesystem of this machine that does not hang, and where no two files that exist at the same time
+/// share an inode number.
+pub(crate) fn is_local_filesystem(fd: &OwnedFd) -> bool {
     const BTRFS: u32 = 0x9123_683e;
     const EXT4: u32 = 0xef53;
     const F2FS: u32 = 0xf2f5_2010;
@@ -75,7 +76,7 @@ pub(crate) fn server_flags(inode: &Inode, client: OFlags) -> OFlags {
 /// While a lease is being broken, the open fails with EAGAIN and `Threads::answer` retries it. Where even a try can
 /// hang, the open waits instead.
 fn nonblock(inode: &Inode) -> OFlags {
-    if inode.is_numbered() {
+    if inode.is_local() {
         OFlags::NONBLOCK
     } else {
         OFlags::empty()

@@ -82,7 +82,7 @@ fn by_ref<T>(done: &Done<T>) -> Done<&T> {
 }
 
 fn needs_step(blocker: &str) -> String {
-    format!("needs the step: {blocker}")
+    format!("needs `{blocker}`")
 }
 
 /// What to report, and the result for later steps.
@@ -376,7 +376,7 @@ impl Depths {
             (Some(Verdict::TooDeep(_)), _) => self.try_two(path),
             (Some(Verdict::No(failure)), _) => Err(failure),
             (None, Err(blocker)) => {
-                let cause = format!("not tried: {}", needs_step(blocker));
+                let cause = format!("not tried, {}", needs_step(blocker));
                 Err(Failure::new(cause, ""))
             }
             (None, Ok(_)) => Err(did_not_tell()),

@@ -1,4 +1,4 @@
-//! A client that makes one call after the other, and tells what came of each and how long it took.
+//! A client that makes calls one after the other, and prints the outcome of each and how long it took.
 
 use std::error::Error;
 use std::ffi::OsStr;
@@ -16,7 +16,7 @@ use crate::server::within;
 
 pub const ROLES: &[(&str, Role)] = &[("ask", ask)];
 
-/// Calls and paths by turns.
+/// Arguments: a call, its path, the next call, and so on.
 fn ask(args: &[String]) -> Result<String, Box<dyn Error>> {
     const SLOT: usize = 0;
     let mut place = Place::new(Path::new("/"))?;
@@ -50,7 +50,7 @@ fn ask(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// A client that has not answered yet.
+/// A client that was asked to make calls.
 pub struct Asked(Client);
 
 impl Asked {
@@ -70,7 +70,7 @@ impl Asked {
         self.0.id()
     }
 
-    /// Waits until it is in the same system call for a while.
+    /// Waits until the client has been in the same system call for a while.
     pub fn wait_until_blocked(&self) -> Result<(), Failed> {
         let path = format!("/proc/{}/syscall", self.id());
         let (mut before, mut seen) = (String::new(), 0);
@@ -83,7 +83,7 @@ impl Asked {
         })
     }
 
-    /// What came of the next call, and how long that took.
+    /// The outcome of the next call, and how long it took.
     pub fn answer(&mut self) -> Result<(String, Duration), Failed> {
         let line = self.0.line()?;
         let (outcome, took) = line.rsplit_once('\t').ok_or("the client has ended")?;
@@ -91,7 +91,7 @@ impl Asked {
     }
 }
 
-/// The outcomes of all calls, none of which took longer than this, on a machine that is not slow.
+/// The outcomes of all calls. Fails if a call took longer than `at_most`, or a multiple of it on a slow machine.
 pub fn ask_all(
     root: &Path,
     calls: &[(&str, &str)],

@@ -1,5 +1,4 @@
-//! Where source trees are: filesystems that cannot be unmounted while a file of theirs is open or
-//! registered.
+//! Filesystems for source trees. They cannot be unmounted while a file of theirs is open or registered.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +12,7 @@ use crate::sandbox::{Sandbox, unmount_when_idle};
 
 pub struct Backing {
     at: PathBuf,
-    /// What is mounted there, if it is not a filesystem of its own.
+    /// The folder that is bind-mounted there; `None` for a new filesystem.
     _scratch: Option<TempDir>,
 }
 
@@ -26,12 +25,12 @@ impl Backing {
         Ok(Self { at, _scratch: None })
     }
 
-    /// A folder where this machine keeps its temporary files, as a mount of its own.
+    /// A new folder among this machine's temporary files, bind-mounted.
     pub fn scratch(sandbox: &Sandbox) -> Result<Self, Failed> {
         let scratch = tempfile::Builder::new()
             .prefix("fuse-backing-test-")
             .permissions(Permissions::from_mode(0o755))
-            // tempfile's own choice is the sandbox's tmpfs by now.
+            // tempfile's default is the sandbox's tmpfs by now.
             .tempdir_in(std::env::temp_dir())?;
         let at = sandbox.folder("scratch")?;
         mount_bind(scratch.path(), &at)?;

@@ -1,5 +1,5 @@
-//! Calls that wait for something in the source: a lease that somebody has to give up, a filesystem that does not
-//! answer. Clients of other files do not wait with them.
+//! Calls that wait for something in the source: for the holder of a lease to give it up, or for a filesystem that does
+//! not answer. Clients of other files do not wait with them.
 
 use std::error::Error;
 use std::ffi::OsStr;
@@ -21,37 +21,17 @@ use crate::program;
 use crate::sandbox::{Sandbox, patience_times};
 use crate::server::{Mirror, Way, within};
 
-#[apply(test_case)]
-fn two_leases(name: &str) -> Result<(), Failed> {
-    leases(name, Way::Passthrough, 2)?;
-    leases(name, Way::Plain, 2)
-}
-
-#[apply(test_case)]
-fn forty_leases(name: &str) -> Result<(), Failed> {
-    leases(name, Way::Passthrough, 40)
-}
-
-#[apply(test_case)]
-fn filesystem_that_is_stopped(name: &str) -> Result<(), Failed> {
-    filesystem_that_hangs(name, End::Resumed)
-}
-
-#[apply(test_case)]
-fn filesystem_that_is_aborted(name: &str) -> Result<(), Failed> {
-    filesystem_that_hangs(name, End::Aborted)
-}
-
 pub const ROLES: &[(&str, Role)] = &[("lease", lease), ("hold-files", hold_files)];
 
-/// What a call takes at most if it does not wait.
+/// The longest time that a call takes if it does not wait.
 const AT_ONCE: Duration = Duration::from_millis(200);
 
-/// Has a lease of each of these files, until it is told to give them up.
+/// Takes a lease of each file in the arguments, and gives them up when told to.
 #[allow(unsafe_code)]
 fn lease(args: &[String]) -> Result<String, Box<dyn Error>> {
-    // The kernel asks for a lease by SIGIO. By default the holder has `/proc/sys/fs/lease-break-time` to answer: 45 s.
-    // SAFETY: SIG_IGN is no function.
+    // The kernel asks for a lease back with SIGIO. The holder has `/proc/sys/fs/lease-break-time` to give it up, by
+    // default 45 s.
+    // SAFETY: SIG_IGN installs no handler.
     unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
     let mut files = Vec::new();
     for path in args {
@@ -76,7 +56,7 @@ fn lease(args: &[String]) -> Result<String, Box<dyn Error>> {
 /// Calls that wait for a lease.
 const WAITING: [&str; 4] = ["read", "write", "replace", "truncate"];
 
-/// A client for each of `count` files in `root/leased`.
+/// Starts a client for each of `count` files in `root/leased`, and waits until all are blocked.
 fn clients(root: &Path, count: usize) -> Result<Vec<Asked>, Failed> {
     let clients: Vec<_> = (0..count)
         .map(|n| Asked::start(root, &[(WAITING[n % 4], &format!("leased/{n}"))]))
@@ -87,8 +67,19 @@ fn clients(root: &Path, count: usize) -> Result<Vec<Asked>, Failed> {
     Ok(clients)
 }
 
+#[apply(test_case)]
+fn two_leases(name: &str) -> Result<(), Failed> {
+    leases(name, Way::Passthrough, 2)?;
+    leases(name, Way::Plain, 2)
+}
+
+#[apply(test_case)]
+fn forty_leases(name: &str) -> Result<(), Failed> {
+    leases(name, Way::Passthrough, 40)
+}
+
 fn leases(name: &str, way: Way, count: usize) -> Result<(), Failed> {
-    // If the server waits with its clients, it is aborted then.
+    // After this time, the watchdog aborts a server that waits with its clients.
     let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let folders = [backing.folder("source")?, backing.folder("plain")?];
@@ -128,7 +119,7 @@ fn leases(name: &str, way: Way, count: usize) -> Result<(), Failed> {
         client.wait_until_blocked()?;
     }
 
-    // It ends when it gets its answer at the latest.
+    // A killed client ends at the latest when it gets its answer.
     let killed = blocked.remove(0);
     let pid = Pid::from_raw(killed.id().try_into()?).ok_or("0 is no process")?;
     kill_process(pid, Signal::KILL)?;
@@ -153,14 +144,14 @@ fn leases(name: &str, way: Way, count: usize) -> Result<(), Failed> {
     mirror.stop(&backing)
 }
 
-/// What becomes of a filesystem that hangs.
+/// How a filesystem's hang ends.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum End {
     Resumed,
     Aborted,
 }
 
-/// A mirror with a filesystem in its source that can be stopped, which is another mirror.
+/// A mirror, with a filesystem in its source that can be stopped: another mirror.
 struct Hanging {
     mirror: Mirror,
     hung: Mirror,
@@ -170,7 +161,7 @@ struct Hanging {
 }
 
 impl Hanging {
-    /// `count` files in the filesystem and in another folder each.
+    /// Makes `count` files in the filesystem that can be stopped, and `count` in another folder.
     fn start(name: &str, count: usize, way: Way) -> Result<Self, Failed> {
         let sandbox = Sandbox::patient(name, Duration::from_secs(20))?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -195,7 +186,7 @@ impl Hanging {
         })
     }
 
-    /// Lets it go on.
+    /// Resumes the filesystem, and stops both mirrors.
     fn stop(self) -> Result<(), Failed> {
         self.hung.signal(Signal::CONT)?;
         self.mirror.wait_for_releases()?;
@@ -206,7 +197,7 @@ impl Hanging {
     }
 }
 
-/// More threads than usual have served then, and wait for their turns again.
+/// The mirror closes its fds of forgotten files also when a hang has made more threads serve than usual.
 #[apply(test_case)]
 fn forgotten_after_a_hang(name: &str) -> Result<(), Failed> {
     const COUNT: usize = 3_000;
@@ -221,7 +212,7 @@ fn forgotten_after_a_hang(name: &str) -> Result<(), Failed> {
     for client in &clients {
         client.wait_until_blocked()?;
     }
-    // One joins after the other.
+    // The threads take up serving one after the other.
     ask_all(mirror.path(), &[("list", "other")], AT_ONCE)?;
     hanging.hung.signal(Signal::CONT)?;
     for mut client in clients {
@@ -254,9 +245,9 @@ fn hold_files(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(files.len().to_string())
 }
 
-/// Its files can only be closed when the filesystem goes on. Others' are.
+/// A killed client's files on a filesystem that hangs are released only when it resumes. Other releases do not wait.
 #[apply(test_case)]
-fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
+fn releases_of_a_killed_client_delay_no_others(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let hanging = Hanging::start(name, 60, way)?;
         let root = hanging.mirror.path();
@@ -268,7 +259,7 @@ fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
         let pid = Pid::from_raw(holder.id().try_into()?).ok_or("0 is no process")?;
         kill_process(pid, Signal::KILL)?;
         drop(holder);
-        // It can be run once it has been released.
+        // The copy can run once cp's open of it has been released.
         let program = program::in_path("true").ok_or("there is no true")?;
         let copied = Command::new("cp")
             .arg(program)
@@ -290,10 +281,20 @@ fn releases_of_a_killed_client(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(test_case)]
+fn filesystem_that_is_stopped_and_resumed(name: &str) -> Result<(), Failed> {
+    filesystem_that_hangs(name, End::Resumed)
+}
+
+#[apply(test_case)]
+fn filesystem_that_is_aborted(name: &str) -> Result<(), Failed> {
+    filesystem_that_hangs(name, End::Aborted)
+}
+
 fn filesystem_that_hangs(name: &str, end: End) -> Result<(), Failed> {
     let hanging = Hanging::start(name, 1, Way::Passthrough)?;
     let (mirror, hung, source) = (&hanging.mirror, &hanging.hung, &hanging.source);
-    // The kernel knows the name, so that each client asks the server for it.
+    // The kernel knows the name after this, so each client sends a request of its own.
     let before = ask_all(mirror.path(), &[("list", "hung")], Duration::from_secs(1))?;
 
     hung.freeze()?;

@@ -1,5 +1,5 @@
-//! The calls, each of which a mirror is to answer as a plain directory does. [`place`](crate::place)
-//! has what they do.
+//! Tables of calls. A mirror must answer each call as a plain directory does. [`place`](crate::place)
+//! implements the calls.
 
 use rustix::fs::{
     Access, Advice, AtFlags, FallocateFlags as F, FileType, FlockOperation, OFlags as O,
@@ -9,7 +9,7 @@ use rustix::io::ReadWriteFlags as Rwf;
 
 use crate::place::{Outcome, Place, at};
 
-/// Calls that belong together, in a folder of their own.
+/// Calls that belong together. Each section of [`CALLS`] gets a folder of its own.
 pub struct Section {
     pub name: &'static str,
     pub calls: &'static [Call],
@@ -38,7 +38,7 @@ const B: usize = 1;
 const C: usize = 2;
 const D: usize = 3;
 
-/// An access mode for ioctls alone: it needs both permissions, and gives neither.
+/// Access mode 3, which is for ioctls alone: the open needs both permissions, and its fd can neither read nor write.
 const NEITHER: O = O::from_bits_retain(3);
 
 const NOW: Timespec = at(0, UTIME_NOW);
@@ -49,11 +49,11 @@ const NOFOLLOW: AtFlags = AtFlags::SYMLINK_NOFOLLOW;
 const SET: XattrFlags = XattrFlags::empty();
 const ALLOCATE: F = F::empty();
 
-/// Somebody, and somebody else.
+/// The ids of two unprivileged users, and of two groups.
 const USER: u32 = 1000;
 const OTHER: u32 = 1001;
 
-/// `struct posix_acl_xattr_header` and its entries: tag, permissions, id.
+/// `struct posix_acl_xattr_header` and its entries, each a tag, permissions and an id.
 pub fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let mut bytes = 2_u32.to_le_bytes().to_vec();
     for (tag, permissions, id) in entries {
@@ -64,7 +64,8 @@ pub fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     bytes
 }
 
-pub const NOBODY: u32 = u32::MAX;
+/// `ACL_UNDEFINED_ID`: the id of entries that need none.
+pub const UNDEFINED_ID: u32 = u32::MAX;
 pub const OWNER: u16 = 1;
 pub const NAMED_USER: u16 = 2;
 pub const GROUP: u16 = 4;
@@ -74,15 +75,15 @@ pub const OTHERS: u16 = 0x20;
 /// Owner rw, `USER` rw, group r, others nothing.
 fn acl_for_user() -> Vec<u8> {
     acl(&[
-        (OWNER, 6, NOBODY),
+        (OWNER, 6, UNDEFINED_ID),
         (NAMED_USER, 6, USER),
-        (GROUP, 4, NOBODY),
-        (MASK, 6, NOBODY),
-        (OTHERS, 0, NOBODY),
+        (GROUP, 4, UNDEFINED_ID),
+        (MASK, 6, UNDEFINED_ID),
+        (OTHERS, 0, UNDEFINED_ID),
     ])
 }
 
-/// On a filesystem that can be written.
+/// Calls on a writable filesystem.
 #[rustfmt::skip]
 pub const CALLS: &[Section] = calls! {
     "opening" {
@@ -1483,7 +1484,7 @@ pub const CALLS: &[Section] = calls! {
         seek(A, SeekFrom::Start(i64::MAX as u64));
     }
 
-    // What differs: see `differences`.
+    // The mirror is known to answer some of the following differently: see `differences`.
     "devices" {
         mknod("null", FileType::CharacterDevice, 0o666, (1, 3));
         open(A, "null", O::RDWR);
@@ -1525,7 +1526,7 @@ pub const CALLS: &[Section] = calls! {
     }
 };
 
-/// Where `program` is being run, by way of the source itself.
+/// Calls on `program` while it runs from the source, not from the mirror.
 #[rustfmt::skip]
 pub const RUNNING: &[Section] = calls! {
     "a running program" {
@@ -1551,7 +1552,7 @@ pub const RUNNING: &[Section] = calls! {
     }
 };
 
-/// Where there is no `O_DIRECT`, and a file.
+/// Calls on a filesystem without `O_DIRECT`, in a folder that has `file`.
 #[rustfmt::skip]
 pub const WITHOUT_DIRECT: &[Section] = calls! {
     "no direct I/O" {
@@ -1571,7 +1572,7 @@ pub const WITHOUT_DIRECT: &[Section] = calls! {
     }
 };
 
-/// Where nothing can be written, and there are `file`, with an attribute, `folder/file` and `link`.
+/// Calls on a read-only filesystem that has `file`, with an extended attribute, `folder/file` and `link`.
 #[rustfmt::skip]
 pub const READ_ONLY: &[Section] = calls! {
     "a read-only filesystem" {
@@ -1619,7 +1620,7 @@ pub const READ_ONLY: &[Section] = calls! {
     }
 };
 
-/// `d` is mounted on `ro` too, read-only.
+/// Calls where `d` is also mounted on `ro`, read-only.
 #[rustfmt::skip]
 pub const WRITABLE_ELSEWHERE: &[Section] = calls! {
     "a folder that is read-only elsewhere" {
@@ -1659,7 +1660,7 @@ pub const WRITABLE_ELSEWHERE: &[Section] = calls! {
     }
 };
 
-/// `file` is mounted on `ro` too, read-only.
+/// Calls where `file` is also mounted on `ro`, read-only.
 #[rustfmt::skip]
 pub const SINGLE_FILE: &[Section] = calls! {
     "a file that is read-only elsewhere" {
@@ -1681,7 +1682,7 @@ pub const SINGLE_FILE: &[Section] = calls! {
     }
 };
 
-/// `d`, in which is a program, is mounted on `noexec` too.
+/// Calls where `d`, which has two programs, is also mounted on `noexec`, with that flag.
 #[rustfmt::skip]
 pub const NOEXEC: &[Section] = calls! {
     "a mount without programs" {
@@ -1700,7 +1701,7 @@ pub const NOEXEC: &[Section] = calls! {
     }
 };
 
-/// `d`, in which is a program that sets the user, is mounted on `nosuid` too, which is `nodev` as well.
+/// Calls where `d`, which has a set-user-ID program, is also mounted on `nosuid`, with the flags nosuid and nodev.
 #[rustfmt::skip]
 pub const NOSUID: &[Section] = calls! {
     "a mount without rights" {
@@ -1711,7 +1712,7 @@ pub const NOSUID: &[Section] = calls! {
     }
 };
 
-/// `d` is mounted on `again` too.
+/// Calls where `d` is also mounted on `again`.
 #[rustfmt::skip]
 pub const TWO_MOUNTS: &[Section] = calls! {
     "two mounts" {
@@ -1729,6 +1730,7 @@ pub const TWO_MOUNTS: &[Section] = calls! {
     }
 };
 
+/// Calls that only look at `d`, on which a test may have mounted a filesystem.
 #[rustfmt::skip]
 pub const LOOK: &[Section] = calls! {
     "what is mounted" {

@@ -1,5 +1,5 @@
-//! Where a mirror is known to answer otherwise than a plain directory does, and why. The list cannot
-//! rot: a difference that is gone fails the test as one that is new does.
+//! Known differences between a mirror's answers and a plain directory's, with the reasons. The list stays
+//! true: a difference that is gone fails the test just as a new one does.
 
 use std::error::Error;
 use std::fs::{DirEntry, File};
@@ -18,36 +18,36 @@ use crate::program;
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 
-/// Those that show in more than one call.
+/// Roles for differences that take more than one call to show.
 pub const ROLES: &[(&str, Role)] = &[
     ("lock", lock),
     ("sync", sync),
     ("watch", watch),
     ("connect", connect),
-    ("count", count),
+    ("stat-all", stat_all),
 ];
 
 pub struct Difference {
     pub section: &'static str,
     pub call: &'static str,
-    /// On which mirrors; none for both.
+    /// The mirror that differs; `None` for both.
     pub way: Option<Way>,
     pub mirror: &'static str,
-    /// Where the plain directory says otherwise, its filesystem does not have what the mirror lacks.
+    /// If the plain directory answers otherwise, its filesystem lacks the feature too, and the answers must be equal.
     pub plain: &'static str,
     pub on: On,
     pub why: &'static str,
 }
 
-/// On which filesystems it certainly shows.
+/// The filesystems on which a difference must show.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum On {
     Tmpfs,
-    /// That depends.
+    /// Some, as the plain directory's answer tells.
     Some,
 }
 
-const NO_ALIGNMENT: &str = "the server lets go of O_DIRECT, and reads and writes at any alignment";
+const NO_ALIGNMENT: &str = "the server clears O_DIRECT, and reads and writes at any alignment";
 const NOT_IN_FUSE: &str = "the kernel does not ask FUSE servers for it";
 
 pub const DIFFERENCES: &[Difference] = &[
@@ -130,7 +130,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "ok",
         plain: "EFBIG",
         on: On::Tmpfs,
-        why: "the server's limits count where the kernel has checked the client's for sizes alone",
+        why: "the kernel checks the client's limit against new sizes alone; the server's own limit applies here",
     },
     Difference {
         section: "the largest position",
@@ -157,7 +157,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "EOPNOTSUPP",
         plain: "ok",
         on: On::Tmpfs,
-        why: "the server does not make them",
+        why: "the server does not make unnamed files",
     },
     Difference {
         section: "ioctls",
@@ -166,7 +166,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "ENOTTY",
         plain: "ok",
         on: On::Tmpfs,
-        why: "the server answers none",
+        why: "the server answers no ioctls",
     },
     Difference {
         section: "birth times",
@@ -184,7 +184,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: r"[trusted.a\x00]",
         plain: "[]",
         on: On::Tmpfs,
-        why: "the server is root, and sees them; the values stay closed to others",
+        why: "the server lists them as root; others still cannot read the values",
     },
     Difference {
         section: "reflinks",
@@ -202,7 +202,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "ok",
         plain: "EINVAL",
         on: On::Some,
-        why: "the kernel does not ask; reading and writing fails then, with passthrough",
+        why: "the kernel does not ask the server; with passthrough, reads and writes then fail",
     },
     Difference {
         section: "a read-only filesystem",
@@ -211,7 +211,7 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "ok",
         plain: "EROFS",
         on: On::Tmpfs,
-        why: "the kernel goes by the file's mode; opening it fails",
+        why: "the kernel checks the file's mode alone; opening it for writing fails",
     },
     Difference {
         section: "setuid and setgid are cleared",
@@ -220,11 +220,11 @@ pub const DIFFERENCES: &[Difference] = &[
         mirror: "RegularFile 777 nlink 1 uid 0 gid 0 size 1 rdev 0x0 blksize 4096",
         plain: "RegularFile 6777 nlink 1 uid 0 gid 0 size 1 rdev 0x0 blksize 4096",
         on: On::Tmpfs,
-        why: "what passes through is written without CAP_FSETID",
+        why: "passthrough writes without CAP_FSETID",
     },
     Difference {
         section: "programs that set the user",
-        // The second of the two.
+        // The second of the two such calls. The first has the same outcome on both.
         call: r#"run("./id", "-u")"#,
         way: None,
         mirror: r#"Some(0), None, "0\n""#,
@@ -234,7 +234,7 @@ pub const DIFFERENCES: &[Difference] = &[
     },
 ];
 
-/// Locks a file in both ways, says what came of it, and waits.
+/// Locks a file with flock(2) and fcntl(2), prints the outcomes, and waits.
 fn lock(args: &[String]) -> Result<String, Box<dyn Error>> {
     let file = File::options().read(true).write(true).open(&args[0])?;
     let tried = [
@@ -248,7 +248,7 @@ fn lock(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn locks_hold_on_one_side(name: &str) -> Result<(), Failed> {
+fn locks_hold_on_one_side_only(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -289,7 +289,7 @@ fn sync(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// The kernel asks no FUSE server to sync a filesystem, but virtiofs.
+/// The kernel asks no FUSE server to sync its filesystem, except virtiofs.
 #[apply(test_case)]
 fn syncfs_stays_in_the_kernel(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
@@ -312,7 +312,7 @@ fn syncfs_stays_in_the_kernel(name: &str) -> Result<(), Failed> {
     mirror.stop(&backing)
 }
 
-/// Prints whether a watch of a file tells of a change that is made meanwhile, for each file.
+/// Watches each file with inotify(7), and prints whether the watch reports a change that is made meanwhile.
 fn watch(args: &[String]) -> Result<String, Box<dyn Error>> {
     let watches: Vec<_> = args
         .iter()
@@ -333,7 +333,7 @@ fn watch(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn inotify_sees_one_side(name: &str) -> Result<(), Failed> {
+fn inotify_sees_one_side_only(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let source = backing.folder("source")?;
@@ -347,14 +347,14 @@ fn inotify_sees_one_side(name: &str) -> Result<(), Failed> {
     assert_eq!(
         watcher.line()?,
         "ok EAGAIN",
-        "in the source, through the mirror"
+        "a watch in the source, and one through the mirror"
     );
     watcher.finish()?;
     mirror.wait_for_releases()?;
     mirror.stop(&backing)
 }
 
-/// Prints what comes of connecting to each socket.
+/// Connects to each socket, and returns the outcomes.
 fn connect(args: &[String]) -> Result<String, Box<dyn Error>> {
     let connected = args.iter().map(|path| match UnixStream::connect(path) {
         Ok(_) => "ok".to_owned(),
@@ -364,7 +364,7 @@ fn connect(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn sockets_are_of_one_side(name: &str) -> Result<(), Failed> {
+fn sockets_connect_on_one_side_only(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let source = backing.folder("source")?;
@@ -377,8 +377,8 @@ fn sockets_are_of_one_side(name: &str) -> Result<(), Failed> {
     mirror.stop(&backing)
 }
 
-/// Prints how many files of a folder have attributes.
-fn count(args: &[String]) -> Result<String, Box<dyn Error>> {
+/// Returns whether all files of a folder have attributes, and the errno of the first that has none.
+fn stat_all(args: &[String]) -> Result<String, Box<dyn Error>> {
     let files = std::fs::read_dir(&args[0])?.collect::<Result<Vec<_>, _>>()?;
     let known = files.iter().map(DirEntry::metadata);
     let (known, unknown): (Vec<_>, Vec<_>) = known.partition(Result::is_ok);
@@ -387,19 +387,23 @@ fn count(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(format!("{} {why:?}", files.len() == known.len()))
 }
 
-/// The server holds an fd of each file that the kernel knows.
+/// The server has an fd of each file that the kernel remembers. Without fds, its lookups fail with `EMFILE`.
 #[apply(test_case)]
-fn limited_fds(name: &str) -> Result<(), Failed> {
+fn lookups_fail_when_fds_run_out(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let source = backing.folder("source")?;
     for file in 0..500 {
         std::fs::write(source.join(file.to_string()), "")?;
     }
-    let counted = |root: &Path| client::run("count", &[root.as_os_str()]);
-    assert_eq!(counted(&source)?, "true None");
+    let stat_all = |root: &Path| client::run("stat-all", &[root.as_os_str()]);
+    assert_eq!(stat_all(&source)?, "true None");
     let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
-    assert_eq!(counted(mirror.path())?, "true None", "as many as root may");
+    assert_eq!(
+        stat_all(mirror.path())?,
+        "true None",
+        "it has as many as root may"
+    );
     drop(mirror);
 
     let limited = Sandbox::new(name)?;
@@ -409,6 +413,6 @@ fn limited_fds(name: &str) -> Result<(), Failed> {
         .arg(program::example("mirror")?);
     let mirror = Mirror::spawn_by(server, &limited, &source, Way::Passthrough)?;
     let expected = format!("false {:?}", Some(libc::EMFILE));
-    assert_eq!(counted(mirror.path())?, expected);
+    assert_eq!(stat_all(mirror.path())?, expected);
     mirror.stop(&backing)
 }

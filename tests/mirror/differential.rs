@@ -1,5 +1,5 @@
-//! The same calls on a mirror and on a plain directory of the same filesystem, by the same process:
-//! the same results, the same errors, and the same files in the end.
+//! One process makes the same calls on a mirror and in a plain directory of the same filesystem. They have
+//! the same results and errors, and leave the same files.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,6 +16,29 @@ use crate::place::{Place, describe};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 use crate::tree::{self, Detail};
+
+pub const ROLES: &[(&str, Role)] = &[("calls", make_calls), ("trees", compare_trees)];
+
+/// Tables of calls, by the name that is passed to a child.
+const TABLES: &[(&str, &[Section])] = &[
+    ("all", calls::CALLS),
+    ("running", calls::RUNNING),
+    ("without direct", calls::WITHOUT_DIRECT),
+    ("read-only", calls::READ_ONLY),
+    ("writable elsewhere", calls::WRITABLE_ELSEWHERE),
+    ("single file", calls::SINGLE_FILE),
+    ("noexec", calls::NOEXEC),
+    ("nosuid", calls::NOSUID),
+    ("two mounts", calls::TWO_MOUNTS),
+    ("look", calls::LOOK),
+];
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Tmpfs,
+    /// The filesystem of this machine's temporary files.
+    Scratch,
+}
 
 #[apply(test_case)]
 fn tmpfs_passthrough(name: &str) -> Result<(), Failed> {
@@ -37,29 +60,6 @@ fn scratch_plain(name: &str) -> Result<(), Failed> {
     all(name, Kind::Scratch, Way::Plain)
 }
 
-pub const ROLES: &[(&str, Role)] = &[("calls", make_calls), ("trees", compare_trees)];
-
-/// Tables of calls, by the name that a child is told.
-const TABLES: &[(&str, &[Section])] = &[
-    ("all", calls::CALLS),
-    ("running", calls::RUNNING),
-    ("without direct", calls::WITHOUT_DIRECT),
-    ("read-only", calls::READ_ONLY),
-    ("writable elsewhere", calls::WRITABLE_ELSEWHERE),
-    ("single file", calls::SINGLE_FILE),
-    ("noexec", calls::NOEXEC),
-    ("nosuid", calls::NOSUID),
-    ("two mounts", calls::TWO_MOUNTS),
-    ("look", calls::LOOK),
-];
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Tmpfs,
-    /// Whatever this machine has its temporary files on.
-    Scratch,
-}
-
 fn all(name: &str, kind: Kind, way: Way) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = match kind {
@@ -76,7 +76,7 @@ fn all(name: &str, kind: Kind, way: Way) -> Result<(), Failed> {
     mirror.stop(&backing)
 }
 
-/// A call that was made at both places.
+/// A call that was made at both places, and its outcomes.
 pub struct Made {
     pub section: &'static str,
     pub call: String,
@@ -98,7 +98,7 @@ pub fn run(table: &str, mirror: &Path, plain: &Path) -> Result<Vec<Made>, Failed
             };
             made.push(Made {
                 section: section.name,
-                // Long ones are broken into lines.
+                // `stringify!` breaks long calls into lines.
                 call: call.text.split_whitespace().collect::<Vec<_>>().join(" "),
                 mirror: mirror.to_owned(),
                 plain: plain.to_owned(),
@@ -109,8 +109,8 @@ pub fn run(table: &str, mirror: &Path, plain: &Path) -> Result<Vec<Made>, Failed
     Ok(made)
 }
 
-/// Fails if any call has another outcome at the mirror than it had in the plain directory, unless
-/// that is known; and if one that is known to have does not.
+/// Fails if a call has another outcome at the mirror than in the plain directory, unless the difference is
+/// known, and if a known difference does not show.
 pub fn compare(made: &[Made], passthrough: bool, on_tmpfs: bool) -> Result<(), Failed> {
     let mut wrong = Vec::new();
     for call in made {
@@ -155,7 +155,7 @@ fn known(made: &Made, passthrough: bool) -> Option<&'static Difference> {
     })
 }
 
-/// By a child, as everything that touches a mirror.
+/// Has a child compare two trees, since only children touch a mirror.
 pub fn same_trees(left: &Path, right: &Path, detail: Detail) -> Result<(), Failed> {
     let detail = OsStr::new(match detail {
         Detail::Calls => "calls",
@@ -172,7 +172,7 @@ pub fn same_trees(left: &Path, right: &Path, detail: Detail) -> Result<(), Faile
     }
     let last = lines.pop().ok_or("the child said nothing")?;
     if let Some(count) = last.strip_prefix("same ") {
-        // More than the root.
+        // More than the root was compared.
         assert!(count.parse::<usize>()? > 1, "{last}");
         Ok(())
     } else {
@@ -186,7 +186,7 @@ fn named(table: &str) -> Option<&'static [Section]> {
     Some(sections)
 }
 
-/// A table's name, and two places. Prints a line for each call: what it returned at both.
+/// Arguments: a table's name and two places. Prints a line for each call: its outcomes at both.
 fn make_calls(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let [table, mirror, plain] = args else {
         return Err("a table and two places".into());
@@ -212,7 +212,7 @@ fn make_calls(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     Ok("done".into())
 }
 
-/// Two trees, and in what detail. Prints where they differ.
+/// Arguments: two trees and the detail. Prints where the trees differ.
 fn compare_trees(args: &[String]) -> Result<String, Box<dyn std::error::Error>> {
     let [left, right, detail] = args else {
         return Err("two trees and a detail".into());

@@ -1,4 +1,4 @@
-//! The example of access that the kernel enforces: its server grants everything, and no client can write.
+//! The `enforced` example: the server grants all access, and still no client can write, since the kernel enforces it.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -23,13 +23,13 @@ pub const ROLES: &[(&str, Role)] = &[
     ("without-landlock", without_landlock),
 ];
 
-/// Becomes the program that the arguments say, which enters no domain and believes that it has.
+/// Executes the program in the arguments. When it enters a Landlock domain, the call succeeds and does nothing.
 fn without_landlock(args: &[String]) -> Result<String, Box<dyn Error>> {
     seccomp::pretend(libc::SYS_landlock_restrict_self)?;
     Err(Command::new(&args[0]).args(&args[1..]).exec().into())
 }
 
-/// Reads the file; tries to write in each way; reads it again.
+/// Reads the file, tries to write to it by each kind of open, and reads it again.
 fn try_to_write(args: &[String]) -> Result<String, Box<dyn Error>> {
     let path = &args[0];
     println!("{}", fs::read_to_string(path)?);
@@ -56,7 +56,7 @@ fn nobody_writes(name: &str) -> Result<(), Failed> {
     let file = backing.folder("source")?.join("file");
     fs::write(&file, CONTENT)?;
     if !Way::Passthrough.is_passthrough()? {
-        // There is nothing to enforce, and it says so.
+        // Without passthrough there is nothing to enforce, and the example fails.
         let mountpoint = sandbox.folder("mnt")?;
         let refused = Command::new(enforced).args([&file, &mountpoint]).output()?;
         assert!(!refused.status.success());

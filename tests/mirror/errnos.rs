@@ -1,5 +1,5 @@
-//! Where the kernel itself cannot open the backing file as the client asks, which would be a bare
-//! `EIO`: the mirror has opened it first, and the client gets the errno of that.
+//! Backing files that the kernel cannot open as the client asks. The kernel alone would give the client a
+//! bare `EIO`. The mirror opens the file first, and the client gets the errno of that open.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -21,20 +21,20 @@ use crate::tree::Detail;
 
 const WAYS: [Way; 2] = [Way::Passthrough, Way::Plain];
 
-/// Kills a program when the test is over.
+/// A running program, which is killed when dropped.
 struct Running(Child);
 
 impl Running {
-    /// A copy of a program that does nothing for long.
+    /// Runs a copy of sleep(1).
     fn start(folder: &Path) -> Result<Self, Failed> {
         let path = folder.join("program");
         fs::copy(program::in_path("sleep").ok_or("there is no sleep")?, &path)?;
         fs::set_permissions(&path, Permissions::from_mode(0o755))?;
-        // A child of another test has, between its fork and its exec, the copy open for writing.
+        // A child of another test can have the copy open for writing between its fork and its exec.
         let mut child = None;
         within(Duration::from_secs(10), "the program runs", || {
             let mut command = Command::new(&path);
-            // It is called by its name, for those that are many programs in one.
+            // A multi-call binary chooses its program by this name.
             std::os::unix::process::CommandExt::arg0(&mut command, "sleep");
             match command.arg("1000").stdin(Stdio::null()).spawn() {
                 Ok(running) => child = Some(running),
@@ -43,7 +43,7 @@ impl Running {
             }
             Ok(child.is_some())
         })?;
-        Ok(Self(child.ok_or("it does not")?))
+        Ok(Self(child.ok_or("the program does not run")?))
     }
 }
 
@@ -54,7 +54,7 @@ impl Drop for Running {
     }
 }
 
-/// How many calls returned it, in the plain directory.
+/// How many calls had this outcome in the plain directory.
 fn count(made: &[Made], outcome: &str) -> usize {
     made.iter().filter(|made| made.plain == outcome).count()
 }
@@ -112,13 +112,13 @@ fn read_only_source(name: &str) -> Result<(), Failed> {
 
         let read_only = ReadOnly::of(&sandbox, &source)?;
         let mirror = Mirror::start(&sandbox, &read_only.0, way)?;
-        // Nothing changes, so that the source is its own plain directory.
+        // Nothing changes, so the source can be its own plain directory.
         let made = run("read-only", mirror.path(), &read_only.0)?;
         compare(&made, way.is_passthrough()?, true)?;
         assert_eq!(count(&made, "EROFS"), 29);
         same_trees(mirror.path(), &source, Detail::Calls)?;
         mirror.wait_for_releases()?;
-        // Its own mount is pinned by what the mirror has open, as the backing is.
+        // What the mirror has open pins the read-only mount as well as the backing.
         let at = read_only.0.clone();
         mirror.stop_with(|| {
             within(
@@ -132,7 +132,7 @@ fn read_only_source(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A read-only mount of a folder that can be written elsewhere.
+/// A read-only mount of a folder that is writable by another path.
 struct ReadOnly(std::path::PathBuf);
 
 impl ReadOnly {

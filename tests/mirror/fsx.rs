@@ -26,7 +26,7 @@ const VERSION: &str = "=0.3.2";
 const OPERATIONS: u32 = 100_000;
 const SEED: &str = "20";
 
-/// All that it can do on Linux. Of no length there is nothing to allocate, which it takes for an error.
+/// All that fsx can do on Linux. Lengths are at least 1: an allocation of no bytes fails, and fsx takes that for an error.
 const CONFIG: &str = "\
 flen = 262144
 [opsize]
@@ -49,7 +49,7 @@ posix_fadvise = 1
 copy_file_range = 2
 ";
 
-/// Where fsx is, after a minute if it must be built.
+/// The path of fsx. It takes a minute if fsx must be built.
 pub fn find() -> Result<PathBuf, String> {
     if let Some(program) = env::var_os("FUSE_BACKING_FSX") {
         let program = PathBuf::from(program);
@@ -90,7 +90,7 @@ pub fn find() -> Result<PathBuf, String> {
     Ok(program)
 }
 
-/// A mirror, where fsx finds its file.
+/// A mirror that fsx runs on.
 struct Exercise {
     sandbox: Sandbox,
     backing: Backing,
@@ -122,7 +122,7 @@ impl Exercise {
             .args(["-S", SEED, "-N", &operations.to_string()])
             .arg("-f")
             .arg(&config)
-            // What it leaves behind after an error.
+            // The folder for what fsx leaves behind after an error.
             .arg("-P")
             .arg(&folder)
             .arg(self.mirror.path().join("file"))
@@ -143,7 +143,7 @@ impl Exercise {
         Ok(moved)
     }
 
-    /// The watchdog is patient as long as there is progress.
+    /// Waits for fsx. The watchdog starts again as long as there is progress.
     fn wait(&mut self, mut child: Child) -> Result<ExitStatus, Failed> {
         let mut moved = 0;
         let mut since = Instant::now();
@@ -175,7 +175,7 @@ pub fn run(program: &Path) -> Result<(), Failed> {
     let moved = exercise.run(program, OPERATIONS)?;
     exercise.stop()?;
 
-    // The same by way of the server, for a while: it is right too, and the data is seen to go there.
+    // The control, with fewer operations: plain FUSE is right too, and its data is seen to go through the server.
     const FEW: u32 = OPERATIONS / 20;
     let mut control = Exercise::new(Way::Plain)?;
     let moved_by_server = control.run(program, FEW)?;
@@ -184,7 +184,7 @@ pub fn run(program: &Path) -> Result<(), Failed> {
     let each = moved / u64::from(OPERATIONS);
     let each_by_server = moved_by_server / u64::from(FEW);
     if Way::Passthrough.is_passthrough()? {
-        // Requests and replies are all that is left: about 2 KiB, and 100 KiB with the data.
+        // Only requests and replies are left: about 2 KiB for each operation, and 100 KiB with the data.
         assert!(each * 10 < each_by_server, "{each}, {each_by_server}");
     }
     Ok(())

@@ -1,5 +1,5 @@
 //! What is registered for a writer does not outlive the writer: a program that was written through the
-//! mirror runs as soon as the writer has closed it, though a reader has it open still.
+//! mirror runs as soon as the writer has closed it, although a reader still has it open.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ use crate::server::{Mirror, Way, within};
 
 pub const ROLES: &[(&str, Role)] = &[("close-the-writer", close_the_writer)];
 
-/// `exec 4<>FILE 5<FILE`, and `exec 4>&-` when it is told to. Then it reads what is left open.
+/// Does what a shell's `exec 4<>FILE 5<FILE` does, and `exec 4>&-` when told to. Then reads from the fd that is left.
 fn close_the_writer(args: &[String]) -> Result<String, Box<dyn Error>> {
     let writer = File::options().read(true).write(true).open(&args[0])?;
     let reader = File::open(&args[0])?;
@@ -34,10 +34,10 @@ fn close_the_writer(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(magic.escape_ascii().to_string())
 }
 
-/// What comes of starting a program: whether it ends well, or the errno.
+/// Runs a program, and returns whether it succeeds, or the errno of starting it.
 fn run(program: &Path) -> Result<bool, i32> {
     let mut command = Command::new(program);
-    // It is called by its name, for those that are many programs in one.
+    // A multi-call binary chooses its program by this name.
     std::os::unix::process::CommandExt::arg0(&mut command, "true");
     match command.stdin(Stdio::null()).status() {
         Ok(status) => Ok(status.success()),
@@ -46,7 +46,7 @@ fn run(program: &Path) -> Result<bool, i32> {
 }
 
 fn runs(program: &Path) -> Result<(), Failed> {
-    // A child of another test has, between its fork and its exec, the program open for writing.
+    // A child of another test can have the program open for writing between its fork and its exec.
     within(Duration::from_secs(10), "the program runs", || {
         match run(program) {
             Ok(ended_well) => {
@@ -59,7 +59,7 @@ fn runs(program: &Path) -> Result<(), Failed> {
     })
 }
 
-/// The same is asked of a plain directory.
+/// The control is a plain directory.
 #[apply(test_case)]
 fn writer_is_not_held(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
@@ -70,10 +70,10 @@ fn writer_is_not_held(name: &str) -> Result<(), Failed> {
             let program = program::in_path("true").ok_or("there is no true")?;
             fs::copy(program, folder.join("program"))?;
         }
-        // Linux 6.12, which has protocol 7.41, registers O_PATH fds.
+        // Linux 6.12, which has protocol 7.41, can register O_PATH fds.
         let path_fds = Connection::mount(&sandbox, Init::PLAIN)?.offer().minor >= 41;
         let mirror = Mirror::start(&sandbox, &source, way)?;
-        // Where it is opened, and where it is run.
+        // The folder in which the program is opened, and the one in which it is run.
         for (opened, run_in) in [(plain.as_path(), &plain), (mirror.path(), &source)] {
             let program = run_in.join("program");
             runs(&program)?;
@@ -85,7 +85,11 @@ fn writer_is_not_held(name: &str) -> Result<(), Failed> {
             client.proceed()?;
             assert_eq!(client.line()?, "the writer is closed");
             if run_in == &source && way.is_passthrough()? && !path_fds {
-                assert_eq!(run(&program), Err(libc::ETXTBSY), "it is the writer's fd");
+                assert_eq!(
+                    run(&program),
+                    Err(libc::ETXTBSY),
+                    "the writer's fd is registered"
+                );
             } else {
                 runs(&program)?;
             }

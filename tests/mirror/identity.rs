@@ -1,7 +1,7 @@
-//! A file is one file through the mirror while it is one in the source, and two files are two: also on overlayfs, where
-//! a file can change its numbers and two names of one file become two files, and where files have a number in common.
+//! What is one file in the source is one file through the mirror, and two files are two. That also holds on overlayfs,
+//! where a file can change its numbers and two names of one file can become two files, and where files share a number.
 //!
-//! The control is the same filesystem without a mirror, where the same is done.
+//! The control is the same filesystem without a mirror, with the same changes.
 
 #![allow(unsafe_code)]
 
@@ -33,31 +33,6 @@ use crate::place::describe;
 use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::{Mirror, Way};
 
-#[apply(test_case)]
-fn copied_up(name: &str) -> Result<(), Failed> {
-    changes(name, 1, Layers::Together)
-}
-
-#[apply(test_case)]
-fn copied_up_apart(name: &str) -> Result<(), Failed> {
-    changes(name, 1, Layers::Apart)
-}
-
-#[apply(test_case)]
-fn two_names(name: &str) -> Result<(), Failed> {
-    changes(name, 2, Layers::Apart)
-}
-
-#[apply(test_case)]
-fn two_names_indexed(name: &str) -> Result<(), Failed> {
-    changes(name, 2, Layers::Indexed)
-}
-
-#[apply(test_case)]
-fn three_names(name: &str) -> Result<(), Failed> {
-    changes(name, 3, Layers::Together)
-}
-
 pub const ROLES: &[(&str, Role)] = &[
     ("change-each", change_each),
     ("change-two", change_two),
@@ -66,12 +41,12 @@ pub const ROLES: &[(&str, Role)] = &[
 
 pub const WAYS: [Way; 2] = [Way::Passthrough, Way::Plain];
 
-/// Has the kernel forget all files that nobody uses, on the whole machine.
+/// Makes the kernel forget all files that nobody uses, on the whole machine.
 pub fn drop_caches() -> io::Result<()> {
     fs::write("/proc/sys/vm/drop_caches", "2")
 }
 
-/// What a child prints, which is "done" in the end.
+/// The lines that a child prints before its last one, "done".
 pub fn lines(role: &str, args: &[&OsStr]) -> Result<Vec<String>, Failed> {
     let mut child = Client::start(role, args)?;
     let mut lines = Vec::new();
@@ -125,11 +100,11 @@ const CHANGES: &[(&str, Change)] = &[
     ("write-mapped", |path| {
         let file = File::options().read(true).write(true).open(path)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping, where the kernel wants it. It stays.
+        // SAFETY: a new mapping, at an address that the kernel chooses. It is never unmapped.
         let start = unsafe { mmap(null_mut(), 4096, access, MapFlags::SHARED, &file, 0) }?;
-        // SAFETY: the mapping is that long, may be written, and nobody else knows of it.
+        // SAFETY: the mapping is long enough and writable, and nothing else uses it.
         unsafe { start.cast::<[u8; 6]>().write(*b"mapped") };
-        // SAFETY: the mapping is there.
+        // SAFETY: 4096 bytes are mapped at `start`.
         Ok(unsafe { msync(start, 4096, MsyncFlags::SYNC) }?)
     }),
     ("truncate", |path| Ok(truncate(path, 3)?)),
@@ -150,7 +125,7 @@ const CHANGES: &[(&str, Change)] = &[
     ("rename", |path| {
         fs::rename(path, path.with_file_name("renamed"))
     }),
-    // Nothing happens if both are names of one file.
+    // rename(2) does nothing if both are names of one file.
     ("rename-onto-first", |path| {
         fs::rename(path, path.with_file_name(NAMES[0]))
     }),
@@ -169,11 +144,11 @@ fn append(path: &Path) -> io::Result<()> {
 
 const XATTR: &str = "trusted.fuse-backing-test";
 
-/// Three that files have in the beginning, and those that changes give them.
+/// The three names that files can have at first, and the two that changes give them.
 const NAMES: [&str; 5] = ["a", "b", "c", "linked", "renamed"];
 
-/// All that is to be the same of the files in a folder, and of the first names' files that are held open. Of inode
-/// numbers it tells which are equal.
+/// All that must be the same for the files in a folder, and for `held`, open files of the first names. For inode
+/// numbers, this is which of them are equal.
 fn view(folder: &Path, held: &[File]) -> String {
     let mut numbers = Vec::new();
     let mut attributes = |metadata: io::Result<fs::Metadata>| {
@@ -187,7 +162,7 @@ fn view(folder: &Path, held: &[File]) -> String {
         let (size, first) = (metadata.len(), first.unwrap_or_default());
         format!("{mode:o} {uid} links {links} size {size} number {first}")
     };
-    // On overlayfs some files change their numbers when the kernel forgets them, which another test can have it do.
+    // On overlayfs some files change their numbers when the kernel forgets them, which another test can cause.
     let pinned = NAMES.map(|name| pin(&folder.join(name)));
     let mut text = String::new();
     for (name, pinned) in NAMES.iter().zip(&pinned) {
@@ -204,7 +179,7 @@ fn view(folder: &Path, held: &[File]) -> String {
     for (file, name) in held.iter().zip(NAMES) {
         let content = outcome(read(file));
         text += &format!("held {name}: '{content}' {}", attributes(file.metadata()));
-        // It keeps out those who have the same file, by whatever name they opened it.
+        // The lock excludes every other open of the same file, by any of its names.
         let lock = |file: &File| flock(file, FlockOperation::NonBlockingLockExclusive);
         text += &format!(" locked {}", made(lock(file).map_err(Into::into)));
         for other in NAMES {
@@ -218,20 +193,20 @@ fn view(folder: &Path, held: &[File]) -> String {
     text
 }
 
-/// The kernel keeps what somebody has an fd of. `O_PATH` does not open the file.
+/// Keeps the kernel from forgetting a file. `O_PATH` does not open it.
 fn pin(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).custom_flags(libc::O_PATH).open(path)
 }
 
-/// No more than tests write.
+/// Reads as much as the tests write at most.
 pub fn read(file: &File) -> io::Result<String> {
     let mut content = [0; 64];
     let length = file.read_at(&mut content, 0)?;
     Ok(content[..length].escape_ascii().to_string())
 }
 
-/// Whether all names are open meanwhile, and whether the kernel forgets before and after a change.
+/// Name, whether all names are held open meanwhile, and whether the kernel forgets files before and after a change.
 const VARIANTS: [(&str, bool, bool); 4] = [
     ("known", false, false),
     ("held", true, false),
@@ -239,7 +214,7 @@ const VARIANTS: [(&str, bool, bool); 4] = [
     ("held-and-forgotten", true, true),
 ];
 
-/// Where to look, where to change, and how many names there are: the one in the middle is changed.
+/// Arguments: a folder to look in, a folder to make changes in, and the number of names. The middle name is changed.
 fn change_each(args: &[String]) -> Result<String, Box<dyn Error>> {
     let [look, change, names] = args else {
         return Err("two folders and a number".into());
@@ -270,7 +245,32 @@ fn change_each(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// On overlayfs, by way of the mirror and behind it.
+#[apply(test_case)]
+fn file_copied_up_within_a_filesystem(name: &str) -> Result<(), Failed> {
+    changes(name, 1, Layers::Together)
+}
+
+#[apply(test_case)]
+fn file_copied_up_to_another_filesystem(name: &str) -> Result<(), Failed> {
+    changes(name, 1, Layers::Apart)
+}
+
+#[apply(test_case)]
+fn two_names_without_an_index(name: &str) -> Result<(), Failed> {
+    changes(name, 2, Layers::Apart)
+}
+
+#[apply(test_case)]
+fn two_names_with_an_index(name: &str) -> Result<(), Failed> {
+    changes(name, 2, Layers::Indexed)
+}
+
+#[apply(test_case)]
+fn three_names(name: &str) -> Result<(), Failed> {
+    changes(name, 3, Layers::Together)
+}
+
+/// Changes files on overlayfs, through the mirror and directly in its source.
 fn changes(name: &str, names: usize, layers: Layers) -> Result<(), Failed> {
     if !overlay::is_supported() {
         return Ok(());
@@ -326,7 +326,7 @@ fn fill(lower: &Path, names: usize) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Two files in a folder that nothing is made in.
+/// Changes two files in a folder in which no file is made.
 fn change_two(args: &[String]) -> Result<String, Box<dyn Error>> {
     let folder = Path::new(&args[0]);
     let [a, b] = ["a", "b"].map(|name| folder.join(name));
@@ -342,9 +342,9 @@ fn change_two(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// On a FUSE filesystem, which can report what it likes.
+/// The source is a FUSE filesystem, which can report any numbers.
 #[apply(test_case)]
-fn equal_numbers(name: &str) -> Result<(), Failed> {
+fn two_files_with_one_number(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let serve = || {
         let on = sandbox.tmpfs()?;
@@ -374,7 +374,7 @@ fn equal_numbers(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// `a` and `b` are one folder.
+/// Changes a file in the folder `a`, which is bind-mounted on `b`.
 fn use_bind_mount(args: &[String]) -> Result<String, Box<dyn Error>> {
     let [a, b] = ["a", "b"].map(|folder| Path::new(&args[0]).join(folder));
     let tell = |when: &str| {
@@ -416,7 +416,7 @@ fn bind_mount(name: &str) -> Result<(), Failed> {
         fill(&folder)?;
         use_bind_mounts(&sandbox, way, &folder, || backing.unmount_when_idle())?;
         if overlay::is_supported() {
-            // Its numbers do not tell files apart.
+            // Inode numbers of overlayfs do not tell files apart.
             let overlay = Overlay::new(&sandbox, Layers::Together, fill)?;
             let unmounted = || overlay.unmount_when_idle();
             use_bind_mounts(&sandbox, way, overlay.path(), unmounted)?;

@@ -1,5 +1,5 @@
-//! A server that is killed while clients have files open: they get errors and do not hang, and the
-//! backing filesystem can be unmounted.
+//! A server is killed while clients have files open. The clients get errors and do not hang, and the backing
+//! filesystem can be unmounted.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -17,21 +17,11 @@ use crate::client::{Client, Role, wait_for_parent};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
-#[apply(test_case)]
-fn with_passthrough(name: &str) -> Result<(), Failed> {
-    killed(name, Way::Passthrough)
-}
-
-#[apply(test_case)]
-fn without_passthrough(name: &str) -> Result<(), Failed> {
-    killed(name, Way::Plain)
-}
-
 pub const ROLES: &[(&str, Role)] = &[("hold", hold), ("stat", stat)];
 
 const CONTENT: &str = "what the backing file says";
 
-/// Opens for reading and writing, says so, waits, and tells what becomes of the file.
+/// Opens a file for reading and writing, prints so, waits, and prints the outcomes of calls on it.
 fn hold(args: &[String]) -> Result<String, Box<dyn Error>> {
     let path = Path::new(&args[0]);
     let file = File::options().read(true).write(true).open(path)?;
@@ -54,7 +44,7 @@ fn hold(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("closed".into())
 }
 
-/// Asks the server for one thing.
+/// Makes one call that the server must answer.
 fn stat(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok(outcome(fs::metadata(&args[0])))
 }
@@ -80,18 +70,18 @@ fn setup(sandbox: &Sandbox, way: Way) -> Result<(Backing, Mirror, Client), Faile
     let path = mirror.path().join("file");
     let mut holder = Client::start("hold", &[path.as_os_str()])?;
     assert_eq!(holder.line()?, "open");
-    // What `Mirror::wait_for_releases` counts.
+    // `Mirror::wait_for_releases` relies on this count.
     assert_eq!(mirror.open_files()?, 1);
     Ok((backing, mirror, holder))
 }
 
-/// Everything that the server would have to answer fails.
+/// Every call that the server would have to answer fails.
 fn expect_errors(holder: &mut Client, way: Way) -> Result<(), Failed> {
     holder.proceed()?;
     let read = holder.line()?;
     let disconnected = errno(Errno::NOTCONN);
     if way.is_passthrough()? {
-        // The kernel needs no server for that, and whether it has one is not looked at.
+        // The kernel needs no server to read. Whether it checks for one is not asserted.
         assert!(read == CONTENT || read == disconnected, "{read}");
     } else {
         assert_eq!(read, disconnected);
@@ -102,12 +92,22 @@ fn expect_errors(holder: &mut Client, way: Way) -> Result<(), Failed> {
     Ok(())
 }
 
+#[apply(test_case)]
+fn with_passthrough(name: &str) -> Result<(), Failed> {
+    killed(name, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn without_passthrough(name: &str) -> Result<(), Failed> {
+    killed(name, Way::Plain)
+}
+
 fn killed(name: &str, way: Way) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (backing, mut mirror, mut holder) = setup(&sandbox, way)?;
     mirror.kill()?;
     if way.is_passthrough()? {
-        // The client's file is one of the backing's.
+        // The client's open file pins the backing filesystem.
         assert_eq!(backing.unmount(), Err(Errno::BUSY));
     }
     expect_errors(&mut holder, way)?;
@@ -116,9 +116,9 @@ fn killed(name: &str, way: Way) -> Result<(), Failed> {
     backing.unmount_when_idle()
 }
 
-/// The server has the request, or is about to get it, and never answers.
+/// The server has a client's request, or is about to get it, and never answers.
 #[apply(test_case)]
-fn while_it_is_asked(name: &str) -> Result<(), Failed> {
+fn while_a_client_waits(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (backing, mut mirror, mut holder) = setup(&sandbox, Way::Passthrough)?;
     mirror.freeze()?;
@@ -135,7 +135,7 @@ fn while_it_is_asked(name: &str) -> Result<(), Failed> {
     backing.unmount_when_idle()
 }
 
-/// A process that waits in the kernel for as long as is looked.
+/// Waits until the client has been in statx(2) for a while.
 fn wait_until_it_asks(client: &Client) -> Result<(), Failed> {
     let call = format!("/proc/{}/syscall", client.id());
     let number = format!("{} ", libc::SYS_statx);
@@ -151,10 +151,10 @@ fn wait_until_it_asks(client: &Client) -> Result<(), Failed> {
     )
 }
 
-/// What `Mirror::stop` relies on: an id that nobody has closed is seen while somebody has the device.
-/// And what the README says: clients of a server that is gone wait then, until they are aborted.
+/// While a process has the device fd, an id that was not closed pins the backing filesystem: `Mirror::stop`
+/// relies on that. And clients of a server that is gone wait until the connection is aborted: README says so.
 #[apply(test_case)]
-fn device_is_kept(name: &str) -> Result<(), Failed> {
+fn while_its_device_is_kept(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let (backing, mut mirror, mut holder) = setup(&sandbox, Way::Passthrough)?;
     let device = mirror.device()?;

@@ -1,8 +1,8 @@
-//! The mirror example as its users meet it: the program in a process of its own, its clients in
-//! others, and a plain directory to compare with.
+//! Tests of the mirror example as users run it: the program in one process, its clients in others, and
+//! a plain directory to compare with.
 //!
-//! `FUSE_BACKING_TEST=off|auto|require` as for the kernel tests. On a kernel without passthrough the
-//! mirror serves plainly, and is held to the same.
+//! `FUSE_BACKING_TEST=off|auto|require` works as in the kernel tests. On a kernel without passthrough the
+//! mirror serves through plain FUSE, and must pass the same tests.
 
 #![allow(clippy::panic)]
 #![allow(missing_debug_implementations, missing_docs, unreachable_pub)]
@@ -89,8 +89,8 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use mode::Mode;
 
-/// A function with the attribute `#[apply(test_case)]`. Its module and its own name are the test's, which it is given
-/// for its sandbox.
+/// A function with the attribute `#[apply(test_case)]`. The test's name is made of the function's module and name. The
+/// function gets it as an argument, for its sandbox.
 pub struct Test {
     file: &'static str,
     line: u32,
@@ -100,7 +100,7 @@ pub struct Test {
 
 inventory::collect!(Test);
 
-/// These take longest, and so come first.
+/// Modules whose tests take longest, and so start first.
 const LONG: &[&str] = &["mirror::numbers", "mirror::race"];
 
 fn main() -> ExitCode {
@@ -153,7 +153,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
     .concat()
 }
 
-/// Whether it can run is known only when it is run: what it needs takes a minute to build.
+/// Whether this test can run is known only when it runs: finding fsx can mean to build it, which takes a minute.
 fn fsx_trial(mode: Mode, ready: Result<(), String>) -> Trial {
     Trial::ignorable_test(fsx::NAME, move || {
         if mode == Mode::Off {

@@ -1,5 +1,5 @@
-//! Mounts in the source: what they permit and forbid holds through the mirror, and the mirror's own mount there does
-//! not make it wait for itself.
+//! Mounts in the source. What they permit and forbid holds through the mirror. A mirror that is mounted in its own
+//! source does not wait for itself.
 
 use std::error::Error;
 use std::ffi::CString;
@@ -30,6 +30,52 @@ use crate::program;
 use crate::sandbox::{Sandbox, patience_times};
 use crate::server::{Mirror, Way, within};
 
+pub const ROLES: &[(&str, Role)] = &[("map-to-run", map_to_run)];
+
+const WAYS: [Way; 2] = [Way::Passthrough, Way::Plain];
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A mirror's source and a plain directory, with the same content.
+struct Pair {
+    backing: Backing,
+    source: PathBuf,
+    plain: PathBuf,
+    mirror: Mirror,
+    way: Way,
+}
+
+impl Pair {
+    fn new(name: &str, way: Way, make: fn(&Path) -> Result<(), Failed>) -> Result<Self, Failed> {
+        let sandbox = Sandbox::new(name)?;
+        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
+        let (source, plain) = (backing.folder("source")?, backing.folder("plain")?);
+        make(&source)?;
+        make(&plain)?;
+        let mirror = Mirror::start(&sandbox, &source, way)?;
+        Ok(Self {
+            backing,
+            source,
+            plain,
+            mirror,
+            way,
+        })
+    }
+
+    /// Has a client make calls in both, which must have the same outcomes.
+    fn same(&self, (table, folder, outcome, count): Calls<'_>) -> Result<Vec<Made>, Failed> {
+        let folders = [self.mirror.path(), &self.plain].map(|place| place.join(folder));
+        let made = run(table, &folders[0], &folders[1])?;
+        compare(&made, self.way.is_passthrough()?, true)?;
+        let found = made.iter().filter(|made| made.plain == outcome).count();
+        assert_eq!(found, count, "{outcome} in '{table}'");
+        Ok(made)
+    }
+}
+
+/// A table of calls, the folder to make them in, an outcome, and how many of the calls have it.
+type Calls<'a> = (&'a str, &'a str, &'a str, usize);
+
+/// The mirror learns of the folder by the writable path first.
 #[apply(test_case)]
 fn read_only_known_as_writable(name: &str) -> Result<(), Failed> {
     let calls = [
@@ -40,6 +86,7 @@ fn read_only_known_as_writable(name: &str) -> Result<(), Failed> {
     all_the_same(name, read_only_folder, "ro", &calls)
 }
 
+/// The mirror learns of the folder by the read-only path first.
 #[apply(test_case)]
 fn writable_known_as_read_only(name: &str) -> Result<(), Failed> {
     let calls = [("writable elsewhere", "", "EROFS", 8)];
@@ -70,52 +117,7 @@ fn two_mounts_of_a_filesystem(name: &str) -> Result<(), Failed> {
     all_the_same(name, two_mounts, "again", &calls)
 }
 
-pub const ROLES: &[(&str, Role)] = &[("map-to-run", map_to_run)];
-
-const WAYS: [Way; 2] = [Way::Passthrough, Way::Plain];
-const SECOND: Duration = Duration::from_secs(1);
-
-/// A mirror's source and a plain directory, with the same in both.
-struct Pair {
-    backing: Backing,
-    source: PathBuf,
-    plain: PathBuf,
-    mirror: Mirror,
-    way: Way,
-}
-
-impl Pair {
-    fn new(name: &str, way: Way, make: fn(&Path) -> Result<(), Failed>) -> Result<Self, Failed> {
-        let sandbox = Sandbox::new(name)?;
-        let backing = Backing::in_memory(&sandbox, "tmpfs")?;
-        let (source, plain) = (backing.folder("source")?, backing.folder("plain")?);
-        make(&source)?;
-        make(&plain)?;
-        let mirror = Mirror::start(&sandbox, &source, way)?;
-        Ok(Self {
-            backing,
-            source,
-            plain,
-            mirror,
-            way,
-        })
-    }
-
-    /// Has a client make calls in both, with the same outcomes.
-    fn same(&self, (table, folder, outcome, count): Calls<'_>) -> Result<Vec<Made>, Failed> {
-        let folders = [self.mirror.path(), &self.plain].map(|place| place.join(folder));
-        let made = run(table, &folders[0], &folders[1])?;
-        compare(&made, self.way.is_passthrough()?, true)?;
-        let found = made.iter().filter(|made| made.plain == outcome).count();
-        assert_eq!(found, count, "{outcome} in '{table}'");
-        Ok(made)
-    }
-}
-
-/// Calls of a table in a folder, an outcome, and how many of the calls have it.
-type Calls<'a> = (&'a str, &'a str, &'a str, usize);
-
-/// What `make` makes and mounts is the same through a mirror.
+/// Calls have the same outcomes through a mirror as in a plain directory. `make` fills both and mounts `mountpoint`.
 fn all_the_same(
     name: &str,
     make: fn(&Path) -> Result<(), Failed>,
@@ -153,7 +155,7 @@ fn bind(folder: &Path, from: &str, to: &str, flags: MountFlags) -> Result<(), Fa
     Ok(())
 }
 
-/// What the table "read-only" asks for, in `d` and `ro`.
+/// What the table "read-only" needs, in `d`, which is mounted on `ro`.
 fn read_only_folder(folder: &Path) -> Result<(), Failed> {
     let d = folder.join("d");
     fs::create_dir_all(d.join("folder"))?;
@@ -171,8 +173,8 @@ fn single_file(folder: &Path) -> Result<(), Failed> {
     bind(folder, "file", "ro", MountFlags::RDONLY)
 }
 
-/// By cp(1): a child of another test has, between its fork and its exec, the fds of this process, and with one that
-/// writes a program it cannot be run.
+/// Copies a program with cp(1). If this process wrote it, a child of another test would inherit the fd between its fork
+/// and its exec, and the program could not be run meanwhile.
 fn copy_program(name: &str, to: &Path) -> Result<(), Failed> {
     let program = program::in_path(name).ok_or("there is no such program")?;
     let copied = Command::new("cp").arg(program).arg(to).status()?;
@@ -186,42 +188,6 @@ fn noexec_folder(folder: &Path) -> Result<(), Failed> {
     copy_program("true", &folder.join("d/second"))?;
     fs::create_dir(folder.join("noexec"))?;
     bind(folder, "d", "noexec", MountFlags::NOEXEC)
-}
-
-/// Maps a file to be run, as ld.so(8) does, and prints what comes of it.
-#[allow(unsafe_code)]
-fn map_to_run(args: &[String]) -> Result<String, Box<dyn Error>> {
-    let file = File::open(&args[0])?;
-    let access = ProtFlags::READ | ProtFlags::EXEC;
-    // SAFETY: where is the kernel's choice. Nothing refers to it.
-    let mapped = unsafe { mmap(null_mut(), 1, access, MapFlags::PRIVATE, file, 0) };
-    Ok(describe(&mapped.map(|_| String::new())))
-}
-
-/// The mount has them too.
-#[apply(test_case)]
-fn flags_of_the_source(name: &str) -> Result<(), Failed> {
-    let forbids = MountFlags::NOEXEC | MountFlags::NOSYMFOLLOW;
-    for (flags, expected) in [
-        (MountFlags::empty(), [r#""content""#, "ok"]),
-        (forbids, ["ELOOP", "EPERM"]),
-    ] {
-        let sandbox = Sandbox::new(name)?;
-        let source = sandbox.folder("source")?;
-        mount("tmpfs", &source, "tmpfs", flags, None)?;
-        fs::write(source.join("file"), "content")?;
-        symlink("file", source.join("link"))?;
-        copy_program("true", &source.join("true"))?;
-        let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
-        for root in [&source, mirror.path()] {
-            let followed = ask_all(root, &[("read", "link")], SECOND)?;
-            let mapped = client::run("map-to-run", &[root.join("true").as_os_str()])?;
-            assert_eq!([&followed[0], &mapped], expected);
-        }
-        mirror.wait_for_releases()?;
-        mirror.stop_with(|| unmount_soon(&source))?;
-    }
-    Ok(())
 }
 
 fn nosuid_folder(folder: &Path) -> Result<(), Failed> {
@@ -246,6 +212,42 @@ fn two_mounts(folder: &Path) -> Result<(), Failed> {
     bind(folder, "d", "again", MountFlags::empty())
 }
 
+/// Maps a file as executable, as ld.so(8) does, and returns the outcome.
+#[allow(unsafe_code)]
+fn map_to_run(args: &[String]) -> Result<String, Box<dyn Error>> {
+    let file = File::open(&args[0])?;
+    let access = ProtFlags::READ | ProtFlags::EXEC;
+    // SAFETY: a new mapping, at an address that the kernel chooses. Nothing refers to it.
+    let mapped = unsafe { mmap(null_mut(), 1, access, MapFlags::PRIVATE, file, 0) };
+    Ok(describe(&mapped.map(|_| String::new())))
+}
+
+/// If the source is on a `noexec` and `nosymfollow` mount, so is the mirror's mount.
+#[apply(test_case)]
+fn mount_has_the_flags_of_the_source(name: &str) -> Result<(), Failed> {
+    let forbids = MountFlags::NOEXEC | MountFlags::NOSYMFOLLOW;
+    for (flags, expected) in [
+        (MountFlags::empty(), [r#""content""#, "ok"]),
+        (forbids, ["ELOOP", "EPERM"]),
+    ] {
+        let sandbox = Sandbox::new(name)?;
+        let source = sandbox.folder("source")?;
+        mount("tmpfs", &source, "tmpfs", flags, None)?;
+        fs::write(source.join("file"), "content")?;
+        symlink("file", source.join("link"))?;
+        copy_program("true", &source.join("true"))?;
+        let mirror = Mirror::start(&sandbox, &source, Way::Passthrough)?;
+        for root in [&source, mirror.path()] {
+            let followed = ask_all(root, &[("read", "link")], SECOND)?;
+            let mapped = client::run("map-to-run", &[root.join("true").as_os_str()])?;
+            assert_eq!([&followed[0], &mapped], expected);
+        }
+        mirror.wait_for_releases()?;
+        mirror.stop_with(|| unmount_soon(&source))?;
+    }
+    Ok(())
+}
+
 #[apply(test_case)]
 fn mounted_while_it_is_served(name: &str) -> Result<(), Failed> {
     for way in WAYS {
@@ -267,7 +269,7 @@ fn mounted_while_it_is_served(name: &str) -> Result<(), Failed> {
         }
         let mounted = pair.same(("look", "", "ENOENT", 1))?;
         for at in &mountpoints {
-            // The mirror holds the files that the kernel knows.
+            // Lazily, since the mirror has an fd of each file that the kernel remembers.
             unmount(at, UnmountFlags::DETACH)?;
         }
         let after = pair.same(("look", "", "ENOENT", 1))?;
@@ -281,18 +283,18 @@ fn mounted_while_it_is_served(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// How a mirror's mount comes into its source.
+/// How a mirror's mount gets into its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     Bind,
     BindRecursive,
     BindOfAFolder,
-    /// It is mounted in a peer of the source.
+    /// By a mount in a peer of the source.
     Propagation,
 }
 
 #[apply(test_case)]
-fn itself_in_the_source(name: &str) -> Result<(), Failed> {
+fn mirror_in_its_own_source(name: &str) -> Result<(), Failed> {
     for (entry, way) in [
         (Entry::Bind, Way::Passthrough),
         (Entry::Bind, Way::Plain),
@@ -309,7 +311,7 @@ fn itself_in_the_source(name: &str) -> Result<(), Failed> {
 }
 
 fn enter_itself(name: &str, entry: Entry, way: Way) -> Result<(), Failed> {
-    // A mirror that waits for itself is aborted then.
+    // After this time, the watchdog aborts a mirror that waits for itself.
     let sandbox = Sandbox::patient(name, 15 * SECOND)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let folder = backing.folder("source")?;
@@ -383,9 +385,9 @@ fn enter_itself(name: &str, entry: Entry, way: Way) -> Result<(), Failed> {
     })
 }
 
-/// Two mirrors that are in each other's source: each step down takes threads of both.
+/// Each of two mirrors is mounted in the other's source. Each level of a path takes threads of both.
 #[apply(test_case)]
-fn mirror_of_the_mirror(name: &str) -> Result<(), Failed> {
+fn two_mirrors_in_each_other(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::patient(name, 20 * SECOND)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -405,7 +407,7 @@ fn mirror_of_the_mirror(name: &str) -> Result<(), Failed> {
             .collect();
         let since = Instant::now();
         let asked = ask_all(outer.path(), &calls, 10 * SECOND)?;
-        // That takes more threads than there are: the last one refuses.
+        // The longest path takes more threads than there are: the last thread refuses instead of waiting.
         assert_eq!(asked.last().map(String::as_str), Some("EBUSY"));
         ask_all(inner.path(), &calls[..3], 10 * SECOND)?;
         assert!(since.elapsed() < 10 * SECOND * patience_times());
@@ -419,7 +421,7 @@ fn mirror_of_the_mirror(name: &str) -> Result<(), Failed> {
                 ]
             );
         }
-        // Each holds files of the other's mount: they say that it is in use.
+        // Each holds files of the other's mount, so each reports that its mount is in use.
         for mirror in [inner, outer] {
             mirror.signal(Signal::TERM)?;
             mirror.wait_for_end()?;
@@ -429,7 +431,7 @@ fn mirror_of_the_mirror(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// With `--depth`, if any.
+/// Passes `--depth` to the mirror, if it is given.
 fn start_with_depth(
     sandbox: &Sandbox,
     source: &Path,
@@ -439,7 +441,7 @@ fn start_with_depth(
     Mirror::start_with(sandbox, source, Way::Passthrough, &args)
 }
 
-/// Mounts overlayfs with this as its lower layer.
+/// Mounts overlayfs with `lower` as its lower layer.
 fn overlay(
     sandbox: &Sandbox,
     backing: &Backing,
@@ -464,9 +466,9 @@ fn overlay(
     Ok(mounted.map(|()| merged))
 }
 
-/// Fails where a mirror can be a lower layer only if it was asked to leave room for that.
+/// A mirror can be a lower layer of overlayfs only with `--depth 1`. Otherwise mounting the overlay fails.
 #[apply(test_case)]
-fn below_an_overlay(name: &str) -> Result<(), Failed> {
+fn mirror_below_an_overlay(name: &str) -> Result<(), Failed> {
     for (depth, mounts) in [(None, false), (Some("2"), false), (Some("1"), true)] {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -490,9 +492,9 @@ fn below_an_overlay(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Depth 1 leaves no room for an overlay below: such files are served without passthrough.
+/// With `--depth 1`, files that are on overlayfs are served without passthrough.
 #[apply(test_case)]
-fn on_an_overlay(name: &str) -> Result<(), Failed> {
+fn mirror_on_an_overlay(name: &str) -> Result<(), Failed> {
     for (depth, without_passthrough) in [(None, false), (Some("1"), true)] {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;

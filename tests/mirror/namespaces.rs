@@ -1,4 +1,4 @@
-//! Servers that have less than all of root's rights, and clients that have fewer than they seem to have.
+//! Servers with fewer rights than root has, and clients with fewer rights than they seem to have.
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -16,17 +16,17 @@ use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
 #[apply(test_case)]
-fn root_of_another_user_namespace(name: &str) -> Result<(), Failed> {
+fn truncation_by_root_of_another_user_namespace(name: &str) -> Result<(), Failed> {
     compare(name, 0o6777, &["unshare", "-Ur", "truncate", "-s", "1"])
 }
 
 #[apply(test_case)]
-fn group_is_changed(name: &str) -> Result<(), Failed> {
+fn group_change_by_the_owner(name: &str) -> Result<(), Failed> {
     let owner = ["setpriv", "--reuid=1000", "--regid=1000", "--groups=3000"];
     compare(name, 0o2747, &[&owner[..], &["chgrp", "3000"]].concat())
 }
 
-/// What a command leaves of a file's mode: through the mirror as without. 1000 is its owner, 2000 its group.
+/// A command leaves the same mode of a file through the mirror as without it. The file's owner is 1000, its group 2000.
 fn compare(name: &str, mode: u32, command: &[&str]) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
@@ -45,7 +45,7 @@ fn compare(name: &str, mode: u32, command: &[&str]) -> Result<(), Failed> {
             Ok(fs::metadata(made.join("file"))?.mode() & 0o7777)
         };
         let native = left(&plain, &plain)?;
-        assert_ne!(native, mode, "there is something to see");
+        assert_ne!(native, mode, "the command changes the mode");
         assert_eq!(left(&source, mirror.path())?, native, "{way:?}");
         mirror.wait_for_releases()?;
         mirror.stop(&backing)?;
@@ -53,7 +53,7 @@ fn compare(name: &str, mode: u32, command: &[&str]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// There nothing can be registered, and no groups be given up.
+/// The server can neither register files nor give up groups there, and serves without passthrough.
 #[apply(test_case)]
 fn server_in_a_user_namespace(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
@@ -81,7 +81,7 @@ fn server_in_a_user_namespace(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// It makes nothing that would be root's.
+/// Without `CAP_SETUID` the server makes no file for a client, since the file would be root's.
 #[apply(test_case)]
 fn server_that_cannot_take_ids(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;

@@ -1,5 +1,5 @@
-//! The inode numbers that the mirror reports are the source's own, or of no other file, and stay the same when the
-//! kernel forgets a file and looks it up again.
+//! The mirror reports the source's inode number of a file, or one that no other file has. The number stays the same
+//! when the kernel forgets the file and looks it up again.
 
 use std::error::Error;
 use std::ffi::{CString, OsStr};
@@ -29,7 +29,7 @@ use crate::server::Mirror;
 
 pub const ROLES: &[(&str, Role)] = &[("list-numbers", list_numbers), ("reuse", reuse)];
 
-/// Has the kernel forget, over and over.
+/// A thread that makes the kernel forget files, over and over.
 struct Forgetting {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<io::Result<()>>>,
@@ -62,7 +62,7 @@ impl Drop for Forgetting {
     }
 }
 
-/// They take a file for another one when its number changes. `diff-files` believes what is in git's index.
+/// Commands that take a file for another one when its inode number changes. `diff-files` trusts git's index.
 const COMMANDS: &[&str] = &[
     "cp -r tree copy",
     "diff -r tree copy",
@@ -80,7 +80,7 @@ const COMMANDS: &[&str] = &[
 
 const ROUNDS: usize = 50;
 
-/// In five folders of each, six names of five files.
+/// Makes two trees of five folders each. A folder has five files, with six names.
 fn make_trees(root: &Path) -> Result<(), Failed> {
     fs::create_dir(root.join("extracted"))?;
     for tree in ["tree", "repository"] {
@@ -100,7 +100,7 @@ fn make_trees(root: &Path) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What comes of a command. A listing may be in any order.
+/// A command, its exit status and its output, whose lines are sorted: a listing may be in any order.
 fn run(command: &str, root: &Path) -> Result<String, Failed> {
     let mut words = command.split(' ');
     let output = Command::new(words.next().ok_or("no program")?)
@@ -124,7 +124,7 @@ fn succeeded(outcome: &str) {
 }
 
 #[apply(test_case)]
-fn kernel_forgets_meanwhile(name: &str) -> Result<(), Failed> {
+fn stay_while_the_kernel_forgets(name: &str) -> Result<(), Failed> {
     if program::in_path("git").is_none() {
         return Err("there is no git: apt-get install git".into());
     }
@@ -153,7 +153,7 @@ fn kernel_forgets_meanwhile(name: &str) -> Result<(), Failed> {
     backing.unmount_when_idle()
 }
 
-/// Of each path, the number that is listed, the number before the kernel forgets it, and that after.
+/// Prints for each path the number that readdir(3) lists, and the file's number before and after the kernel forgets it.
 fn list_numbers(args: &[String]) -> Result<String, Box<dyn Error>> {
     fn list(root: &Path, path: &str) -> io::Result<()> {
         for entry in fs::read_dir(root.join(path))? {
@@ -170,7 +170,7 @@ fn list_numbers(args: &[String]) -> Result<String, Box<dyn Error>> {
         Ok(())
     }
     let root = Path::new(&args[0]);
-    // Nothing is known when it is listed.
+    // The kernel knows none of the files when they are listed.
     drop_caches()?;
     list(root, "")?;
     let number = root.metadata()?.ino();
@@ -210,7 +210,7 @@ impl Numbers {
         self.path.starts_with(MOUNTS)
     }
 
-    /// Natively, what is listed is the folder that the mount covers up.
+    /// Whether this is a mount's root, for which readdir(3) natively lists the number of the folder under the mount.
     fn is_mount(&self) -> bool {
         self.is_of_another_mount() && self.path.len() == 1
     }
@@ -219,7 +219,7 @@ impl Numbers {
 const MOUNTS: [char; 2] = ['x', 'y'];
 
 #[apply(test_case)]
-fn are_the_sources(name: &str) -> Result<(), Failed> {
+fn are_those_of_the_source(name: &str) -> Result<(), Failed> {
     for way in WAYS {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -279,7 +279,7 @@ fn are_the_sources(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// What a file is called where there are no names: `struct file_handle`.
+/// `struct file_handle`, which identifies a file without a name.
 #[repr(C)]
 struct Handle {
     bytes: u32,
@@ -306,14 +306,14 @@ impl Handle {
         }
     }
 
-    /// The errno of opening it, on the filesystem that a folder is on.
+    /// Opens the handle on the filesystem of the folder `on`, and returns the errno if that fails.
     fn refused(&self, on: &Path) -> io::Result<Option<i32>> {
         let on = File::open(on)?;
         let (number, on) = (libc::SYS_open_by_handle_at, on.as_raw_fd());
-        // SAFETY: the kernel reads the handle. What it returns is nobody else's.
+        // SAFETY: the kernel reads the handle up to its length.
         let fd = unsafe { libc::syscall(number, on, self, libc::O_RDONLY) };
         if fd >= 0 {
-            // SAFETY: as above.
+            // SAFETY: the kernel has just returned this fd, and nothing else owns it.
             drop(unsafe { OwnedFd::from_raw_fd(fd as i32) });
             return Ok(None);
         }
@@ -325,7 +325,7 @@ impl Handle {
 fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
     const PATIENCE: Duration = Duration::from_secs(10);
     let root = Path::new(&args[0]);
-    // Its name is its content.
+    // The content of each file is its name.
     let check = |path: &Path| -> Result<u64, Box<dyn Error>> {
         let name = path.file_name().and_then(OsStr::to_str).ok_or("a name")?;
         let (file, number) = (File::open(path)?, path.metadata()?.ino());
@@ -347,7 +347,7 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
         fs::remove_file(root.join("old"))?;
         drop_caches()?;
         for name in ["a", "b", "c"] {
-            assert_ne!(make(name)?, number, "it is in use");
+            assert_ne!(make(name)?, number, "the number is in use");
         }
         assert_eq!(read(&old)?, "old");
         assert_eq!(old.metadata()?.ino(), number);
@@ -363,7 +363,7 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
         assert_eq!(
             handle.refused(root)?,
             Some(libc::ESTALE),
-            "it is another file's"
+            "the number is another file's"
         );
         drop_caches()?;
         for name in ["a", "b", "c", "new"] {
@@ -375,14 +375,14 @@ fn reuse(args: &[String]) -> Result<String, Box<dyn Error>> {
     Ok("done".into())
 }
 
-/// Where the lowest number that is free is taken.
+/// On ext4, where a new file gets the lowest free number.
 #[apply(test_case)]
 fn are_used_again(name: &str) -> Result<(), Failed> {
     if !ext4::is_supported()? {
         return Ok(());
     }
     let sandbox = Sandbox::new(name)?;
-    // Without a journal, ext4 waits for a minute.
+    // Without a journal, ext4 waits for a minute before it uses a number again.
     let mkfs = ["-O", "has_journal", "-J", "size=4", "-b", "1024"];
     let backing = Ext4::new(&sandbox, 16 << 20, &mkfs)?;
     let source = backing.path();

@@ -1,4 +1,4 @@
-//! An overlayfs of two layers, on filesystems of their own.
+//! An overlayfs of two layers, on filesystems of its own.
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -14,20 +14,20 @@ use crate::sandbox::{Sandbox, unmount_when_idle};
 pub enum Layers {
     /// On one filesystem.
     Together,
-    /// On two: `st_dev` is not the same of all files.
+    /// On two: not all files have the same `st_dev`.
     Apart,
-    /// On one, with an index: the names of a lower file stay names of one file when it is copied up. Without, each name
-    /// gets a file of its own.
+    /// On one, with an index: the names of a lower file stay names of one file when it is copied up. Without an index,
+    /// each name gets a file of its own.
     Indexed,
 }
 
 pub struct Overlay {
     at: PathBuf,
-    /// To be dropped after it is unmounted.
+    /// Dropped after the overlay is unmounted.
     layers: Vec<Backing>,
 }
 
-/// Whether this kernel can mount one.
+/// Whether this kernel has overlayfs.
 pub fn is_supported() -> bool {
     match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
         Ok(_) => true,

@@ -1,7 +1,7 @@
-//! A folder that calls are made in, and what each call returns, in words that can be compared.
+//! Calls that are made in a folder, and their outcomes as text that can be compared.
 //!
-//! A place is entered before each call, so that the calls themselves, relative paths and all, are
-//! the same at every place.
+//! A place is made the current directory before each call. So the same calls, with the same relative
+//! paths, can be made at every place.
 
 use std::ffi::CString;
 use std::io::{IoSlice, IoSliceMut};
@@ -37,7 +37,7 @@ pub fn describe(outcome: &Outcome) -> String {
     }
 }
 
-/// Of those that calls on files return.
+/// The name of an errno that calls on files return. Other errnos keep rustix's text.
 fn name(errno: Errno) -> String {
     macro_rules! names {
         ($($name:ident)*) => {
@@ -47,7 +47,7 @@ fn name(errno: Errno) -> String {
             }
         };
     }
-    // What rustix calls otherwise.
+    // rustix has other names for these.
     match errno {
         Errno::ACCESS => return "EACCES".to_owned(),
         Errno::TOOBIG => return "E2BIG".to_owned(),
@@ -78,12 +78,13 @@ fn data(data: &[u8]) -> String {
     }
 }
 
-/// A time that calls are made with.
+/// A time to pass to a call.
 pub const fn at(tv_sec: i64, tv_nsec: i64) -> Timespec {
     Timespec { tv_sec, tv_nsec }
 }
 
-/// A time that was set is told exactly. Others are those of the two calls that are compared.
+/// A time as text. A time that a call has set is exact. A time within the last hour is `now`, since the two calls that
+/// are compared are not made at the same time.
 pub fn time(seconds: i64, nanoseconds: impl std::fmt::Display) -> String {
     const RECENT: i64 = 3600;
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -95,7 +96,7 @@ pub fn time(seconds: i64, nanoseconds: impl std::fmt::Display) -> String {
     }
 }
 
-/// What is the same of files that were made by the same calls.
+/// The attributes that are equal for files made by the same calls.
 pub fn attributes(stat: &Stat) -> String {
     format!(
         "{:?} {:o} nlink {} uid {} gid {} size {} rdev {:#x} blksize {}",
@@ -110,7 +111,7 @@ pub fn attributes(stat: &Stat) -> String {
     )
 }
 
-/// File descriptors go by the number of their slot, one of these.
+/// The number of slots. Calls name a file descriptor by the number of its slot.
 const SLOTS: usize = 4;
 
 pub struct Place {
@@ -130,7 +131,7 @@ impl Place {
         })
     }
 
-    /// Goes on in a new folder of that name, without open files.
+    /// Closes all files, and makes a new folder for the calls that follow.
     pub fn make_folder(&mut self, name: &str) -> Outcome {
         self.fds = Default::default();
         fs::mkdirat(&self.root, name, Mode::from_raw_mode(0o755))?;
@@ -168,7 +169,7 @@ impl Place {
         self.put(slot, fd)
     }
 
-    /// Opens what another slot has open once more.
+    /// Opens the file of another slot once more, through /proc.
     pub fn reopen(&mut self, slot: usize, from: usize, flags: OFlags) -> Outcome {
         let path = format!("/proc/self/fd/{}", self.fd(from)?.as_raw_fd());
         self.open(slot, &path, flags)
@@ -183,14 +184,14 @@ impl Place {
         self.put(slot, fd)
     }
 
-    /// A new file of this content.
+    /// Makes a new file with this content.
     pub fn file(&mut self, path: &str, content: &[u8]) -> Outcome {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = fs::open(path, flags, Mode::from_raw_mode(0o644))?;
         number(io::write(&file, content)?)
     }
 
-    /// All of a file.
+    /// Reads a whole file.
     pub fn content(&mut self, path: &str) -> Outcome {
         let file = fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
         let mut content = Vec::with_capacity(1 << 20);
@@ -277,7 +278,7 @@ impl Place {
         number(io::pwritev2(self.fd(slot)?, &buffers, offset, flags)?)
     }
 
-    /// From and to memory at a page boundary, as `O_DIRECT` demands it.
+    /// Reads into memory at a page boundary, as `O_DIRECT` demands.
     pub fn pread_aligned(&mut self, slot: usize, len: usize, offset: u64) -> Outcome {
         let mut memory = vec![0; len + PAGE];
         let start = memory.as_ptr().align_offset(PAGE);
@@ -352,8 +353,8 @@ fn last_error() -> Errno {
     errno(std::io::Error::last_os_error())
 }
 
-/// A mapping of the first pages of a file. Nobody cuts the file short while it lives, which would
-/// end the process.
+/// A mapping of the first pages of a file. The file must not be truncated while the mapping exists: an
+/// access beyond its end would kill the process.
 struct Map {
     address: *mut u8,
     len: usize,
@@ -373,8 +374,8 @@ impl Map {
 
     #[allow(unsafe_code)]
     fn read(&self) -> String {
-        // SAFETY: `len` readable bytes, which nobody writes meanwhile: this process does one thing
-        // at a time, and the file is this test's.
+        // SAFETY: the mapping has `len` readable bytes. Nobody writes them meanwhile: this process makes one
+        // call at a time, and only this test uses the file.
         data(unsafe { std::slice::from_raw_parts(self.address, self.len) })
     }
 
@@ -383,13 +384,13 @@ impl Map {
         assert!(offset + data.len() <= self.len, "within the mapping");
         // SAFETY: within the mapping, as was just asserted.
         let to = unsafe { self.address.add(offset) };
-        // SAFETY: callers map it writable; `data` is not part of the mapping.
+        // SAFETY: every caller maps it writable, and `data` is not part of the mapping.
         unsafe { to.copy_from_nonoverlapping(data.as_ptr(), data.len()) };
     }
 
     #[allow(unsafe_code)]
     fn sync(&self) -> Result<(), Errno> {
-        // SAFETY: the mapping, as it was made.
+        // SAFETY: `address` and `len` are those of the mapping.
         match unsafe { libc::msync(self.address.cast(), self.len, libc::MS_SYNC) } {
             0 => Ok(()),
             _ => Err(last_error()),
@@ -400,19 +401,19 @@ impl Map {
 impl Drop for Map {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: the mapping, as it was made; nothing refers to it any more.
+        // SAFETY: `address` and `len` are those of the mapping, and nothing refers to it any more.
         unsafe { libc::munmap(self.address.cast(), self.len) };
     }
 }
 
-/// Mapping, and moving data without reading it.
+/// Mapping, and moving data within the kernel.
 impl Place {
     pub fn mmap_read(&mut self, slot: usize, len: usize) -> Outcome {
         let map = Map::new(self.fd(slot)?, len, libc::PROT_READ, libc::MAP_SHARED)?;
         Ok(map.read())
     }
 
-    /// Writes into a private mapping, which the file must not notice.
+    /// Writes to a private mapping, which must not change the file.
     pub fn mmap_private(&mut self, slot: usize, data: &[u8]) -> Outcome {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let map = Map::new(self.fd(slot)?, PAGE, protection, libc::MAP_PRIVATE)?;
@@ -420,7 +421,7 @@ impl Place {
         Ok(map.read())
     }
 
-    /// Writes through a shared mapping, syncs, and tells what the mapping has then.
+    /// Writes through a shared mapping, syncs, and returns what the mapping has then.
     pub fn mmap_write(&mut self, slot: usize, len: usize, offset: usize, data: &[u8]) -> Outcome {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let map = Map::new(self.fd(slot)?, len, protection, libc::MAP_SHARED)?;
@@ -429,7 +430,7 @@ impl Place {
         Ok(map.read())
     }
 
-    /// Reads, writes through the fd while the file is mapped, and sees it in the mapping.
+    /// Writes through the fd while the file is mapped. Returns what the mapping has before and after.
     pub fn mmap_sees_write(&mut self, slot: usize, data: &[u8], offset: u64) -> Outcome {
         let fd = self.fd(slot)?;
         let map = Map::new(fd, PAGE, libc::PROT_READ, libc::MAP_SHARED)?;
@@ -447,7 +448,7 @@ impl Place {
         self.pread(slot, PAGE, 0)
     }
 
-    /// A file that is not of this place.
+    /// A file outside this place, in memory.
     pub fn memfd(&mut self, slot: usize, content: &[u8]) -> Outcome {
         let fd = fs::memfd_create("outside", MemfdFlags::CLOEXEC)?;
         io::pwrite(&fd, content, 0)?;
@@ -528,7 +529,7 @@ impl Place {
         ))
     }
 
-    /// Whether it tells when the file was made.
+    /// Whether statx(2) returns a birth time.
     pub fn statx_btime(&mut self, path: &str) -> Outcome {
         let statx = fs::statx(CWD, path, AtFlags::empty(), StatxFlags::BTIME)?;
         number(statx.stx_mask & StatxFlags::BTIME.bits() != 0)
@@ -593,7 +594,7 @@ impl Place {
         done(fs::access(path, access)?)
     }
 
-    /// What does not depend on what else happens on the filesystem.
+    /// The fields that do not change with other use of the filesystem.
     pub fn statfs(&mut self, path: &str) -> Outcome {
         let stat = fs::statvfs(path)?;
         Ok(format!(
@@ -663,7 +664,7 @@ impl Place {
         done(fs::mknodat(CWD, path, kind, mode, rdev)?)
     }
 
-    /// New empty files, called by their numbers.
+    /// Makes new empty files, whose names are numbers.
     pub fn make_many(&mut self, folder: &str, count: usize) -> Outcome {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         for n in 0..count {
@@ -687,20 +688,20 @@ impl Place {
         number(removed)
     }
 
-    /// Names and types, sorted.
+    /// The names and types of a directory's entries, sorted.
     pub fn list(&mut self, path: &str) -> Outcome {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = fs::open(path, flags, Mode::empty())?;
         Ok(listing(entries(&dir)?))
     }
 
-    /// What is left to list of an open directory.
+    /// The entries of an open directory that are not listed yet.
     pub fn getdents(&mut self, slot: usize) -> Outcome {
         Ok(listing(entries(self.fd(slot)?)?))
     }
 
-    /// Lists a directory, goes back to just behind the entry of that number, and counts those that
-    /// follow.
+    /// Lists a directory, seeks to the position after the entry of that number, and counts the entries
+    /// that follow.
     pub fn list_from(&mut self, path: &str, number: usize) -> Outcome {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = fs::open(path, flags, Mode::empty())?;
@@ -714,7 +715,7 @@ impl Place {
     }
 }
 
-/// Name, type, and where the next one is.
+/// Name, type, and the position of the next entry.
 type Entry = (String, FileType, u64);
 
 fn entries(dir: &OwnedFd) -> Result<Vec<Entry>, Errno> {
@@ -758,7 +759,7 @@ impl Place {
         done(fs::fsetxattr(fd, name, value, XattrFlags::empty())?)
     }
 
-    /// With a buffer of `size`, or asking for the size if that is 0.
+    /// Reads with a buffer of `size` bytes, or asks for the size of the value if `size` is 0.
     pub fn getxattr(&mut self, path: &str, name: &str, size: usize) -> Outcome {
         if size == 0 {
             return number(fs::getxattr_query(path, name)?);
@@ -804,7 +805,7 @@ impl Place {
     }
 }
 
-/// Their order is the filesystem's business.
+/// Attribute names, sorted: filesystems list them in different orders.
 fn names(list: &[u8]) -> String {
     let mut names: Vec<_> = list
         .split_inclusive(|byte| *byte == 0)
@@ -814,7 +815,7 @@ fn names(list: &[u8]) -> String {
     format!("[{}]", names.join(", "))
 }
 
-/// Sockets, programs, and who makes the calls.
+/// Sockets, programs, and the user and limits of the calls.
 impl Place {
     /// A listening socket of that name.
     pub fn bind(&mut self, slot: usize, path: &str) -> Outcome {
@@ -830,13 +831,13 @@ impl Place {
         self.put(slot, socket)
     }
 
-    /// A copy of one of the machine's programs.
+    /// Copies a program from `PATH`.
     pub fn program(&mut self, name: &str, path: &str) -> Outcome {
         let program = program::in_path(name).ok_or(Errno::NOENT)?;
         done(std::fs::copy(program, path).map_err(errno)?)
     }
 
-    /// Runs a program, which is to say something.
+    /// Runs a program, and returns its exit status and output.
     pub fn run(&mut self, path: &str, args: &str) -> Outcome {
         let mut command = Command::new(path);
         let output = command.args(args.split_whitespace()).output();
@@ -849,7 +850,7 @@ impl Place {
         ))
     }
 
-    /// Makes the calls that follow as somebody else.
+    /// Makes the calls that follow as another user.
     pub fn become_user(&mut self, uid: u32, gid: u32, groups: &[u32]) -> Outcome {
         self.become_root()?;
         let groups: Vec<_> = groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
@@ -866,14 +867,14 @@ impl Place {
     }
 
     pub fn umask(&mut self, mask: u32) -> Outcome {
-        // What it was before is the other place's doing.
+        // The old umask is not compared: the other place, in the same process, has set it.
         done(rustix::process::umask(Mode::from_raw_mode(mask)))
     }
 
-    /// How large this process may make a file.
+    /// Limits how large this process may make a file.
     #[allow(unsafe_code)]
     pub fn limit_file_size(&mut self, current: Option<u64>) -> Outcome {
-        // SAFETY: no handler is installed; the signal comes with the EFBIG that is to be seen.
+        // SAFETY: SIG_IGN installs no handler. The signal comes with EFBIG, and would end the process.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let maximum = rustix::process::getrlimit(Resource::Fsize).maximum;
         let limit = Rlimit { current, maximum };

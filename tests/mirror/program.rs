@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use libtest_mimic::Failed;
 
-/// An example that `cargo test` has built: beside the folder that this program is in.
+/// An example that cargo has built, in a folder beside that of this program.
 pub fn example(name: &str) -> Result<PathBuf, Failed> {
     let built = folder(2)?.join("examples").join(name);
     if built.is_file() {
@@ -17,7 +17,7 @@ pub fn example(name: &str) -> Result<PathBuf, Failed> {
     }
 }
 
-/// Cargo's target folder, or the target's folder in that.
+/// Cargo's target folder, or the folder in it for a target triple.
 pub fn target() -> Result<PathBuf, Failed> {
     folder(3)
 }

@@ -1,4 +1,4 @@
-//! Many clients that open and close at the same time: no error of any kind, nothing left behind.
+//! Many clients open and close files at the same time. They get no error, and nothing is left behind.
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -15,16 +15,6 @@ use crate::client::{Client, Role};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way};
 
-#[apply(test_case)]
-fn one_inode(name: &str) -> Result<(), Failed> {
-    race(name, 1)
-}
-
-#[apply(test_case)]
-fn many_inodes(name: &str) -> Result<(), Failed> {
-    race(name, 64)
-}
-
 pub const ROLES: &[(&str, Role)] = &[("race", open_and_close)];
 
 const PROCESSES: usize = 4;
@@ -33,6 +23,16 @@ const OPENS: usize = 100_000;
 
 fn content(file: usize) -> String {
     format!("this is file {file:02}")
+}
+
+#[apply(test_case)]
+fn one_inode(name: &str) -> Result<(), Failed> {
+    race(name, 1)
+}
+
+#[apply(test_case)]
+fn many_inodes(name: &str) -> Result<(), Failed> {
+    race(name, 64)
 }
 
 fn race(name: &str, files: usize) -> Result<(), Failed> {
@@ -65,7 +65,7 @@ fn race(name: &str, files: usize) -> Result<(), Failed> {
     mirror.stop(&backing)
 }
 
-/// A client of a number of files, given its own number.
+/// Arguments: a folder, the number of files in it, and this client's own number.
 fn open_and_close(args: &[String]) -> Result<String, Box<dyn Error>> {
     let [folder, files, process] = args else {
         return Err("a folder and two numbers".into());
@@ -88,7 +88,7 @@ fn open_and_close(args: &[String]) -> Result<String, Box<dyn Error>> {
 
 fn one_thread(folder: &Path, files: usize, seed: u64) -> Result<usize, String> {
     const OPENS_OF_A_THREAD: usize = OPENS / PROCESSES / THREADS;
-    // xorshift64, so that the threads keep out of step.
+    // xorshift64, so that each thread has its own sequence.
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for n in 0..OPENS_OF_A_THREAD {
         state ^= state << 13;
@@ -105,7 +105,7 @@ fn one_thread(folder: &Path, files: usize, seed: u64) -> Result<usize, String> {
 fn one_open(folder: &Path, file: usize, writing: bool, n: usize) -> Result<(), Box<dyn Error>> {
     let path = folder.join(file.to_string());
     let open = File::options().read(true).write(writing).open(path)?;
-    // Most are not used, to have more opens at the same time.
+    // Most opens are not used, so that more of them happen at the same time.
     if n % 16 == 0 {
         let expected = content(file);
         if writing {

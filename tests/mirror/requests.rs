@@ -1,4 +1,4 @@
-//! Which requests the kernel is spared, and what it is not to keep meanwhile.
+//! Requests that the kernel does not need to send, and what it must not keep in spite of that.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -29,9 +29,10 @@ fn reopen(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn spared(name: &str) -> Result<(), Failed> {
-    // Three LOOKUP, OPEN and RELEASE. A tick during which attributes are kept can end in between. The control has a
-    // GETATTR after each LOOKUP and before the read, the READ, and the server's own read(2).
+fn few_for_an_open(name: &str) -> Result<(), Failed> {
+    // An open takes three LOOKUP, OPEN and RELEASE, and more if the tick for which attributes are kept ends in between.
+    // The control, without passthrough, also has a GETATTR after each LOOKUP and before the read, the READ, and the
+    // server's own read(2).
     for (way, args, least, most) in [
         (Way::Passthrough, &[][..], 5.0, 8.0),
         (Way::Plain, &[][..], 11.0, 13.0),
@@ -56,7 +57,7 @@ fn spared(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Appends to the first file while the second, which is the same, is open, and prints how often that is not read then.
+/// Appends to a file by the first path while it is open by the second, and returns how often the new data is not read.
 fn append(args: &[String]) -> Result<String, Box<dyn Error>> {
     let mut missed = 0;
     for _ in 0..100 {
@@ -70,7 +71,7 @@ fn append(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn appended_in_the_source(name: &str) -> Result<(), Failed> {
+fn appended_data_shows_at_once(name: &str) -> Result<(), Failed> {
     for way in [Way::Passthrough, Way::Plain] {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;
@@ -86,8 +87,8 @@ fn appended_in_the_source(name: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Prints the size of the second file before the first, which is the same, is extended, at once after that, and when
-/// a second has gone by.
+/// Extends a file by the first path. Returns its size by the second path: before that, at once, and more than a second
+/// later.
 fn sizes(args: &[String]) -> Result<String, Box<dyn Error>> {
     let size = || fs::metadata(&args[1]).map(|metadata| metadata.len());
     let before = size()?;
@@ -98,7 +99,7 @@ fn sizes(args: &[String]) -> Result<String, Box<dyn Error>> {
 }
 
 #[apply(test_case)]
-fn kept_for_a_second(name: &str) -> Result<(), Failed> {
+fn attributes_are_kept_for_the_ttl(name: &str) -> Result<(), Failed> {
     for (args, expected) in [(&[][..], "1 6 6"), (&["--ttl", "1"][..], "1 1 6")] {
         let sandbox = Sandbox::new(name)?;
         let backing = Backing::in_memory(&sandbox, "tmpfs")?;

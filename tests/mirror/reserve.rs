@@ -1,7 +1,7 @@
-//! Blocks that ext4 reserves for root: clients fill as much of it through the mirror as they do without.
+//! ext4 reserves blocks for root. Clients can fill as much of it through the mirror as without.
 //!
-//! That root's rights give root's blocks to everybody is shown in `tests/kernel/rights/thread.rs`; here, that root takes
-//! them.
+//! `tests/kernel/rights/thread.rs` shows that a server with root's rights gives root's blocks to everybody. The tests
+//! here show that root gets them.
 
 #![allow(unsafe_code)]
 
@@ -25,44 +25,19 @@ use crate::sandbox::{Sandbox, unmount_when_idle};
 use crate::server::{Mirror, Way};
 use crate::setid::{OWNER_ID, become_writer};
 
-#[apply(test_case)]
-fn by_write(name: &str) -> Result<(), Failed> {
-    stays(name, "write", &BOTH)
-}
-
-#[apply(test_case)]
-fn by_fallocate(name: &str) -> Result<(), Failed> {
-    stays(name, "fallocate", &BOTH)
-}
-
-#[apply(test_case)]
-fn by_mkdir(name: &str) -> Result<(), Failed> {
-    stays(name, "mkdir", &BOTH)
-}
-
-#[apply(test_case)]
-fn by_map(name: &str) -> Result<(), Failed> {
-    stays(name, "map", &[Way::Passthrough])
-}
-
-#[apply(test_case)]
-fn by_map_plain(name: &str) -> Result<(), Failed> {
-    stays(name, "map", &[Way::Plain])
-}
-
 pub const ROLES: &[(&str, Role)] = &[("fill", fill)];
 
 const BOTH: [Way; 2] = [Way::Passthrough, Way::Plain];
 
 const SIZE: u64 = 6 << 20;
 
-/// What ext4 keeps back from root, too.
+/// The bytes that ext4 keeps back even from root.
 const KEPT: u64 = SIZE / 50 + FEW;
 
-/// What may be lost or saved in metadata.
+/// The bytes by which metadata may differ.
 const FEW: u64 = 64 << 10;
 
-/// A file beside a folder, who fills them, and how.
+/// Arguments: a file beside a folder, the writer that fills them, and how.
 fn fill(args: &[String]) -> Result<String, Box<dyn Error>> {
     let [path, writer, how] = args else {
         return Err("a path, a writer and a way".into());
@@ -81,7 +56,7 @@ fn fill(args: &[String]) -> Result<String, Box<dyn Error>> {
         "mkdir" => fill_by_folders(&Path::new(path).with_file_name("folder"))?,
         _ => fill_mapped(&file)?,
     }
-    // Pages that were not written yet may still find no block.
+    // Mapped pages that were not written back yet may still get no block.
     match file.sync_all() {
         Err(error) if how != "map" || !is_full(&error) => Err(error.into()),
         _ => Ok("full".into()),
@@ -90,7 +65,7 @@ fn fill(args: &[String]) -> Result<String, Box<dyn Error>> {
 
 const STEP: usize = 1 << 20;
 
-/// Until there is not a KiB left.
+/// Takes smaller and smaller steps, until there is not a KiB left.
 fn fill_by(take: impl Fn(u64, usize) -> io::Result<usize>) -> io::Result<()> {
     let (mut step, mut end) = (STEP, 0);
     while step >= 1024 {
@@ -107,7 +82,7 @@ fn is_full(error: &io::Error) -> bool {
     error.raw_os_error() == Some(Errno::NOSPC.raw_os_error())
 }
 
-/// Until there is no block for one more.
+/// Makes folders until there is no block for one more.
 fn fill_by_folders(parent: &Path) -> io::Result<()> {
     for number in 0.. {
         match fs::create_dir(parent.join(number.to_string())) {
@@ -118,20 +93,20 @@ fn fill_by_folders(parent: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Page by page, until one gets no block.
+/// Populates a mapping page by page, until a page gets no block.
 fn fill_mapped(file: &File) -> io::Result<()> {
     const PAGE: usize = 4096;
     file.set_len(SIZE)?;
     let size = SIZE as usize;
     let access = ProtFlags::READ | ProtFlags::WRITE;
-    // SAFETY: a new mapping, where the kernel wants it. It stays.
+    // SAFETY: a new mapping, at an address that the kernel chooses. It is never unmapped.
     let start = unsafe { mmap(null_mut(), size, access, MapFlags::SHARED, file, 0) }?;
     for at in (0..size).step_by(PAGE) {
         let page = start.wrapping_byte_add(at);
         // SAFETY: the page is in the mapping, and this changes nothing in it.
         match unsafe { madvise(page, PAGE, Advice::LinuxPopulateWrite) } {
             Ok(()) => {}
-            // Who wrote there would get SIGBUS.
+            // A write to this page would raise SIGBUS.
             Err(Errno::FAULT) => break,
             Err(errno) => return Err(errno.into()),
         }
@@ -139,7 +114,7 @@ fn fill_mapped(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// What is left of a filesystem, in bytes.
+/// A filesystem that was filled, and its size in bytes: what is left, and what was reserved.
 #[derive(Debug)]
 struct Filled {
     left: u64,
@@ -147,9 +122,9 @@ struct Filled {
 }
 
 impl Filled {
-    /// A new one, by way of a mirror, if any.
+    /// Fills a new filesystem, through a mirror if there is a `way`.
     fn by(sandbox: &Sandbox, writer: &str, how: &str, way: Option<Way>) -> Result<Self, Failed> {
-        // For as many folders as there are blocks.
+        // It has inodes for as many folders as there are blocks.
         let mkfs = ["-m", "20", "-O", "^has_journal", "-b", "1024", "-N", "4096"];
         let backing = Ext4::new(sandbox, SIZE, &mkfs)?;
         let path = backing.path().join("file");
@@ -162,7 +137,7 @@ impl Filled {
         let stat = statvfs(backing.path())?;
         let reserve = (stat.f_bfree - stat.f_bavail) * stat.f_frsize;
         assert!(reserve > 2 * KEPT, "{reserve}");
-        // Most of what is everybody's is taken already.
+        // This takes all but 1 MiB of the blocks that are not reserved.
         let ballast = File::create_new(backing.path().join("ballast"))?;
         let size = stat.f_bavail * stat.f_frsize - (1 << 20);
         fallocate(&ballast, FallocateFlags::empty(), 0, size)?;
@@ -187,7 +162,7 @@ impl Filled {
         })
     }
 
-    /// Whether root's blocks are taken. They are all taken, or none is.
+    /// Whether root's blocks are taken. Either all are, or none.
     fn is_all(&self) -> bool {
         let is_all = self.left <= KEPT;
         assert!(is_all || self.left >= self.reserve, "{self:?}");
@@ -199,7 +174,32 @@ impl Filled {
     }
 }
 
-fn stays(name: &str, how: &str, ways: &[Way]) -> Result<(), Failed> {
+#[apply(test_case)]
+fn by_write(name: &str) -> Result<(), Failed> {
+    fills_as_much(name, "write", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_fallocate(name: &str) -> Result<(), Failed> {
+    fills_as_much(name, "fallocate", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_mkdir(name: &str) -> Result<(), Failed> {
+    fills_as_much(name, "mkdir", &BOTH)
+}
+
+#[apply(test_case)]
+fn by_map(name: &str) -> Result<(), Failed> {
+    fills_as_much(name, "map", &[Way::Passthrough])
+}
+
+#[apply(test_case)]
+fn by_map_plain(name: &str) -> Result<(), Failed> {
+    fills_as_much(name, "map", &[Way::Plain])
+}
+
+fn fills_as_much(name: &str, how: &str, ways: &[Way]) -> Result<(), Failed> {
     if !ext4::is_supported()? {
         return Ok(());
     }
@@ -210,13 +210,13 @@ fn stays(name: &str, how: &str, ways: &[Way]) -> Result<(), Failed> {
         for &way in ways {
             let passthrough = way.is_passthrough()?;
             if how == "map" && writer == "root" && !passthrough {
-                // The kernel writes the pages later, and does not say whose they are.
+                // The kernel writes the pages later, and does not say who changed them.
                 continue;
             }
             let mirror = Filled::by(&sandbox, writer, how, Some(way))?;
             let what = format!("{writer}, {way:?}: {mirror:?}, native {native:?}");
             if how == "write" && writer == "root" && passthrough {
-                // It is nobody who writes.
+                // Passthrough writes as nobody.
                 assert!(!mirror.is_all(), "{what}");
             } else {
                 assert_eq!(mirror.is_all(), all, "{what}");

@@ -25,7 +25,7 @@ use crate::fuse::{Connection, Init, connection_number};
 use crate::sandbox::Sandbox;
 use crate::{program, seccomp};
 
-/// For what takes milliseconds.
+/// How long to wait for something that takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub enum Way {
 }
 
 impl Way {
-    /// What comes of it on this kernel.
+    /// Whether data passes through on this kernel.
     pub fn is_passthrough(self) -> Result<bool, Failed> {
         Ok(self == Self::Passthrough && kernel_has_passthrough()?)
     }
@@ -44,20 +44,20 @@ impl Way {
 
 pub const ROLES: &[(&str, Role)] = &[("with-all-rights", with_all_rights)];
 
-/// Becomes the program that the arguments say.
+/// Executes the program in the arguments, for [`Mirror::start_with_all_rights`].
 fn with_all_rights(args: &[String]) -> Result<String, Box<dyn Error>> {
     seccomp::pretend(libc::SYS_capset)?;
     set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
     Err(Command::new(&args[0]).args(&args[1..]).exec().into())
 }
 
-/// Killed when dropped, if it was not stopped before.
+/// A running server. It is killed when dropped, unless it has ended.
 pub struct Mirror {
     child: Child,
     mountpoint: PathBuf,
     source: PathBuf,
     way: Way,
-    /// What it says on stderr.
+    /// The file that its stderr goes to.
     log: PathBuf,
     /// fusectl's `abort` of its connection.
     abort: Arc<File>,
@@ -84,8 +84,8 @@ impl Mirror {
         Self::spawn_by(command, sandbox, source, way)
     }
 
-    /// With all of root's capabilities at whatever it does, though it means to give some of them up: capset(2)
-    /// succeeds, and changes nothing; and another fsuid takes none away.
+    /// Starts a mirror that keeps all of root's capabilities, though it tries to give some of them up: capset(2)
+    /// succeeds and changes nothing, and setting another fsuid removes none.
     pub fn start_with_all_rights(
         sandbox: &Sandbox,
         source: &Path,
@@ -96,7 +96,7 @@ impl Mirror {
         Self::spawn_by(command, sandbox, source, way)
     }
 
-    /// Any server that is called like it.
+    /// Starts any server that takes the mirror's arguments.
     pub fn spawn(
         program: &Path,
         sandbox: &Sandbox,
@@ -106,7 +106,7 @@ impl Mirror {
         Self::spawn_by(Command::new(program), sandbox, source, way)
     }
 
-    /// By a command that lacks the mirror's arguments only, and becomes the mirror.
+    /// Starts it with a command that lacks only the mirror's arguments, and that becomes the mirror by exec.
     pub fn spawn_by(
         command: Command,
         sandbox: &Sandbox,
@@ -116,7 +116,7 @@ impl Mirror {
         Self::spawn_at(&sandbox.folder("mnt")?, command, sandbox, source, way)
     }
 
-    /// The same, at a mountpoint of the caller's.
+    /// The same, at the caller's mountpoint.
     pub fn spawn_at(
         mountpoint: &Path,
         mut command: Command,
@@ -157,7 +157,7 @@ impl Mirror {
         &self.mountpoint
     }
 
-    /// What becomes of the connection if a test with a sandbox of its own hangs.
+    /// Has the watchdog abort the connection if the test of another sandbox hangs.
     pub fn watched_by(&self, sandbox: &Sandbox) {
         sandbox.also_watch(Arc::clone(&self.abort));
     }
@@ -166,7 +166,7 @@ impl Mirror {
         Ok(kill_process(self.pid()?, signal)?)
     }
 
-    /// Stops it, and returns when none of its threads runs any more.
+    /// Stops it with SIGSTOP, and waits until none of its threads runs.
     pub fn freeze(&self) -> Result<(), Failed> {
         self.signal(Signal::STOP)?;
         let tasks = format!("/proc/{}/task", self.child.id());
@@ -183,7 +183,7 @@ impl Mirror {
         })
     }
 
-    /// An fd of its device, which keeps the connection and all that is registered there, when the
+    /// A duplicate of its device fd. It keeps the connection, and all that is registered there, when the
     /// mirror itself is gone.
     pub fn device(&self) -> Result<OwnedFd, Failed> {
         for fd in fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
@@ -197,14 +197,14 @@ impl Mirror {
         Err("the mirror has no device".into())
     }
 
-    /// Files of the source that it has open for clients. `O_PATH` fds, which it has of every file
-    /// that the kernel knows, do not count.
+    /// The number of source files that it has open for clients. `O_PATH` fds do not count: it has one of
+    /// every file that the kernel remembers.
     pub fn open_files(&self) -> Result<usize, Failed> {
         let process = format!("/proc/{}", self.child.id());
         let mut count = 0;
         for fd in fs::read_dir(format!("{process}/fd"))? {
             let fd = fd?;
-            // It may be closed by now.
+            // The fd may be closed by now.
             let Ok(file) = fs::read_link(fd.path()) else {
                 continue;
             };
@@ -221,30 +221,30 @@ impl Mirror {
         Ok(count)
     }
 
-    /// All fds that it has.
+    /// The number of its fds.
     pub fn fds(&self) -> Result<usize, Failed> {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
     }
 
-    /// RELEASE is sent after close(2) has returned.
+    /// Waits until no file is open for clients: the kernel sends RELEASE after close(2) has returned.
     pub fn wait_for_releases(&self) -> Result<(), Failed> {
         self.wait_for_open_files(0)
     }
 
-    /// The same, for a server that keeps so many files open for itself. Where a request is just being read when the
-    /// mount goes away, read(2) of the device fails with ECONNABORTED, and fuser ends with that.
+    /// The same, for a server that keeps `count` files open for itself. Wait before an unmount: if the mount goes away
+    /// while a request is being read, read(2) of the device fails with ECONNABORTED, and fuser ends with that.
     pub fn wait_for_open_files(&self, count: usize) -> Result<(), Failed> {
         within(PATIENCE, "every file has been released", || {
             Ok(self.open_files()? == count)
         })
     }
 
-    /// Bytes that it has read and written so far, requests and replies among them.
+    /// The number of bytes that it has read and written so far, including requests and replies.
     pub fn moved(&self) -> Result<u64, Failed> {
         Ok(self.io("rchar")? + self.io("wchar")?)
     }
 
-    /// How often it has read so far, from whatever: once for each request.
+    /// The number of its read calls so far, from all files. It makes one for each request.
     pub fn reads(&self) -> Result<u64, Failed> {
         self.io("syscr")
     }
@@ -258,18 +258,18 @@ impl Mirror {
         Ok(count.ok_or("no such count")?.parse()?)
     }
 
-    /// Asks it to end, and sees that it ends well, unmounts, and leaves no backing file registered.
+    /// Ends it with SIGTERM, and checks that it succeeds, unmounts, and leaves no backing file registered.
     pub fn stop(self, backing: &Backing) -> Result<(), Failed> {
         self.stop_with(|| backing.unmount_when_idle())
     }
 
-    /// `unmounted` is to succeed only if nothing pins the source.
+    /// The same, with the caller's check: `unmounted` must succeed only if nothing pins the source.
     pub fn stop_with(self, unmounted: impl FnOnce() -> Result<(), Failed>) -> Result<(), Failed> {
         let serves_without = self.way == Way::Passthrough && !kernel_has_passthrough()?;
         self.stop_saying(serves_without, unmounted)
     }
 
-    /// The same for a mirror that says that it serves without passthrough, or does not.
+    /// The same. `serves_without` is whether the mirror must report that it serves without passthrough.
     pub fn stop_saying(
         mut self,
         serves_without: bool,
@@ -283,20 +283,20 @@ impl Mirror {
         if serves_without {
             assert!(said.contains("serving without passthrough"), "{said}");
         } else {
-            assert_eq!(said, "", "the mirror had something to say");
+            assert_eq!(said, "", "the mirror wrote to stderr");
         }
         assert!(
             connection_number(&self.mountpoint).is_err(),
             "the mirror did not unmount"
         );
-        // The connection is still there, by its device. So this succeeds only if the mirror has
-        // closed every backing id itself.
+        // `device` keeps the connection. So this succeeds only if the mirror has closed every backing id
+        // itself.
         unmounted()?;
         drop(device);
         Ok(())
     }
 
-    /// Its end, after it was unmounted, and what it has said.
+    /// Waits for its end after it was unmounted, and returns what it wrote to stderr.
     pub fn wait_for_end(mut self) -> Result<String, Failed> {
         let status = self.wait()?;
         let said = fs::read_to_string(&self.log)?;
@@ -304,7 +304,7 @@ impl Mirror {
         Ok(said)
     }
 
-    /// SIGKILL, and its end.
+    /// Kills it with SIGKILL, and waits for its end.
     pub fn kill(&mut self) -> Result<(), Failed> {
         self.child.kill()?;
         self.wait().map(drop)
@@ -314,7 +314,7 @@ impl Mirror {
         Ok(self.abort.as_ref().write_all(b"1")?)
     }
 
-    /// Takes away the mount of a mirror that was killed.
+    /// Removes the mount of a mirror that was killed.
     pub fn unmount(&self) -> Result<(), Failed> {
         Ok(unmount(&self.mountpoint, UnmountFlags::DETACH)?)
     }
@@ -341,7 +341,7 @@ impl Drop for Mirror {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        // Fails if it is unmounted already.
+        // This fails if it is unmounted already.
         let _ = unmount(&self.mountpoint, UnmountFlags::DETACH);
     }
 }
@@ -363,7 +363,7 @@ fn wait_until_mounted(
     sandbox.watch(number.ok_or("it is not")?)
 }
 
-/// Waits until `done` says so, but not forever.
+/// Waits until `done` returns true, and fails if that takes longer than `patience`.
 pub fn within(
     patience: Duration,
     what: &str,

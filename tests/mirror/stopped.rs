@@ -1,5 +1,4 @@
-//! That passthrough is in use, shown by a server that cannot answer: whoever reads an open file then
-//! was not read to by the server.
+//! Passthrough is in use: a client reads an open file while the server is stopped and cannot answer.
 
 use std::error::Error;
 use std::fs::{self, File};
@@ -16,40 +15,40 @@ use crate::client::{Client, Role, wait_for_parent};
 use crate::sandbox::Sandbox;
 use crate::server::{Mirror, Way, within};
 
-#[apply(test_case)]
-fn server_is_not_asked(name: &str) -> Result<(), Failed> {
-    read(name, Way::Passthrough)
-}
-
-#[apply(test_case)]
-fn server_is_asked_without(name: &str) -> Result<(), Failed> {
-    read(name, Way::Plain)
-}
-
 pub const ROLES: &[(&str, Role)] = &[("read-later", read_later)];
 
 pub const CONTENT: &str = "what the backing file says";
 
 fn read_later(args: &[String]) -> Result<String, Box<dyn Error>> {
     let _file = read_when_told(&args[0])?;
-    // The server is asked to close.
+    // Closing the file asks the server.
     wait_for_parent()?;
     Ok("closed".into())
 }
 
-/// Opens, says so, waits, and says what it reads.
+/// Opens a file, prints so, waits, and prints what it reads.
 pub fn read_when_told(path: &str) -> Result<File, Box<dyn Error>> {
     let file = File::open(path)?;
     println!("open");
     wait_for_parent()?;
-    // No more than is there: the server would be asked for the size.
+    // At the end of the file, the kernel would ask the server for the size.
     let mut content = [0; CONTENT.len()];
     file.read_exact_at(&mut content, 0)?;
     println!("{}", content.escape_ascii());
     Ok(file)
 }
 
-fn read(name: &str, way: Way) -> Result<(), Failed> {
+#[apply(test_case)]
+fn server_is_not_asked(name: &str) -> Result<(), Failed> {
+    read_while_stopped(name, Way::Passthrough)
+}
+
+#[apply(test_case)]
+fn server_is_asked_without_passthrough(name: &str) -> Result<(), Failed> {
+    read_while_stopped(name, Way::Plain)
+}
+
+fn read_while_stopped(name: &str, way: Way) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;
     let backing = Backing::in_memory(&sandbox, "tmpfs")?;
     let source = backing.folder("source")?;
@@ -62,7 +61,7 @@ fn read(name: &str, way: Way) -> Result<(), Failed> {
     mirror.freeze()?;
     reader.proceed()?;
     if way.is_passthrough()? {
-        // A client that waits for the server would wait for the watchdog, and get an error.
+        // A client that waited for the server would get an error, when the watchdog aborts the connection.
         assert_eq!(reader.line()?, CONTENT);
         mirror.signal(Signal::CONT)?;
     } else {
@@ -72,7 +71,7 @@ fn read(name: &str, way: Way) -> Result<(), Failed> {
             || -> Result<bool, Failed> { Ok(fs::read_to_string(&call)?.starts_with(&number)) };
         within(Duration::from_secs(10), "the client reads", reads)?;
         sleep(Duration::from_millis(300));
-        assert!(reads()?, "it was read to by somebody");
+        assert!(reads()?, "the read does not wait for the server");
         mirror.signal(Signal::CONT)?;
         assert_eq!(reader.line()?, CONTENT);
     }

@@ -1,4 +1,4 @@
-//! All that can be seen of a tree of files, in lines that can be compared.
+//! All that can be seen of a tree of files, as lines that can be compared.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,14 +10,14 @@ use rustix::fs::{AtFlags, CWD, FileType, Stat, statat};
 
 use crate::place::{attributes, time};
 
-/// By path below the root: a line of attributes, extended attributes and content.
+/// For each path below the root, a line of attributes, extended attributes and content.
 pub type Tree = BTreeMap<String, String>;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Detail {
-    /// What is the same of files that were made by the same calls.
+    /// What is equal for files made by the same calls.
     Calls,
-    /// All that is the same of one file that is seen in two ways.
+    /// What is equal for one file that is seen by two paths.
     Exact,
 }
 
@@ -34,7 +34,7 @@ fn add(tree: &mut Tree, root: &Path, path: &str, detail: Detail) -> Result<(), F
     let kind = FileType::from_raw_mode(stat.st_mode);
     let content = match kind {
         FileType::RegularFile => {
-            // Without a trace in the access time, which is to be compared.
+            // O_NOATIME, since the access time is compared too.
             let mut options = fs::File::options();
             let file = options.read(true).custom_flags(libc::O_NOATIME).open(&full);
             let mut file = file.map_err(|e| failed(&e))?;
@@ -66,13 +66,13 @@ fn add(tree: &mut Tree, root: &Path, path: &str, detail: Detail) -> Result<(), F
     Ok(())
 }
 
-/// Without the number of blocks: on a tmpfs it changes when nobody does anything.
+/// Exact times. The number of blocks is left out: on tmpfs it changes without any call.
 fn exact(stat: &Stat, kind: FileType) -> String {
     let mut line = format!(
         "mtime {}.{:09} ctime {}.{:09}",
         stat.st_mtime, stat.st_mtime_nsec, stat.st_ctime, stat.st_ctime_nsec,
     );
-    // That of others changes as they are looked at.
+    // Looking at other kinds of files changes their access time.
     if kind == FileType::RegularFile {
         line += &format!(" atime {}.{:09}", stat.st_atime, stat.st_atime_nsec);
     }
@@ -100,7 +100,7 @@ fn extended(path: &Path) -> Result<String, Failed> {
     Ok(format!("{all:x?}"))
 }
 
-/// Each path whose lines are not the same.
+/// The paths whose lines differ.
 pub fn differences(left: &Tree, right: &Tree) -> Vec<String> {
     let mut paths: Vec<_> = left.keys().chain(right.keys()).collect();
     paths.sort();

@@ -1,9 +1,8 @@
-//! What the crate composes for the kernel, decoded by a second hand and held against the kernel's
-//! rules, which are written down here once more: every combination of what has a name, and random
-//! ones of the rest. Needs no kernel; that the kernel has these rules: tests/kernel/.
+//! What the crate composes for the kernel, decoded independently and checked against the kernel's rules,
+//! which are written down here once more: every combination of what has a name, and random values for the
+//! rest. These tests need no kernel. tests/kernel/ shows that the kernel has these rules.
 //!
-//! `PROPTEST_CASES` and `PROPTEST_RNG_SEED` are heeded; without the seed the cases are always the
-//! same.
+//! `PROPTEST_CASES` and `PROPTEST_RNG_SEED` have an effect. Without a seed the cases are always the same.
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
@@ -62,18 +61,18 @@ impl OpenOut {
         }
     }
 
-    /// `fuse_file_passthrough_open` and `fuse_passthrough_open` of fs/fuse: whether the client gets
-    /// something else than `EIO` of one such reply alone.
+    /// Whether the kernel accepts this reply, judged by the reply alone, or gives the client `EIO`:
+    /// `fuse_file_passthrough_open` and `fuse_passthrough_open` of fs/fuse.
     fn is_accepted(&self) -> bool {
         const PASSTHROUGH: u64 = 1 << 7;
-        const BESIDE_IT: u64 = 1 | 1 << 5 | 1 << 6;
+        const ALLOWED_BESIDE: u64 = 1 | 1 << 5 | 1 << 6;
         self.open_flags & PASSTHROUGH == 0
-            || self.open_flags & !(PASSTHROUGH | BESIDE_IT) == 0
+            || self.open_flags & !(PASSTHROUGH | ALLOWED_BESIDE) == 0
                 && (1..1 << 31).contains(&self.backing_id)
     }
 }
 
-/// Reading and writing, as `ACC_MODE` of fs/open.c has them, and `O_TRUNC`, which takes write access.
+/// Whether an open asks to read and to write: `ACC_MODE` of fs/open.c, and `O_TRUNC`, which takes write access.
 fn asks_for(client_flags: i32) -> (bool, bool) {
     let mode = client_flags & libc::O_ACCMODE;
     let truncates = client_flags & libc::O_TRUNC != 0;
@@ -86,7 +85,7 @@ const GRANTS: [(Access, (bool, bool)); 3] = [
     (Access::ReadWrite, (true, true)),
 ];
 
-/// `OpenReply` gives a reply exactly if the server's grant and the kernel both stand it, and its bytes
+/// `OpenReply` gives a reply exactly if the server's grant and the kernel's rules both allow it, and its bytes
 /// say what was asked for.
 fn passthrough_as_the_rules_say(
     grant: (Access, (bool, bool)),
@@ -130,7 +129,7 @@ fn passthrough_as_the_rules_say(
                 open_flags: wished.open_flags & !u64::from(refused.bits()),
                 ..wished
             };
-            assert!(kept.is_accepted(), "{refused:?} is not all of it");
+            assert!(kept.is_accepted(), "{refused:?} are not all that must go");
             assert!(flags.contains(refused));
         }
         Err(other) => panic!("{other}"),
@@ -145,7 +144,7 @@ fn open_replies_of_every_named_combination() {
         libc::O_RDWR,
         libc::O_ACCMODE,
     ];
-    // What exec sends, an O_DIRECT append, the sign bit.
+    // O_TRUNC, what exec sends, an O_DIRECT append, and the sign bit.
     let others = [
         0,
         libc::O_TRUNC,
@@ -167,7 +166,7 @@ fn open_replies_of_every_named_combination() {
             open_flags: u64::from(flags),
             backing_id: 0,
         };
-        // Without an id nothing but a reply without passthrough is accepted.
+        // Without an id, only a reply without passthrough is accepted.
         assert_eq!(reply.is_ok(), out.is_accepted(), "{flags:#x}");
         if let Ok(reply) = reply {
             assert_eq!(OpenOut::decode(&reply.to_fuse_open_out(2).to_bytes()), out);
@@ -178,7 +177,7 @@ fn open_replies_of_every_named_combination() {
 #[test]
 fn open_replies_of_random_numbers() {
     let grants = prop::sample::select(&GRANTS[..]);
-    // Mostly combinations that can be accepted.
+    // Half of the values have only flags that can be accepted.
     let flags = prop::strategy::Union::new([
         any::<u32>().boxed(),
         any::<u32>().prop_map(|flags| flags & 0xe1).boxed(),
@@ -190,7 +189,7 @@ fn open_replies_of_random_numbers() {
     });
 }
 
-/// The struct's fields are public, and may be anything.
+/// The struct's fields are public, and can have any value.
 #[test]
 fn bytes_of_any_fuse_open_out() {
     let cases = (any::<u64>(), any::<u32>(), any::<i32>());
@@ -229,7 +228,7 @@ const HANDLE_KILLPRIV: u64 = 1 << 19;
 const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
 const INIT_EXT: u64 = 1 << 30;
 const PASSTHROUGH: u64 = 1 << 37;
-/// What cannot be wanted together with passthrough, or not in this way.
+/// Flags that a server cannot want together with passthrough, or must ask for in another way.
 const EXCLUDED: u64 = WRITEBACK_CACHE | HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2;
 
 /// What the kernel takes from an INIT reply: its flags, and the depth if passthrough is on.
@@ -252,7 +251,7 @@ fn init_out(reply: &Negotiated) -> [u8; 64] {
     bytes
 }
 
-/// Whether this thread can register, from the text that /proc has about it.
+/// Whether this thread may register files, according to /proc.
 fn may_register() -> bool {
     const CAP_SYS_ADMIN: u32 = 21;
     let status = fs::read_to_string("/proc/thread-self/status").unwrap();
@@ -268,7 +267,7 @@ fn may_register() -> bool {
 fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, permitted: bool) {
     let flags = InitFlags::from_bits_retain;
     let negotiated = negotiate(flags(offered), flags(wanted), depth);
-    // The same, but for the permission.
+    // `reply` gives the same, except that it does not check the permission.
     match reply(flags(offered), flags(wanted), depth) {
         Ok(_) if !permitted => assert!(matches!(negotiated, Err(NegotiateError::NotPermitted(_)))),
         reply => assert_eq!(reply, negotiated),
@@ -277,14 +276,14 @@ fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, p
         Ok(reply) => {
             let (taken, on) = process_init_reply(&init_out(&reply));
             assert!(permitted);
-            assert_eq!(taken, reply.flags.bits(), "the fields have all of it");
+            assert_eq!(taken, reply.flags.bits(), "the fields have all flags");
             let expected = match depth {
                 MaxStackDepth::One => 1,
                 MaxStackDepth::Two => 2,
             };
             assert_eq!(on, Some(expected), "{taken:#x}");
-            // Nothing is lost of what can be had, and nothing is answered that was not offered but
-            // the extension that passthrough itself stands in.
+            // The reply has every flag that is wanted and offered. Beyond these it has only PASSTHROUGH, and
+            // INIT_EXT, without which the kernel does not read the word with PASSTHROUGH.
             assert_eq!(wanted & offered & !taken, 0);
             assert_eq!(
                 taken & !(offered & wanted),
@@ -331,7 +330,7 @@ fn negotiations_of_every_named_combination() {
     let permitted = may_register();
     let names: Vec<_> = InitFlags::all().iter_names().collect();
     assert_eq!(names.len(), 8);
-    // Of no matter here, as are flags without a name, of which there is one in each of the two fields.
+    // These flags change nothing here. Nor do flags without a name, of which each of the two fields gets one.
     let io_uring = InitFlags::OVER_IO_URING | InitFlags::HAS_IO_URING_BUFPOOL;
     let others = io_uring | InitFlags::from_bits_retain(1 << 2 | 1 << 63);
     let named = names.iter().map(|&(_, flag)| flag);
@@ -358,7 +357,7 @@ fn negotiations_of_every_named_combination() {
 #[test]
 fn negotiations_of_random_flags() {
     let permitted = may_register();
-    // Mostly such as can succeed.
+    // Half of the values can succeed.
     let wanted = prop::strategy::Union::new([
         any::<u64>().boxed(),
         any::<u64>().prop_map(|flags| flags & !EXCLUDED).boxed(),
@@ -379,7 +378,7 @@ fn init_flags_from_fields() {
         let (taken, _) = process_init_reply(&bytes);
         let composed = InitFlags::from_fields(flags | 1 << 30, flags2);
         assert_eq!(composed.bits(), taken);
-        // A kernel that does not say so has sent no second word.
+        // Without INIT_EXT, the kernel has sent no second word.
         let low = flags & !(1 << 30);
         assert_eq!(InitFlags::from_fields(low, flags2).bits(), low.into());
         Ok(())

@@ -1,4 +1,4 @@
-//! File handles, from OPEN to RELEASE, and tables that are attached later; without root.
+//! File handles from OPEN to RELEASE, and registrars that are attached later. These tests need no root.
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
@@ -36,7 +36,7 @@ fn handles(kernel: &Arc<Fake>) -> Handles<Arc<Fake>> {
     Handles::new(BackingTable::new(Arc::clone(kernel)))
 }
 
-/// Serves the inode until it is dropped.
+/// Opens an inode that the registrar refuses: its opens are served until the handle is released.
 fn refused(handles: &Handles<Arc<Fake>>, kernel: &Fake, inode: u64) -> u64 {
     kernel.refuse_next(Errno::DQUOT, Scope::File);
     let opened = handles.open(&inode, RDWR, file(b""), FopenFlags::empty());
@@ -60,7 +60,7 @@ fn an_open_is_stored_before_there_is_a_reply() {
     assert_eq!(
         handle.open.id().map(BackingId::as_raw),
         opened.backing_id,
-        "that of the reply"
+        "the id of the reply"
     );
     assert_eq!(kernel.ids(), [1]);
     let out = opened.to_fuse_open_out();
@@ -81,7 +81,7 @@ fn the_last_use_releases() {
     let released = handles.release(opened.fh).unwrap();
     assert!(handles.get(opened.fh).is_none() && handles.release(opened.fh).is_none());
     drop(released);
-    assert_eq!(kernel.ids(), [1], "another thread uses it");
+    assert_eq!(kernel.ids(), [1], "the handle is still in use");
     reading.file.write_all_at(b"written", 0).unwrap();
     drop(reading);
     assert_eq!(kernel.ids(), [] as [i32; 0]);
@@ -116,7 +116,7 @@ fn a_handle_is_not_used_twice() {
     assert_eq!(kernel.ids(), [] as [i32; 0]);
 }
 
-/// Whatever has its place by now.
+/// Also if a new handle has its place.
 #[test]
 fn a_released_number_leads_nowhere() {
     let kernel = Arc::default();
@@ -137,7 +137,7 @@ fn a_released_number_leads_nowhere() {
     assert!(handles.release(second).is_some());
 }
 
-/// Policies need no branch: what a mode does not permit is left out.
+/// A server can ask for the same flags in both modes: those that a mode does not permit are left out.
 #[test]
 fn reply_flags_are_those_that_the_mode_permits() {
     let kernel = Arc::default();
@@ -158,7 +158,7 @@ fn reply_flags_are_those_that_the_mode_permits() {
     );
 }
 
-/// `?` is all that it takes for the client to get the errno.
+/// A server needs only `?` to give the client the errno.
 #[test]
 fn a_refused_open_answers_the_client() -> io::Result<()> {
     fn open(handles: &Handles<Arc<Fake>>, client_flags: i32) -> io::Result<u64> {
@@ -173,12 +173,12 @@ fn a_refused_open_answers_the_client() -> io::Result<()> {
     assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
     let refused = handles.open(&2, RDONLY, file(b""), FopenFlags::empty());
     let refused = io::Error::from(refused.unwrap_err());
-    assert_eq!(refused.raw_os_error(), Some(libc::EIO), "another file");
+    assert_eq!(refused.raw_os_error(), Some(libc::EIO), "a different file");
     assert_eq!(kernel.ids(), [1]);
     Ok(())
 }
 
-/// Opens that the table shares, or serves by choice, are kept as well.
+/// Handles also keep opens that the table shares, or serves by choice.
 #[test]
 fn opens_of_the_table_are_inserted() {
     let kernel = Arc::new(Fake::default());
@@ -199,8 +199,8 @@ fn opens_of_the_table_are_inserted() {
     assert_eq!(served.open_flags, FopenFlags::DIRECT_IO);
 }
 
-/// What the server says is not asked for, which shows when it says what is not so. That no call is made,
-/// tests/kernel/table.rs shows.
+/// The table does not look up what the server states, which shows when the statement is false. tests/kernel/table.rs
+/// shows that it makes no call.
 #[test]
 fn what_is_known_is_not_asked_for() {
     let kernel = Arc::default();
@@ -231,7 +231,7 @@ fn what_is_known_is_not_asked_for() {
     let opened = handles.open(&2, RDWR, granted, FopenFlags::empty());
     assert_eq!(opened.unwrap().backing_id, Some(1));
 
-    // The first open of an inode looks all the same, and what is not so is found there.
+    // The first open of an inode looks it up all the same. A false statement is found by the next open.
     let numbers = file(b"").metadata().unwrap();
     let wrong = ServerFile::new(file(b"")).identity(numbers.dev(), numbers.ino() + 1);
     let opened = handles.open(&3, RDWR, wrong, FopenFlags::empty()).unwrap();
@@ -251,7 +251,7 @@ fn what_is_known_is_not_asked_for() {
 }
 
 #[test]
-fn attached_later() {
+fn a_registrar_is_attached_later() {
     let kernel = Arc::new(Fake::default());
     let handles = Handles::default();
     let backing = file(b"");
@@ -266,14 +266,20 @@ fn attached_later() {
 
     handles.table().attach(Arc::clone(&kernel)).unwrap();
     let served = open(2).unwrap();
-    assert_eq!(served.backing_id, None, "until its last release");
+    assert_eq!(
+        served.backing_id, None,
+        "the inode stays served until its last release"
+    );
     assert_eq!(open(3).unwrap().backing_id, Some(1));
     drop((handles.release(early.fh), handles.release(served.fh)));
     assert_eq!(open(2).unwrap().backing_id, Some(2));
 
     let second = Arc::new(Fake::default());
     let refused = handles.table().attach(Arc::clone(&second)).unwrap_err();
-    assert!(Arc::ptr_eq(&refused, &second), "it is given back");
+    assert!(
+        Arc::ptr_eq(&refused, &second),
+        "the registrar is given back"
+    );
 }
 
 #[test]
@@ -284,18 +290,18 @@ fn each_cause_is_told_once_and_counted() {
         let scope = Scope::File;
         ServerReason::Refused(BackingError::Registrar { errno, scope })
     };
-    // Before there is anybody to be told.
+    // This one is refused before the callback is set.
     let early = refused(&handles, &kernel, 2);
     let told = Arc::new(Mutex::new(Vec::new()));
     handles.table().on_server_mode({
         let (told, handles) = (Arc::clone(&told), Arc::downgrade(&handles));
         move |why| {
-            // No lock is held: it may ask of the inodes themselves.
+            // No lock is held, so the callback may use the table, even for the same inodes.
             let handles = handles.upgrade().unwrap();
             let table = handles.table();
             for entry in &table.list() {
                 assert!(table.share(&entry.inode, RDONLY).is_none());
-                assert!(!table.invalidate(&entry.inode), "it is open");
+                assert!(!table.invalidate(&entry.inode), "the inode is open");
             }
             told.lock().unwrap().push((why, table.stats().ids));
         }
@@ -326,16 +332,16 @@ fn each_cause_is_told_once_and_counted() {
     assert_eq!(told(), expected.collect::<Vec<_>>());
 }
 
-/// A successor on the same connection takes over what its predecessor has answered.
+/// A server that succeeds another one on the same connection takes over the opens that the other has answered.
 #[test]
-fn a_predecessor_s_opens_are_adopted() {
+fn opens_of_a_predecessor_are_adopted() {
     let kernel = Arc::new(Fake::default());
     let backing = file(b"");
     let id = BackingId::from_raw(1).unwrap();
     let predecessor = BackingFile::open(&kernel, &backing, Access::ReadWrite).unwrap();
     assert_eq!(predecessor.into_id(), id);
 
-    // All that can come next, another one of their kind, and one of no kind.
+    // All handles that can come next, another one of the same form, and one of no form.
     let numbers: Vec<u64> = {
         let handles = handles(&Arc::default());
         let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
@@ -353,12 +359,12 @@ fn a_predecessor_s_opens_are_adopted() {
     for &fh in &numbers {
         assert!(handles.adopt(fh, handle(&backing).unwrap()).is_ok());
         let taken = handles.adopt(fh, handle(&backing).unwrap()).unwrap_err();
-        assert_eq!(taken.open.id(), Some(&id), "it is given back");
+        assert_eq!(taken.open.id(), Some(&id), "the handle is given back");
         assert!(handles.get(fh).is_some());
     }
     assert_eq!(handles.table().stats().ids, 1);
 
-    // New handles go around, and share the id.
+    // New handles avoid the adopted numbers, and share the id.
     let open = || {
         let opened = handles.open(&2, RDWR, backing.try_clone().unwrap(), FopenFlags::empty());
         let opened = opened.unwrap();
@@ -374,7 +380,7 @@ fn a_predecessor_s_opens_are_adopted() {
         Err(true)
     );
 
-    // An open that would have another id, or another file, is not its predecessor's.
+    // An open with another id, or of another file, is not the predecessor's.
     assert_eq!(handle(&file(b"")).unwrap_err(), OpenError::DifferentFile);
     let other = BackingId::from_raw(2).unwrap();
     let refused = handles.table().adopt(&2, &other, ServerFile::new(&backing));
@@ -384,13 +390,13 @@ fn a_predecessor_s_opens_are_adopted() {
         assert!(handles.release(fh).is_some());
         assert!(handles.get(fh).is_none() && handles.release(fh).is_none());
     }
-    assert_ne!(open(), fresh, "it was released");
+    assert_ne!(open(), fresh, "a released number is not used again");
     assert_eq!(kernel.ids(), [1]);
     drop(handles);
-    assert_eq!(kernel.ids(), [] as [i32; 0], "the last one closes it");
+    assert_eq!(kernel.ids(), [] as [i32; 0], "the last open closes the id");
 }
 
-/// What idles under an id that is adopted is not closed, whichever file is brought.
+/// An idle id that is adopted is not closed, even if the file that comes with it is another one.
 #[test]
 fn an_idle_id_is_not_closed_to_be_adopted() {
     let kernel = Arc::new(Fake::default());
@@ -406,7 +412,7 @@ fn an_idle_id_is_not_closed_to_be_adopted() {
     assert_eq!((adopted.id(), table.stats().idle), (Some(&id), 0));
 }
 
-/// A registrar that comes later enforces its grants on what is adopted and open by then, too.
+/// A registrar that is attached later also enforces its grants on adopted files that are open by then.
 #[test]
 fn grants_of_what_was_adopted_are_enforced() {
     let kernel = Fake {
@@ -432,9 +438,9 @@ fn grants_of_what_was_adopted_are_enforced() {
     );
 }
 
-/// Attached while others open: an inode is in one mode, and nothing is left registered.
+/// All opens of an inode have the same mode, and nothing is left registered.
 #[test]
-fn attached_while_others_open() {
+fn a_registrar_is_attached_while_others_open() {
     for _ in 0..200 {
         let kernel = Arc::new(Fake::default());
         let handles = Handles::default();
@@ -463,7 +469,7 @@ fn attached_while_others_open() {
 
 type Late = Arc<OnceLock<Weak<Handles<Arc<Fake>, Reentrant>>>>;
 
-/// A file whose drop asks for other handles, which would wait for a lock that is held over it.
+/// A file whose drop uses the handles and the table. It would deadlock if a lock were held around the drop.
 struct Reentrant {
     file: File,
     handles: Late,
@@ -479,7 +485,7 @@ impl AsFd for Reentrant {
 impl Drop for Reentrant {
     fn drop(&mut self) {
         if let Some(handles) = self.handles.get().and_then(Weak::upgrade) {
-            // Every shard, and the table's.
+            // These take the lock of every shard, and the table's.
             for fh in 0..64 {
                 drop(handles.get(fh));
             }
@@ -503,7 +509,7 @@ fn files_are_dropped_without_a_lock() {
     late.set(Arc::downgrade(&handles)).unwrap();
     let opened = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
     let opened = opened.unwrap();
-    // In the way out of an error.
+    // An error drops its file without a lock, too.
     let refused = handles.open(&2, RDWR, file(b""), FopenFlags::empty());
     assert_eq!(refused, Err(OpenError::DifferentFile));
     assert_eq!(dropped.load(Ordering::SeqCst), 1);
@@ -512,7 +518,7 @@ fn files_are_dropped_without_a_lock() {
     assert_eq!(kernel.ids(), [] as [i32; 0]);
 }
 
-/// A callback that panics undoes the open of which it is told.
+/// If the callback panics, the open that it is told of is undone.
 #[test]
 fn a_callback_that_panics() {
     let kernel: Arc<Fake> = Arc::default();
@@ -526,9 +532,9 @@ fn a_callback_that_panics() {
     assert!(open().unwrap().is_passthrough());
 }
 
-/// Whatever is kept, and without asking it: its own code would run under a lock.
+/// `Debug` works for any kept type, and does not use the type's own: its code would run under a lock.
 #[test]
-fn debug() {
+fn debug_of_any_kept_type() {
     struct Opaque;
     let kernel: Arc<Fake> = Arc::default();
     let handles = Handles::new(BackingTable::new(Arc::clone(&kernel)));

@@ -1,4 +1,4 @@
-//! The table on registrars of one's own: no root, no `/dev/fuse`.
+//! The table with other registrars than the kernel. These tests need no root and no `/dev/fuse`.
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
@@ -110,7 +110,7 @@ fn every_holder_of_a_registrar_is_one() {
     register(Arc::new(fake()) as Arc<dyn Register + Send + Sync>);
 }
 
-/// What the registrar says of itself is what the table goes by.
+/// The table relies on the scope that the registrar gives.
 #[test]
 fn refusals_have_the_scope_that_the_registrar_gives() {
     let fake = Fake::default();
@@ -137,7 +137,7 @@ fn refusals_have_the_scope_that_the_registrar_gives() {
     }
     let error = refused(Scope::Connection);
     assert_eq!(table.stats().refused, Some(error));
-    // Not asked again: it would refuse no more.
+    // The registrar is not asked again. It would not refuse now.
     let open = table.open(&1, RDONLY, both(&file)).unwrap();
     assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
     drop(open);
@@ -155,7 +155,7 @@ fn refusals_have_the_scope_that_the_registrar_gives() {
     assert_eq!((table.stats().ids, fake.ids().len()), (0, 0));
 }
 
-/// A grant is not widened while it is open; idle, the file is registered anew.
+/// A grant is not widened while the file is open. An idle file is registered anew.
 #[test]
 fn enforced_grants() {
     let fake = Fake {
@@ -173,7 +173,7 @@ fn enforced_grants() {
     };
     assert_eq!(exceeded.errno(), Errno::BUSY);
     assert_eq!(table.open(&1, RDWR, both).err(), Some(exceeded));
-    // One that only reads is within it, whatever it could do.
+    // An open that only reads is within the grant, even if its fd can write.
     drop(table.open(&1, RDONLY, both).unwrap());
     assert!(table.share(&1, RDWR).is_none());
     assert_eq!(id(&reader), Some(1));
@@ -182,13 +182,13 @@ fn enforced_grants() {
     let writer = table.open(&1, RDWR, both).unwrap();
     assert_eq!((id(&writer), fake.ids()), (Some(2), vec![2]));
 
-    // What the first open says of later ones.
+    // The first open can state the grant that later ones need.
     let reader = table
         .open(&2, RDONLY, read.grant(Access::WriteOnly))
         .unwrap();
     assert!(
         table.share(&2, RDWR).is_none(),
-        "nobody has shown that it may"
+        "no open has shown write access yet"
     );
     drop(table.open(&2, RDWR, both).unwrap());
     assert!(table.share(&2, RDWR).is_some());
@@ -200,7 +200,7 @@ fn enforced_grants() {
     );
 }
 
-/// The control: where it is not enforced, the same opens share one id.
+/// The control: if grants are not enforced, the same opens share one id.
 #[test]
 fn grants_that_are_not_enforced() {
     let fake = Fake::default();
@@ -215,7 +215,7 @@ fn grants_that_are_not_enforced() {
     assert_eq!(fake.past().len(), 1);
 }
 
-/// What would not be the mode's is left out of the reply, and what it permits is not.
+/// A reply leaves out the flags that its mode does not permit, and no others.
 #[test]
 fn replies_of_either_mode() {
     let fake = Fake::default();
@@ -265,16 +265,16 @@ mod registered_fd {
     fn is_the_path_fd_that_is_handed_over() {
         let named = tempfile::NamedTempFile::new().unwrap();
         let path = open(named.path(), OFlags::PATH, Mode::empty()).unwrap();
-        // A reopened one would be the last fd; that of the server is none.
+        // The server's own fd is not an O_PATH fd.
         let (registration, by_open_fd) =
             registered(&Fake::default(), both(named.as_file()).path_fd(&path));
         assert_eq!((registration.is_path, by_open_fd), (true, 0));
         assert_eq!(registration.ino, ino(&named));
     }
 
-    /// Never of another file than the server has opened, and never a writer.
+    /// It is never of another file than the server has opened, and never open for writing.
     #[test]
-    fn is_made_anew_where_the_path_fd_is_none_of_the_file() {
+    fn is_made_anew_if_the_given_fd_is_no_path_fd_of_the_file() {
         let (file, other) = (
             tempfile::NamedTempFile::new().unwrap(),
             tempfile::NamedTempFile::new().unwrap(),
@@ -310,7 +310,7 @@ mod registered_fd {
         let (registration, by_open_fd) = registered(&fake, both(&file));
         assert_eq!((registration.is_path, by_open_fd), (false, 1));
         assert_eq!(registration.ino, ino(&file));
-        // One that is nothing else is refused, and not for ever.
+        // If the server's own fd is an O_PATH fd, the open is refused, but not for good.
         let named = tempfile::NamedTempFile::new().unwrap();
         let path = open(named.path(), OFlags::PATH, Mode::empty()).unwrap();
         let table = BackingTable::<_, u64>::new(&fake);
@@ -321,7 +321,7 @@ mod registered_fd {
         assert_eq!(table.stats().ids, 0);
     }
 
-    /// How many fds of this process lead there.
+    /// The number of fds that this process has of `path`.
     fn fds_of(path: &Path) -> usize {
         let fds = std::fs::read_dir("/proc/self/fd").unwrap();
         fds.filter(|fd| {
@@ -354,7 +354,7 @@ mod registered_fd {
             assert!(kept.is_passthrough());
             assert_eq!(fds_of(&path), before + 1);
             drop((unkept, kept));
-            // 2 is idle.
+            // Inode 2 is idle.
             assert_eq!((table.stats().ids, fds_of(&path)), (1, before + 1));
             table.set_idle_limit(0);
             assert_eq!((table.stats().ids, fds_of(&path)), (0, before));
@@ -369,21 +369,21 @@ mod panics {
         assert!(catch_unwind(AssertUnwindSafe(f)).is_err());
     }
 
-    /// An id that was perhaps not closed is kept, not answered again, and closed at last.
+    /// An id that may still be registered is kept, not used for another reply, and closed at last.
     #[test]
     fn of_a_registrar() {
         let fake = Fake::default();
         let table = BackingTable::<_, u64>::new(&fake);
-        // One that is lost would leave no room.
+        // A lost id would leave no room.
         table.set_limit(1);
         let file = file();
-        let fuse = || fake.panics.store(true, Ordering::SeqCst);
-        fuse();
+        let arm = || fake.panics.store(true, Ordering::SeqCst);
+        arm();
         panics(|| drop(table.open(&1, RDONLY, both(&file))));
         assert_eq!((table.stats().ids, table.list().len()), (0, 0));
         let open = table.open(&1, RDONLY, both(&file)).unwrap();
         assert!(open.is_passthrough());
-        fuse();
+        arm();
         panics(|| drop(open));
         assert_eq!((table.stats().ids, table.list().len()), (1, 1));
         assert!(table.share(&1, RDONLY).is_none());
@@ -392,12 +392,12 @@ mod panics {
         assert_eq!(fake.ids(), [] as [i32; 0]);
 
         let guard = BackingFile::open(&fake, &file, Access::ReadOnly).unwrap();
-        fuse();
+        arm();
         panics(|| drop(guard));
         assert_eq!(fake.ids().len(), 1);
     }
 
-    /// The others are still there to be retried, and an open at the limit waits for none of them.
+    /// All closes can still be retried, and an open at the limit waits for none of them.
     #[test]
     fn of_a_registrar_while_closes_are_retried() {
         let fake = Fake::default();
@@ -418,7 +418,7 @@ mod panics {
         assert_eq!((table.stats().ids, fake.ids().len()), (0, 0));
     }
 
-    /// The registrar is let go of: it holds the connection.
+    /// The table drops the registrar all the same, since it holds the connection.
     #[test]
     fn of_a_registrar_while_the_table_is_dropped() {
         let fake = Arc::new(Fake::default());
@@ -438,19 +438,19 @@ mod panics {
     struct Key;
 
     thread_local! {
-        static FUSED: Cell<bool> = const { Cell::new(false) };
+        static ARMED: Cell<bool> = const { Cell::new(false) };
     }
 
     impl Clone for Key {
         fn clone(&self) -> Self {
-            if FUSED.get() {
+            if ARMED.get() {
                 resume_unwind(Box::new("a key that cannot be cloned"))
             }
             Self
         }
     }
 
-    /// A release whose close fails clones no key, and an inode that cannot be made takes the place of none.
+    /// A release whose close fails clones no key, and an open whose key cannot be cloned replaces no inode.
     #[test]
     fn of_a_clone() {
         let fake = Fake::default();
@@ -458,11 +458,11 @@ mod panics {
         let (one, other) = (file(), file());
         let open = table.open(&Key, RDONLY, both(&one)).unwrap();
         fake.refuse_next(Errno::PERM, Scope::Thread);
-        FUSED.set(true);
+        ARMED.set(true);
         drop(open);
         panics(|| drop(table.list()));
         panics(|| drop(table.open(&Key, RDONLY, both(&other))));
-        FUSED.set(false);
+        ARMED.set(false);
         assert_eq!((table.stats().ids, table.list().len()), (1, 1));
         table.retry_closes().unwrap();
         assert_eq!((table.stats().ids, table.list().len()), (0, 0));
@@ -476,7 +476,7 @@ mod panics {
     }
 }
 
-/// Threads that do with a table whatever a server may. Under ThreadSanitizer too, see .ci/tsan.
+/// Threads do with a table all that a server may. `.ci/tsan` runs this under ThreadSanitizer.
 mod stress {
     use std::thread;
 

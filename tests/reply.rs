@@ -1,5 +1,5 @@
-//! `OpenReply`, `FopenFlags`, `ClientFlags` and `Access`, which need no kernel: every combination, against rules
-//! written down a second time. That the kernel has the same rules: tests/kernel/passthrough.rs.
+//! `OpenReply`, `FopenFlags`, `ClientFlags` and `Access`: every combination, against rules that are written down a
+//! second time. These tests need no kernel. tests/kernel/passthrough.rs shows that the kernel has the same rules.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +19,7 @@ fn id() -> BackingId {
     BackingId::from_raw(7).unwrap()
 }
 
-/// What a client gets.
+/// The errno that a client gets.
 fn raw(error: OpenError) -> i32 {
     io::Error::from(error).raw_os_error().unwrap()
 }
@@ -38,13 +38,13 @@ fn access_of_an_fd() {
     assert_eq!(Access::of(open(OFlags::empty())), Ok(Access::ReadOnly));
     assert_eq!(Access::of(&write), Ok(Access::WriteOnly));
     assert_eq!(Access::of(both.unwrap()), Ok(Access::ReadWrite));
-    // F_GETFL says O_RDONLY of it: an fd that nothing can be read from.
+    // F_GETFL reports O_RDONLY for an O_PATH fd, from which nothing can be read.
     assert_eq!(Access::of(open(OFlags::PATH)), Err(OpenError::NoAccess));
-    // What a read of it gives.
+    // A read from such an fd gives the same errno.
     assert_eq!(OpenError::NoAccess.errno(), Errno::BADF);
 }
 
-/// Which Linux has for ioctls alone; qemu-user does not know it.
+/// Linux has access mode 3 for ioctls alone. qemu-user does not support it.
 #[test]
 fn access_of_an_fd_of_mode_3() {
     let fd = rustix::fs::open("/dev/null", OFlags::ACCMODE, rustix::fs::Mode::empty());
@@ -53,7 +53,7 @@ fn access_of_an_fd_of_mode_3() {
 
 #[test]
 fn access_that_client_flags_ask_for() {
-    // What a client's open may carry besides, exec's 0o40 among it.
+    // Other flags that a client's open may have, among them exec's 0o40.
     let others = [
         OFlags::empty(),
         OFlags::APPEND,
@@ -73,9 +73,9 @@ fn access_that_client_flags_ask_for() {
             let truncates = flags | OFlags::TRUNC;
             let wanted = ClientFlags::from(flags).access();
             assert_eq!(wanted, plain, "{flags:?}");
-            // The server's own open has truncated the file.
+            // O_TRUNC does not count: the server's own open has truncated the file.
             assert_eq!(ClientFlags::from(truncates).access(), plain, "{flags:?}");
-            // Of a reply alone nobody knows that, and it counts as writing.
+            // A reply without a table cannot rely on that, so O_TRUNC counts as writing.
             for (flags, wanted) in [(flags, plain), (truncates, truncating)] {
                 for granted in ALL {
                     let id = id();
@@ -88,7 +88,7 @@ fn access_that_client_flags_ask_for() {
     }
 }
 
-/// As whatever number a FUSE library has them.
+/// FUSE libraries have them as different integer types.
 #[test]
 fn client_flags_of_each_type() {
     for flags in [0, 1, 2, 3, OFlags::TRUNC.bits() | 1, 1 << 31, u32::MAX] {
@@ -158,7 +158,7 @@ fn flags_beside_passthrough() {
     }
 }
 
-/// By name, beside flags that are allowed: the error has the one that is refused alone.
+/// Beside flags that are allowed, the error has only the one that is refused.
 #[test]
 fn zero_copy_beside_passthrough() {
     let zero_copy = FopenFlags::IO_URING_ZERO_COPY;
@@ -172,7 +172,7 @@ fn zero_copy_beside_passthrough() {
     );
 }
 
-/// All bits but passthrough, known or not, are sent as they came.
+/// All bits except passthrough are sent unchanged, known or not.
 #[test]
 fn flags_without_passthrough() {
     for bit in (0..32).filter(|&bit| bit != 7) {

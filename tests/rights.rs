@@ -1,5 +1,5 @@
-//! Rights and registrar threads over a registrar that stands for the kernel: no root, no `/dev/fuse`. With
-//! a kernel: tests/kernel/rights.rs.
+//! Rights and registrar threads, with a registrar that stands for the kernel. These tests need no root and no
+//! `/dev/fuse`. tests/kernel/rights.rs has those with a kernel.
 
 #![allow(clippy::panic, clippy::unwrap_used)]
 
@@ -91,9 +91,9 @@ fn registering_takes_a_capability_in_the_initial_user_namespace() {
     });
 }
 
-/// Whatever the user has: less can always be had.
+/// The test works with any capabilities: each user can give some up.
 #[test]
-fn guards() {
+fn guards_change_and_restore_capabilities() {
     apart(|| {
         let before = sets();
         let lost = CapabilitySet::FSETID | CapabilitySet::KILL;
@@ -118,7 +118,7 @@ fn guards() {
     });
 }
 
-/// Notes the thread and its capabilities.
+/// A registrar that notes the calling thread and its capabilities.
 #[derive(Default)]
 struct Noting(Mutex<Vec<(ThreadId, CapabilitySet)>>);
 
@@ -213,7 +213,7 @@ fn thread_registers_and_closes() {
 }
 
 #[test]
-fn thread_does_all_of_it() {
+fn thread_prepares_registers_and_closes() {
     let noting = Arc::new(Noting::default());
     let prepared = Arc::<Mutex<Option<ThreadId>>>::default();
     let thread = RegistrarThread::spawn(Arc::clone(&noting), {
@@ -296,7 +296,7 @@ fn thread_that_has_died() {
     }
     let failed = thread.unregister(id).unwrap_err();
     assert_eq!((failed.cause(), failed.into_inner().as_raw()), (DIED, 1));
-    assert_eq!(fake.ids(), [1], "it stays registered");
+    assert_eq!(fake.ids(), [1], "the id stays registered");
     until(|| Arc::strong_count(&fake) == 1);
 
     let table: BackingTable<_> = BackingTable::new(thread);
@@ -306,7 +306,7 @@ fn thread_that_has_died() {
     assert_eq!(table.stats().refused, Some(DIED));
 }
 
-/// A close in the middle of which the thread dies.
+/// The thread dies in the middle of a close.
 #[test]
 fn thread_that_dies_in_a_close() {
     let fake = Arc::new(Fake::default());
@@ -368,7 +368,7 @@ fn by_access_is_made_of_all_or_not_at_all() {
     }
 }
 
-/// One for each access, in their order.
+/// Uses one registrar for each access, in the order of `ACCESSES`.
 fn by_access(fakes: &[Fake; 3]) -> ByAccess<&Fake> {
     let mut fakes = fakes.iter();
     ByAccess::new(|_| fakes.next().ok_or(())).unwrap()
@@ -389,7 +389,7 @@ fn by_access_registers_through_the_one_for_the_grant() {
         );
     }
     assert_eq!(fakes.each_ref().map(Fake::ids), [[1]; 3]);
-    // They are of one connection.
+    // The registrars share a connection, so one of them can close every id.
     registrar
         .unregister(BackingId::from_raw(1).unwrap())
         .unwrap();
@@ -410,7 +410,7 @@ fn by_access_refuses_what_landlock_does_not_see() {
         }
         assert!(registrar.register(fd.as_fd(), Access::ReadWrite).is_ok());
     }
-    // The control: a file that is as little anywhere, and one of another filesystem.
+    // The control: a file that has no name either, and one on another filesystem.
     for file in [file(), File::open("/proc/version").unwrap()] {
         assert!(registrar.register(file.as_fd(), Access::ReadOnly).is_ok());
     }

@@ -357,7 +357,7 @@ fn negotiations_of_every_named_combination() {
 #[test]
 fn negotiations_of_random_flags() {
     let permitted = may_register();
-    // Half of the values can succeed.
+    // Half of the values have no flag that is always refused.
     let wanted = prop::strategy::Union::new([
         any::<u64>().boxed(),
         any::<u64>().prop_map(|flags| flags & !EXCLUDED).boxed(),

@@ -438,7 +438,7 @@ fn grants_of_what_was_adopted_are_enforced() {
     );
 }
 
-/// All opens of an inode have the same mode, and nothing is left registered.
+/// While an inode is open, its opens have one mode. Nothing is left registered.
 #[test]
 fn a_registrar_is_attached_while_others_open() {
     for _ in 0..200 {

@@ -153,7 +153,7 @@ fn roles() -> Vec<(&'static str, client::Role)> {
     .concat()
 }
 
-/// Whether this test can run is known only when it runs: finding fsx can mean to build it, which takes a minute.
+/// Whether this test can run is known only when it runs, since building fsx takes a minute.
 fn fsx_trial(mode: Mode, ready: Result<(), String>) -> Trial {
     Trial::ignorable_test(fsx::NAME, move || {
         if mode == Mode::Off {

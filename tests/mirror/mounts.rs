@@ -321,7 +321,9 @@ fn enter_itself(name: &str, entry: Entry, way: Way) -> Result<(), Failed> {
     fs::write(folder.join("sub/file"), "content below")?;
     let (mut source, peer) = (folder.clone(), sandbox.folder("peer")?);
     if entry == Entry::Propagation {
-        let shared = folder.parent().ok_or("it is in a filesystem of its own")?;
+        let shared = folder
+            .parent()
+            .ok_or("the source is in a filesystem of its own")?;
         mount_change(shared, MountPropagationFlags::SHARED)?;
         mount_bind(shared, &peer)?;
         source = peer.join("source");

@@ -1,4 +1,4 @@
-//! ext4 reserves blocks for root. Clients can fill as much of it through the mirror as without.
+//! ext4 reserves blocks for root. Clients can fill as much of a filesystem through the mirror as without it.
 //!
 //! `tests/kernel/rights/thread.rs` shows that a server with root's rights gives root's blocks to everybody. The tests
 //! here show that root gets them.
@@ -114,7 +114,7 @@ fn fill_mapped(file: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// A filesystem that was filled, and its size in bytes: what is left, and what was reserved.
+/// A filesystem that was filled: the bytes that are left, and those that were reserved for root.
 #[derive(Debug)]
 struct Filled {
     left: u64,
@@ -124,7 +124,7 @@ struct Filled {
 impl Filled {
     /// Fills a new filesystem, through a mirror if there is a `way`.
     fn by(sandbox: &Sandbox, writer: &str, how: &str, way: Option<Way>) -> Result<Self, Failed> {
-        // It has inodes for as many folders as there are blocks.
+        // `-N` makes inodes for as many folders as there are blocks.
         let mkfs = ["-m", "20", "-O", "^has_journal", "-b", "1024", "-N", "4096"];
         let backing = Ext4::new(sandbox, SIZE, &mkfs)?;
         let path = backing.path().join("file");

@@ -360,7 +360,7 @@ fn wait_until_mounted(
         number = connection_number(mountpoint).ok();
         Ok(number.is_some())
     })?;
-    sandbox.watch(number.ok_or("it is not")?)
+    sandbox.watch(number.ok_or("it is not mounted")?)
 }
 
 /// Waits until `done` returns true, and fails if that takes longer than `patience`.

@@ -335,7 +335,7 @@ const OF_PASSTHROUGH: &[Difference] = &[
         ],
         ways: &[PASSED_THROUGH],
     },
-    // Nobody is in no group: every write clears this bit.
+    // Passthrough writes as a member of no group: every write clears this bit.
     Difference {
         writers: &["owner", "member", "root"],
         files: &[("locking", "ok 2767", "ok 767")],

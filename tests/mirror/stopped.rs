@@ -31,7 +31,7 @@ pub fn read_when_told(path: &str) -> Result<File, Box<dyn Error>> {
     let file = File::open(path)?;
     println!("open");
     wait_for_parent()?;
-    // At the end of the file, the kernel would ask the server for the size.
+    // No more than the file has: at its end, the kernel would ask the server for the size.
     let mut content = [0; CONTENT.len()];
     file.read_exact_at(&mut content, 0)?;
     println!("{}", content.escape_ascii());

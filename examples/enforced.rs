@@ -9,7 +9,7 @@ use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetE
 
 /// A thread that cannot open files for writing. The kernel opens what this thread registers with the thread's rights.
 fn registrar(device: FuseDevice) -> io::Result<RegistrarThread<Lowered<FuseDevice>>> {
-    let lowered = Lowered::for_good(device, CapabilitySet::empty());
+    let lowered = Lowered::permanently(device, CapabilitySet::empty());
     Ok(RegistrarThread::spawn(lowered, || -> Result<(), RulesetError> {
         let rules = Ruleset::default().set_compatibility(CompatLevel::HardRequirement); // Landlock, or an error
         rules.handle_access(AccessFs::WriteFile | AccessFs::Truncate)?.create()?.restrict_self().map(drop)

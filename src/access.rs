@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Reading, writing, or both: what a server grants through a registration, and what a client's open asks for. The
+/// Reading, writing, or both. A server grants it through a registration, and a client's open asks for it. The
 /// kernel does not compare the two, see [`FuseDevice::backing_open`](crate::FuseDevice::backing_open).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {

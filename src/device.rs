@@ -143,7 +143,7 @@ impl<Fd: DeviceFd> FuseDevice<Fd> {
     ///
     /// `fd` may be closed at once: the kernel takes its own reference, which neither `RLIMIT_NOFILE` nor lsof knows of.
     /// Until the id is closed, the file stays open as `fd` is: with its flock(2), and as a writer if it can write
-    /// (`ETXTBSY`, no leases, no read-only remount). An `O_PATH` fd keeps none of that, and passes through as well.
+    /// (`ETXTBSY`, no leases, no read-only remount). An `O_PATH` fd causes none of this, and can be registered too.
     ///
     /// # Requirements
     ///
@@ -338,7 +338,7 @@ impl From<FuseDevice<OwnedFd>> for OwnedFd {
 }
 
 fn check(fd: BorrowedFd<'_>) -> Result<(), DeviceError> {
-    // Safe functions can redirect these to another file, even if this fd is owned.
+    // Safe functions can redirect fds 0 to 2 to another file, even if this fd is owned.
     if fd.as_raw_fd() <= 2 {
         return Err(DeviceError::StandardStream);
     }

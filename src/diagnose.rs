@@ -14,8 +14,8 @@ use crate::ioctl;
 
 #[cold]
 pub(crate) fn open(device: BorrowedFd<'_>, backing: BorrowedFd<'_>, errno: Errno) -> BackingError {
-    let not_regular = |unless: BackingError| match file_type(backing) {
-        Some(FileType::RegularFile) => unless,
+    let not_regular = |if_regular: BackingError| match file_type(backing) {
+        Some(FileType::RegularFile) => if_regular,
         Some(file_type) => BackingError::NotRegularFile { file_type, errno },
         None => BackingError::Other(errno),
     };
@@ -98,8 +98,8 @@ fn is_attached(device: BorrowedFd<'_>) -> Option<bool> {
 /// with `EOPNOTSUPP`.
 ///
 /// It closes id 0, which no file has. The kernel first checks the option (`EOPNOTSUPP`), then the capability, and then
-/// refuses id 0 (`EINVAL`) before it looks anything up. The capability check passes: a caller without the capability
-/// does not get `EOPNOTSUPP` for a file.
+/// refuses id 0 (`EINVAL`) before it looks anything up. The capability check cannot fail here: if the option is set,
+/// registering has passed the same check before it returned `EOPNOTSUPP`.
 fn passthrough_is_compiled_in(device: BorrowedFd<'_>) -> Option<bool> {
     match ioctl::backing_close(device, 0) {
         Err(Errno::OPNOTSUPP) => Some(false),

@@ -22,7 +22,8 @@
 //!
 //! # Registering and closing
 //!
-//! The kernel answers the server with an errno. [`BackingError`] names the cause behind it:
+//! The kernel answers the server with an errno. [`BackingError`] names the cause behind it. These are the errnos with several causes, or with
+//! something to do:
 //!
 //! | errno | error | what to do |
 //! |---|---|---|
@@ -30,18 +31,18 @@
 //! | | [`NotPermitted(NotInInitialUserNamespace)`](NotPermitted::NotInInitialUserNamespace) | Passthrough is impossible in a rootless container. |
 //! | | [`NotAttached`](BackingError::NotAttached) | Mount first. |
 //! | | [`NotPermitted(NotNegotiatedOrDenied)`](NotPermitted::NotNegotiatedOrDenied) | Answer INIT with what [`negotiate`] returns; with fuser, call `add_capabilities` *and* `set_max_stack_depth`. If INIT is right, a security module or seccomp denies the call. |
-//! | | [`NotPermitted(Undetermined)`](NotPermitted::Undetermined) | Mount `/proc`, which is needed to tell the causes apart. |
+//! | | [`NotPermitted(Undetermined)`](NotPermitted::Undetermined) | Mount `/proc`, and allow the [system calls](crate#system-calls) that tell the causes apart. |
 //! | `ENOTTY` | [`UnsupportedKernel`](BackingError::UnsupportedKernel) | Use Linux 6.9 or newer. [`FuseDevice::new`] has ruled out that the fd is another file. |
 //! | `EOPNOTSUPP` | [`DisabledInKernel`](BackingError::DisabledInKernel) | Use a kernel with `CONFIG_FUSE_PASSTHROUGH=y`. |
 //! | `EBADF` | [`PathOnlyFd`](BackingError::PathOnlyFd) | Use Linux 6.12 or newer for `O_PATH` fds. |
 //! | `ELOOP` | [`StackedTooDeep`](BackingError::StackedTooDeep) | Negotiate [depth 2](crate::init::MaxStackDepth::Two) for files on overlayfs. No depth permits files of `/proc`. |
-//! | `EISDIR`, `EINVAL` | [`NotRegularFile`](BackingError::NotRegularFile) | Serve directories, pipes and devices without passthrough. Do not rely on this error: older kernels do not give it. |
+//! | `EISDIR`, `EINVAL`, before 6.12 also `EOPNOTSUPP` | [`NotRegularFile`](BackingError::NotRegularFile) | Serve directories, pipes and devices without passthrough. Do not rely on this error: older kernels do not give it. |
 //! | `ENOENT` at closing | [`UnknownId`](BackingError::UnknownId) | Nothing: the id was closed before, or belongs to another connection. |
 //!
 //! # What to do next
 //!
 //! [`BackingError::scope`] says what the error means for the next attempt. A [`BackingTable`] acts on it: after
-//! [`Scope::Connection`] it registers nothing until [`BackingTable::reset`]; after any other scope it tries again at
+//! [`Scope::Connection`] it registers nothing until [`BackingTable::retry_registrations`]; after any other scope it tries again at
 //! the next open that follows the inode's last release.
 //!
 //! | scope | what to do |
@@ -73,7 +74,7 @@
 //!
 //! Nothing fails: the table answers opens in server mode, and files are served, slowly. To see why:
 //!
-//! - [`BackingTable::on_server_mode`] calls the server once for each cause that is not its own choice.
+//! - [`BackingTable::on_server_mode`] calls the server once for each cause, except its own choice.
 //! - [`BackingTable::stats`] counts the opens in server mode by cause, in [`TableStats::served`].
 //! - [`BackingTable::list`] shows the cause for each inode.
 //!
@@ -83,7 +84,7 @@
 //! [`BackingTable::on_server_mode`]: crate::BackingTable::on_server_mode
 //! [`BackingTable::stats`]: crate::BackingTable::stats
 //! [`BackingTable::list`]: crate::BackingTable::list
-//! [`BackingTable::reset`]: crate::BackingTable::reset
+//! [`BackingTable::retry_registrations`]: crate::BackingTable::retry_registrations
 //! [`BackingTable::forget`]: crate::BackingTable::forget
 //! [`BackingTable::invalidate`]: crate::BackingTable::invalidate
 //! [`TableStats::served`]: crate::table::TableStats::served
@@ -129,14 +130,14 @@ pub enum NotPermitted {
     /// The calling thread is not in the *initial* user namespace, in which the kernel requires `CAP_SYS_ADMIN`.
     /// Rootless containers cannot have passthrough.
     #[error(
-        "the calling thread needs CAP_SYS_ADMIN in the initial user namespace, \
+        "the registering thread needs CAP_SYS_ADMIN in the initial user namespace, \
          but is in another one (a rootless container cannot have passthrough)"
     )]
     NotInInitialUserNamespace,
     /// The calling thread has no effective `CAP_SYS_ADMIN`. Another thread of the process may have it.
     #[error(
-        "the calling thread has no effective CAP_SYS_ADMIN: \
-         run as root, or call from a thread that has it"
+        "the registering thread has no effective CAP_SYS_ADMIN: \
+         run as root, or register and close from a thread that has it"
     )]
     MissingCapability,
     /// The thread has the capability and the device is attached, so one of two causes remains. Either passthrough was
@@ -144,13 +145,14 @@ pub enum NotPermitted {
     /// `FUSE_PASSTHROUGH`, has a `max_stack_depth` other than 1 and 2, or has `FUSE_WRITEBACK_CACHE`. Or a security
     /// module or seccomp denies the call.
     #[error(
-        "passthrough was not negotiated (the INIT reply needs FUSE_INIT_EXT, FUSE_PASSTHROUGH, \
-         max_stack_depth 1 or 2, and no FUSE_WRITEBACK_CACHE), or a security policy denies it"
+        "the INIT reply did not turn passthrough on (it needs FUSE_INIT_EXT, FUSE_PASSTHROUGH, \
+         max_stack_depth 1 or 2, and no FUSE_WRITEBACK_CACHE), or a security module or seccomp \
+         denies the call"
     )]
     NotNegotiatedOrDenied,
     /// The cause is unknown: `/proc` is unavailable, or a policy hides the thread's namespace, its capabilities, or
-    /// the state of the device.
-    #[error("cannot determine why: /proc is unavailable or a policy hides it")]
+    /// the state of the device. On Android, whose kernels require no capability, it is always unknown.
+    #[error("the cause is unknown, because /proc is unavailable or a security policy hides it")]
     Undetermined,
 }
 
@@ -171,7 +173,9 @@ impl NotPermitted {
 pub enum NegotiateError {
     /// The kernel does not offer passthrough: it is older than Linux 6.9, or built without
     /// `CONFIG_FUSE_PASSTHROUGH`.
-    #[error("the kernel does not offer passthrough (needs Linux 6.9 with CONFIG_FUSE_PASSTHROUGH)")]
+    #[error(
+        "the kernel does not offer passthrough (needs Linux 6.9 or newer, with CONFIG_FUSE_PASSTHROUGH)"
+    )]
     NotOffered,
     /// The server wants `FUSE_WRITEBACK_CACHE` as well, with which the kernel leaves passthrough off.
     #[error("passthrough and FUSE_WRITEBACK_CACHE exclude each other: ask for one of them")]
@@ -179,16 +183,16 @@ pub enum NegotiateError {
     /// The server wants `FUSE_HANDLE_KILLPRIV`. With it, set-user-ID and set-group-ID bits survive writes in
     /// passthrough mode unless files are registered without `CAP_FSETID`, and it spares no request.
     #[error(
-        "FUSE_HANDLE_KILLPRIV is of no use with passthrough: \
-         use FUSE_HANDLE_KILLPRIV_V2, by Negotiated::handle_killpriv_v2"
+        "the server wants FUSE_HANDLE_KILLPRIV, which is of no use with passthrough: \
+         leave it out, and call Negotiated::handle_killpriv_v2"
     )]
     HandleKillprivWanted,
     /// The server wants `FUSE_HANDLE_KILLPRIV_V2` among its flags. It must call
     /// [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) instead, which asks for a
     /// registrar without `CAP_FSETID`.
     #[error(
-        "FUSE_HANDLE_KILLPRIV_V2 needs a registrar without CAP_FSETID: \
-         call Negotiated::handle_killpriv_v2 instead"
+        "the server wants FUSE_HANDLE_KILLPRIV_V2, which needs a registrar without CAP_FSETID: \
+         leave it out, and call Negotiated::handle_killpriv_v2"
     )]
     HandleKillprivV2Wanted,
     /// The calling thread may not register backing files.
@@ -217,10 +221,10 @@ impl NegotiateError {
 pub enum RightsError {
     /// capget(2) or capset(2) failed, and the thread's capabilities are unchanged. `EPERM`: the capability is not among
     /// the thread's permitted ones, or a policy denies the call.
-    #[error("the calling thread's capabilities could not be changed: {0}")]
+    #[error("the thread's capabilities could not be changed: {0}")]
     NotChanged(Errno),
-    /// capset(2) failed at restoring: the thread keeps the changed capabilities.
-    #[error("the calling thread keeps its changed capabilities, restoring them failed: {0}")]
+    /// capget(2) or capset(2) failed at restoring: the thread keeps the changed capabilities.
+    #[error("restoring the thread's capabilities failed, so it keeps the changed ones: {0}")]
     NotRestored(Errno),
 }
 
@@ -271,7 +275,7 @@ impl<E: Into<Box<dyn std::error::Error + Send + Sync>>> From<RegistrarThreadErro
 pub enum BackingError {
     /// `ENOTTY`: the kernel is older than 6.9. [`FuseDevice`](crate::FuseDevice) has ruled out an fd that is not a FUSE
     /// device.
-    #[error("the kernel does not support FUSE passthrough (needs Linux 6.9)")]
+    #[error("the kernel does not support FUSE passthrough (needs Linux 6.9 or newer)")]
     UnsupportedKernel,
     /// `ENOSYS`: an emulator, such as qemu-user, or a seccomp profile refuses the ioctl.
     #[error("the ioctl is not implemented here: an emulator or a seccomp profile refuses it")]
@@ -281,7 +285,9 @@ pub enum BackingError {
     DisabledInKernel,
     /// `EOPNOTSUPP` at registering, Linux 6.9 to 6.11: the file has no `read_iter` or `write_iter`, which passthrough
     /// uses.
-    #[error("the file's filesystem has no read_iter or write_iter, which passthrough needs")]
+    #[error(
+        "passthrough cannot read and write files of this filesystem (no read_iter or write_iter)"
+    )]
     FileNotSupported,
     /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first releases with
     /// passthrough `EINVAL`.
@@ -289,7 +295,7 @@ pub enum BackingError {
     NotAttached(Errno),
     /// `EPERM`, and why. If the call was a close, the id is still registered; a thread that has the capability can
     /// close it.
-    #[error("not permitted: {0}")]
+    #[error("registering or closing a backing file is not permitted: {0}")]
     NotPermitted(NotPermitted),
     /// `EISDIR` or `EINVAL`: only regular files can be backing files. Linux 6.12.48, 6.16.8, 6.17 and later refuse all
     /// others; before 6.12 some are refused, with `EOPNOTSUPP`.
@@ -306,11 +312,11 @@ pub enum BackingError {
     /// `ELOOP` also if passthrough was not negotiated.
     #[error(
         "the file's filesystem is stacked too deep for the negotiated max_stack_depth \
-         (overlayfs needs 2)"
+         (overlayfs needs 2; files of /proc cannot be passed through)"
     )]
     StackedTooDeep,
     /// `EBADF`, Linux 6.9 to 6.11: the backing fd was opened with `O_PATH`.
-    #[error("the backing fd was opened with O_PATH, which needs Linux 6.12")]
+    #[error("the backing fd was opened with O_PATH, which needs Linux 6.12 or newer")]
     PathOnlyFd,
     /// `EBADF`: the backing fd was closed behind its owner's back.
     #[error("the backing fd is not open: something else has closed it")]
@@ -331,22 +337,24 @@ pub enum BackingError {
     Interrupted,
     /// The kernel, or a seccomp supervisor that answers for it, reported success with an id that is not positive.
     /// Nothing was registered under that id.
-    #[error("the ioctl returned {0}, which is not a backing id")]
+    #[error(
+        "the kernel, or a seccomp supervisor, reported success with {0}, which is not a backing id"
+    )]
     InvalidId(i32),
     /// [Lowering](crate::rights::Lowered) or restoring the calling thread's capabilities failed. Nothing stays
     /// registered, unless closing fails as well.
     #[error(transparent)]
     Rights(#[from] RightsError),
-    /// [`ByAccess`](crate::rights::ByAccess) was asked to register a memfd or System V shared memory for less than
-    /// reading and writing. Landlock does not restrict these.
+    /// [`ByAccess`](crate::rights::ByAccess) was asked to register a memfd, System V shared memory or a file on
+    /// hugetlbfs for less than reading and writing. Landlock does not restrict these.
     #[error(
         "the kernel cannot enforce read-only or write-only access to this file \
-         (Landlock ignores memfds and System V shared memory)"
+         (Landlock ignores memfds, System V shared memory and hugetlbfs)"
     )]
     NotEnforceable,
     /// The [registrar](crate::Register) refused, not the kernel: because of its policy or its limit, or because it has
     /// ended. If the call was a close, the id may still be registered.
-    #[error("the registrar refused: {errno}")]
+    #[error("the registrar, not the kernel, refused or failed: {errno}")]
     Registrar {
         /// The registrar's reason.
         errno: Errno,
@@ -488,10 +496,10 @@ pub enum DeviceError {
     #[error("opening /dev/fuse is denied, by its permissions or a device cgroup: {0}")]
     Denied(Errno),
     /// The fd is not a character device.
-    #[error("not a FUSE device: not a character device (it is {})", kind_of_file(*.0))]
+    #[error("the fd is not a FUSE device: it is {}", kind_of_file(*.0))]
     NotCharacterDevice(FileType),
     /// The fd is another character device than 10:229.
-    #[error("not a FUSE device: it is the character device {major}:{minor}, not 10:229")]
+    #[error("the fd is not a FUSE device: it is the character device {major}:{minor}, not 10:229")]
     OtherDevice {
         /// The device's major number.
         major: u32,
@@ -505,7 +513,7 @@ pub enum DeviceError {
     #[error("the fd is 0, 1 or 2 (standard input, output or error): pass a duplicate of it")]
     StandardStream,
     /// `ENOTTY`: the kernel is older than the ioctl.
-    #[error("the kernel does not support this ioctl (needs Linux {needs})")]
+    #[error("the kernel does not support this ioctl of /dev/fuse (needs Linux {needs} or newer)")]
     UnsupportedKernel {
         /// The first release that has it: 4.2 to clone, 6.18 for synchronous INIT.
         needs: &'static str,
@@ -563,14 +571,14 @@ pub enum ServerReason {
     #[error("the table has no registrar yet: call BackingTable::attach")]
     NoRegistrar,
     /// Registering the file failed. Or it was not tried, because registering another file failed with
-    /// [`Scope::Connection`]: [`BackingTable::reset`](crate::BackingTable::reset) makes the table try again.
-    #[error("registering a backing file failed: {0}")]
+    /// [`Scope::Connection`]: [`BackingTable::retry_registrations`](crate::BackingTable::retry_registrations) makes the table try again.
+    #[error("the file was not registered: {0}")]
     Refused(BackingError),
     /// The table's [limit](crate::BackingTable::set_limit) on ids was reached, and none was idle.
     #[error("the table's limit on backing ids is reached (BackingTable::set_limit)")]
     LimitReached,
     /// The server called [`BackingTable::serve`](crate::BackingTable::serve).
-    #[error("the server's choice")]
+    #[error("the server chose to read and write the file itself")]
     Chosen,
     /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). In passthrough mode a client could overwrite it, by
     /// a mapping or after clearing `O_APPEND`: Linux before 7.3.4 does not check.
@@ -607,7 +615,7 @@ pub enum ServerReason {
 #[non_exhaustive]
 pub enum OpenError {
     /// `EACCES`: the client asks for more than the server grants.
-    #[error("the client asks for {wanted} access, {granted} is granted")]
+    #[error("the client asks for {wanted} access, but the server grants only {granted}")]
     AccessExceeded {
         /// What the server grants.
         granted: Access,
@@ -647,8 +655,8 @@ pub enum OpenError {
     /// [`OpenReply::passthrough`](crate::OpenReply::passthrough) and [`OpenReply::server`](crate::OpenReply::server).
     #[error("the kernel refuses these flags in an OPEN or CREATE reply of this mode: {0:?}")]
     FlagsNotAllowed(FopenFlags),
-    /// fcntl(2), statx(2) or fstat(2) of the server's fd failed.
-    #[error("cannot examine the server's fd, because fcntl, statx or fstat failed: {0}")]
+    /// fcntl(2) of the server's fd failed, or both statx(2) and fstat(2) did.
+    #[error("cannot examine the server's fd, because fcntl or fstat failed: {0}")]
     Unreadable(Errno),
 }
 

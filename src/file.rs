@@ -113,7 +113,7 @@ impl<'path, F: AsFd> ServerFile<'path, F> {
     }
 }
 
-/// [`ServerFile::new`].
+/// The same as [`ServerFile::new`].
 impl<F: AsFd> From<F> for ServerFile<'_, F> {
     fn from(fd: F) -> Self {
         Self::new(fd)
@@ -126,7 +126,7 @@ impl<'fd> ServerFile<'fd, BorrowedFd<'fd>> {
         self.access.map_or_else(|| Access::of(self.fd), Ok)
     }
 
-    /// The grant to register for: the most of later opens, and what this open is `granted`.
+    /// The access to register for: what this open is `granted`, and what [`grant`](Self::grant) allows later opens.
     pub(crate) fn at_most(&self, granted: Access) -> Access {
         self.grant.map_or(granted, |grant| grant.union(granted))
     }
@@ -213,8 +213,7 @@ pub(crate) struct Examined {
 }
 
 impl Examined {
-    /// The part of a grant that later opens may get without examining the file again: of an immutable file, reading
-    /// alone.
+    /// What later opens may get of a grant without a new statx(2). For an immutable file this is reading alone.
     pub(crate) fn shareable(&self, granted: Access) -> Access {
         if self.is_immutable {
             Access::ReadOnly

@@ -34,7 +34,7 @@ use slots::Slots;
 /// use std::{io, os::unix::fs::FileExt};
 ///
 /// # fn f(mounted: std::os::fd::OwnedFd) -> io::Result<()> {
-/// let handles: Handles = Handles::default(); // in an Arc, shared with the filesystem. After the mount:
+/// let handles: Handles = Handles::default(); // Share this with the filesystem, in an Arc. After the mount:
 /// handles.table().attach(FuseDevice::new(mounted)?).map_err(|_| io::ErrorKind::AlreadyExists)?;
 ///
 /// // READ, in server mode:
@@ -128,7 +128,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
         Ok(self.insert(open, file.fd, reply_flags))
     }
 
-    /// Keeps an open of the [`table`](Self::table) that is not answered yet: one that the table
+    /// Stores an open that the server got from the [`table`](Self::table) and has not answered yet: one that the table
     /// [shared](BackingTable::share) or [serves](BackingTable::serve).
     pub fn insert(
         &self,
@@ -162,7 +162,7 @@ impl<R: Register, T, K: Hash + Eq + Clone> Handles<R, T, K> {
         self.slots.get(fh)
     }
 
-    /// Takes the handle back, at RELEASE. Other threads may still use the file through what [`get`](Self::get) gave
+    /// Removes the handle, at RELEASE. Other threads may still use the file through what [`get`](Self::get) gave
     /// them. Dropping the last reference releases the open, with no lock held.
     pub fn release(&self, fh: u64) -> Option<Arc<Handle<R, T, K>>> {
         self.slots.remove(fh)

@@ -4,7 +4,7 @@ use std::num::NonZeroI32;
 
 use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 
-/// The kernel's number for a backing file, 1 ..= `i32::MAX`. Each connection has a table of its own.
+/// The kernel's number for a backing file, 1 ..= `i32::MAX`. Each connection numbers its files from 1.
 ///
 /// It is a token that is closed once: it cannot be copied, and
 /// [`FuseDevice::backing_close`](crate::FuseDevice::backing_close) consumes it.
@@ -37,7 +37,7 @@ use static_assertions::{assert_eq_size, assert_impl_all, assert_not_impl_any};
 #[must_use = "dropping a BackingId leaves the file registered; close it, or use BackingFile"]
 #[repr(transparent)]
 pub struct BackingId(
-    // Positive: only `from_raw` makes one.
+    // Positive: `from_raw` checks it, and `alias` copies it.
     NonZeroI32,
 );
 

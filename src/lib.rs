@@ -16,20 +16,20 @@
 //! | [`error`] | errors: one variant for each cause, and what follows from it |
 //! | [`register`] | testing a server without root, and other registrars |
 //!
-//! In the repository, `examples/hello.rs` is a server in 100 lines and `examples/mirror.rs` a whole filesystem, both
+//! In the repository, `examples/hello.rs` is a server in 84 lines and `examples/mirror.rs` a whole filesystem, both
 //! on [fuser].
 //!
 //! # Life of a passthrough file
 //!
 //! 1. **INIT.** [`init::negotiate`] works out the reply that turns passthrough on, or says why passthrough is
 //!    unavailable. The kernel silently accepts an unusable reply, and refuses every registration later.
-//! 2. **The device.** [`FuseDevice`] takes the fd that was mounted, owned, shared or borrowed. It refuses any file
-//!    that is not `/dev/fuse`.
+//! 2. **The device.** [`FuseDevice`] takes the device fd that was given to mount(2), which it owns, shares or borrows. It
+//!    refuses any file that is not `/dev/fuse`.
 //! 3. **OPEN and CREATE.** The server opens its backing file and passes it to its [`Handles`]. They register the
 //!    file, or share the id that is registered for this inode; keep the file under a new file handle; and return
-//!    the reply. The kernel looks the id up only when it has read the reply.
+//!    the reply. The kernel looks the id up only when it handles the reply.
 //! 4. **RELEASE.** [`Handles::release`] takes the handle back. The last release of an inode closes its backing id.
-//!    What a client has mapped stays on the backing file after that.
+//!    A client's mappings still reach the backing file after that.
 //! 5. **Unmount.** Drop the [`Handles`] and the device. An id that was not closed stays registered until the mount
 //!    *and* every fd of its connection are gone, including a duplicate in a helper process.
 //!
@@ -55,7 +55,7 @@
 //! }
 //! ```
 //!
-//! # What the kernel does not do for you
+//! # What to know about the kernel
 //!
 //! - **It ignores the access mode of the registered fd.** A client that opens the FUSE file for writing writes to a
 //!   backing file that was registered read-only. The table and [`OpenReply`] compare the client's flags with the
@@ -67,7 +67,8 @@
 //! - **It keeps registered files open as they are**, with their write access, locks and leases, until the id is
 //!   closed. The table registers [an `O_PATH` fd](table#what-is-registered), which holds none of these.
 //! - **It does not enforce append-only and immutable** before Linux 7.3.4; some filesystems check immutable at each
-//!   write. The table serves append-only files itself, and does not open immutable ones for writing.
+//!   write. The table answers opens of append-only files in server mode, and refuses to open immutable ones for
+//!   writing.
 //! - **It needs the id after the reply was written.** Closing the id right after the reply races with the client's
 //!   open.
 //! - **It pins the file and the mount that the file is on** until the id is closed or the connection ends, and while a
@@ -89,8 +90,15 @@
 //! is denied, they make an fstat(2) and pass nothing through. The first open of an inode also makes an
 //! `open_tree(2)`, for an `O_PATH` fd, unless the server provides one, and a statx(2) of that fd.
 //!
-//! Only after an ioctl has failed does the crate make further system calls, to find out why. A seccomp filter
-//! should allow them:
+//! Other calls make these. [`FuseDevice::new`] makes an fstat(2) and an fcntl(2), and a new table a getrlimit(2).
+//! [`ServerFile::path_fd`] and [`BackingTable::set_keep_fds`] make an fcntl(2) of an fd.
+//! [`Lowered`](rights::Lowered) makes capget(2) and capset(2), and reads `/proc/thread-self/status`.
+//! [`RegistrarThread`](rights::RegistrarThread) makes an fcntl(2), and a kill(2) with signal 0.
+//! [`ByAccess`](rights::ByAccess) makes one `memfd_create(2)`, and a statx(2) and an fstatfs(2) for each registration
+//! for less than reading and writing.
+//!
+//! After an ioctl has failed, the crate makes further system calls to find the cause. A seccomp filter should allow
+//! them:
 //!
 //! - write(2) of one byte to the device, which the kernel refuses;
 //! - capget(2);

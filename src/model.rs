@@ -21,7 +21,7 @@ use crate::id::BackingId;
 use crate::register::Register;
 use crate::table::{BackingTable, OpenFile};
 
-/// A registrar that stands for the kernel. Its lock is std's, so shuttle does not switch threads there. It is never
+/// A registrar that stands for the kernel. Its lock is std's: shuttle does not switch threads at it. It is never
 /// held where shuttle does.
 #[derive(Default)]
 struct Model(std::sync::Mutex<Kernel>);
@@ -613,7 +613,7 @@ fn refusals_are_remembered() {
         let left = world.kernel(|kernel| kernel.errors.len());
         assert_eq!(left, 3 - tried, "it was tried again");
         world.kernel(|kernel| kernel.errors.clear());
-        world.table.reset();
+        world.table.retry_registrations();
         assert!(world.open(0).is_passthrough());
         world.assert_empty();
     });
@@ -641,7 +641,7 @@ fn a_refusal_of_a_thread_is_not_remembered() {
     });
 }
 
-/// An error of an ioctl that began before `reset` is not remembered after it.
+/// An error of an ioctl that began before `retry_registrations` is not remembered after it.
 #[test]
 fn a_reset_is_not_undone() {
     explore(|| {
@@ -655,7 +655,7 @@ fn a_reset_is_not_undone() {
         while world.kernel(|kernel| !kernel.errors.is_empty()) {
             thread::yield_now();
         }
-        world.table.reset();
+        world.table.retry_registrations();
         opening.join().unwrap();
         let refused = world.table.stats().refused;
         assert!(refused.is_none(), "{refused:?}");

@@ -67,9 +67,9 @@ impl<'id> OpenReply<'id> {
         id: &'id BackingId,
         granted: Access,
         client_flags: impl Into<ClientFlags>,
-        flags: impl Into<FopenFlags>,
+        flags: FopenFlags,
     ) -> Result<Self, OpenError> {
-        let (client_flags, flags) = (client_flags.into(), flags.into());
+        let client_flags = client_flags.into();
         let mut wanted = client_flags.access();
         if client_flags.truncates() {
             wanted = wanted.union(Access::WriteOnly);
@@ -120,8 +120,7 @@ impl OpenReply<'static> {
     /// # Errors
     ///
     /// [`OpenError::FlagsNotAllowed`] if `flags` has `PASSTHROUGH`, which needs an id.
-    pub fn server(flags: impl Into<FopenFlags>) -> Result<Self, OpenError> {
-        let flags = flags.into();
+    pub fn server(flags: FopenFlags) -> Result<Self, OpenError> {
         if flags.contains(FopenFlags::PASSTHROUGH) {
             return Err(OpenError::FlagsNotAllowed(FopenFlags::PASSTHROUGH));
         }

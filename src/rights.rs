@@ -6,14 +6,14 @@
 //!
 //! | registered by a thread | set-user-ID and set-group-ID bits, after a stranger's write | root's reserved blocks | quotas | a write after a reply that grants too much |
 //! |---|---|---|---|---|
-//! | with all of root's rights ([`FuseDevice`]) | **stay**, if the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2`. If not, small writes take ten times as long | **used** | **exceeded** | **succeeds** |
+//! | with all of root's rights ([`FuseDevice`]) | **stay**, if the server has answered INIT with `FUSE_HANDLE_KILLPRIV` or `_V2`. If not, small writes take ten times as long, unless it answers GETXATTR with `ENOSYS` | **used** | **exceeded** | **succeeds** |
 //! | without `CAP_FSETID` | cleared, by root's writes too | **used** | **exceeded** | **succeeds** |
 //! | with `CAP_SYS_ADMIN` alone | cleared, by root's writes too | **used** | hold | **succeeds** |
 //! | the same, and with another fsuid than 0 | cleared, by root's writes too | out of reach, for root too | hold | **succeeds** |
 //! | the same, and in a Landlock domain that denies writing | cleared, by root's writes too | out of reach, for root too | hold | `EIO`; the file is unchanged |
-//! | none: the client's own I/O, without passthrough | cleared | out of reach | hold | |
+//! | no registration: a client that writes the backing file itself, without FUSE | cleared | out of reach | hold | |
 //!
-//! ext4 opens reserved blocks to three: the reserving user, by fsuid (root, unless tune2fs(8) or the mount option
+//! ext4 lets three use reserved blocks: the reserving user, by fsuid (root, unless tune2fs(8) or the mount option
 //! `resuid` names another), the reserving group, and `CAP_SYS_RESOURCE` (`ext4_has_free_clusters` in
 //! `fs/ext4/balloc.c`). Quotas are those of the file's owner. `CAP_SYS_RESOURCE` ignores them (`ignore_hardlimit` in
 //! `fs/quota/dquot.c`; from the source, not measured).
@@ -22,10 +22,10 @@
 //!
 //! | registrar | registers | cost of a registration and its close, as a multiple of [`FuseDevice`]'s |
 //! |---|---|---|
-//! | [`Lowered::around_each`] | with a chosen set of capabilities, never with `CAP_FSETID` | 1.74; 1.61 if 20 000 follow each other |
-//! | [`Lowered::for_good`] | the same; the thread stays lowered | 1.005; 1.14 if it keeps `CAP_SETUID` |
-//! | [`RegistrarThread`] | in a thread of its own, which the server prepares: it sets an fsuid, or enters a Landlock domain | 5.8, over [`Lowered`], with or without the domain |
-//! | [`ByAccess`] | through one of three registrars, by [`Access`] | one statx(2) more for each registration |
+//! | [`Lowered::per_registration`] | with a chosen set of capabilities, never with `CAP_FSETID` | 1.74; 1.61 in a run of 20 000 registrations |
+//! | [`Lowered::permanently`] | the same; the thread stays lowered | 1.005; 1.14 if it keeps `CAP_SETUID` |
+//! | [`RegistrarThread`] | in a thread of its own, which the server prepares: it sets an fsuid, or enters a Landlock domain | 5.8 with a [`Lowered`] inside, with or without a Landlock domain |
+//! | [`ByAccess`] | through one of three registrars, by [`Access`] | one statx(2) and one fstatfs(2) more for each registration for less than reading and writing |
 //!
 //! They combine, see the examples of [`RegistrarThread`] and [`ByAccess`]. Costs are from Linux 6.18; `cargo bench
 //! --bench round_trip` measures them on your machine.
@@ -34,8 +34,8 @@
 //!
 //! Use Landlock where not every reply can be trusted: no client can then write through an id that was registered for
 //! reading, whatever a reply says. `examples/enforced.rs` is such a server. Once the domain exists, it costs
-//! nothing, and it restricts files of other mount namespaces too. It does not restrict memfds, so [`ByAccess`] refuses
-//! them ([`NotEnforceable`](BackingError::NotEnforceable)).
+//! nothing, and it restricts files of other mount namespaces too. It does not restrict memfds and hugetlbfs, so [`ByAccess`]
+//! refuses them ([`NotEnforceable`](BackingError::NotEnforceable)).
 //!
 //! A detached read-only clone of the file's mount (`open_tree(2)`, `mount_setattr(2)`) keeps clients from writing as
 //! well. But for each file it takes as long as ten registrations, and it fails with `EINVAL` for files of other mount
@@ -44,14 +44,14 @@
 //! # Before there are other threads
 //!
 //! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and similar functions change every thread of the process,
-//! including these: a registrar's fsuid becomes that of the new user. If a lowered thread is not permitted the change
+//! including lowered and registrar threads: a registrar's fsuid becomes that of the new user. If a lowered thread is not permitted the change
 //! that another thread makes, glibc ends the process. So call these functions before any thread is lowered or prepared.
 //! setfsuid(2), setfsgid(2), capset(2) and Landlock change one thread.
 //!
 //! # `FUSE_HANDLE_KILLPRIV_V2`
 //!
 //! Before each write the kernel asks the server for `security.capability`, which is most of the cost of a small
-//! write. A server that answers INIT with this flag is not asked. In return it must clear set-user-ID bits,
+//! write. (A server that answers GETXATTR with `ENOSYS` is asked once; from the source, not measured.) A server that answers INIT with this flag is not asked. In return it must clear set-user-ID bits,
 //! set-group-ID bits of group-executable files, and `security.capability`. In passthrough mode the server sees no
 //! writes: only the filesystem of the backing file can clear these bits, and does if the file was registered without
 //! `CAP_FSETID`. So [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) requires a
@@ -64,10 +64,11 @@
 //! | WRITE with `FUSE_WRITE_KILL_SUIDGID` | makes its write(2) [without](CapabilityGuard::without) `CAP_FSETID` |
 //! | SETATTR of the size with `FATTR_KILL_SUIDGID` | makes its truncate(2) without it |
 //! | OPEN and CREATE with `O_TRUNC` and `FUSE_OPEN_KILL_SUIDGID` | makes its open(2) without it |
-//! | FALLOCATE, `COPY_FILE_RANGE` | makes its call without it for a client that lacks `CAP_FSETID`. The kernel does not say whether it does: the server asks capget(2) of the client's thread, if that is in the server's user namespace |
-//! | SETATTR of the owner | nothing for programs: chown(2) clears their bits for every caller. (The set-group-ID bit of a file that its group may not execute stays if the server has `CAP_FSETID`.) |
+//! | FALLOCATE, `COPY_FILE_RANGE` | makes its call without it for a client that lacks `CAP_FSETID`. The kernel does not say whether the client has it. The server calls capget(2) on the client's thread, if that thread is in the server's user namespace |
+//! | SETATTR of the owner | nothing for executable files: chown(2) clears their bits for every caller. (The set-group-ID bit of a file that its group may not execute stays if the server has `CAP_FSETID`.) |
 //!
-//! fuser 0.18 hides the second flag and the third. There too the server asks whether the client has the capability,
+//! fuser 0.18 hides `FATTR_KILL_SUIDGID` and `FUSE_OPEN_KILL_SUIDGID`. For these requests too the server asks whether
+//! the client has the capability,
 //! see `examples/mirror/on_behalf.rs`.
 
 mod by_access;
@@ -132,7 +133,7 @@ pub fn may_register() -> Result<(), NotPermitted> {
 /// use fuse_backing::{BackingTable, FuseDevice};
 ///
 /// # fn f(device: FuseDevice, offered: InitFlags) -> std::io::Result<()> {
-/// let lowered = Lowered::around_each(device, CapabilitySet::empty());
+/// let lowered = Lowered::per_registration(device, CapabilitySet::empty());
 /// let table: BackingTable<_> = BackingTable::new(lowered);
 /// // In INIT. The type of the table says that nothing is registered with CAP_FSETID:
 /// let reply = negotiate(offered, InitFlags::empty(), MaxStackDepth::One)?.handle_killpriv_v2(&table);
@@ -144,14 +145,14 @@ pub fn may_register() -> Result<(), NotPermitted> {
 /// ```compile_fail,E0277
 /// use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 /// # fn f(thread: RegistrarThread<fuse_backing::FuseDevice>) {
-/// let lowered = Lowered::around_each(thread, CapabilitySet::empty());
+/// let lowered = Lowered::per_registration(thread, CapabilitySet::empty());
 /// # }
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Lowered<R> {
     registrar: R,
     keep: CapabilitySet,
-    for_good: bool,
+    permanently: bool,
 }
 
 assert_impl_all!(Lowered<FuseDevice>: Send, Sync);
@@ -159,29 +160,29 @@ assert_impl_all!(Lowered<FuseDevice>: Send, Sync);
 impl<R: InCallingThread> Lowered<R> {
     /// Lowers the calling thread during each registration. This adds three system calls, or one if the thread has
     /// nothing to lower.
-    pub fn around_each(registrar: R, keep: CapabilitySet) -> Self {
+    pub fn per_registration(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, false)
     }
 
     /// Lowers each thread at its first registration, and leaves it lowered. The server's own calls in these threads
     /// have the lowered rights too. So `keep` what they need, and raise the thread with a [`CapabilityGuard`] for calls
     /// that need `CAP_FSETID`: chmod(2) with the set-group-ID bit, and setting ACLs. While a guard lives,
-    /// registrations are made as by [`around_each`](Self::around_each).
+    /// registrations are made as by [`per_registration`](Self::per_registration).
     ///
-    /// Further registrations cost nothing in a thread that cannot get capabilities back by changing its user ids: one
+    /// Further registrations make no further system call in a thread that cannot get capabilities back by changing its user ids: one
     /// that keeps no `CAP_SETUID` and whose user ids are all the same. Other threads are examined each time, by one
     /// capget(2), and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities effective. Do
     /// not raise a lowered thread by capset(2): that is not noticed.
-    pub fn for_good(registrar: R, keep: CapabilitySet) -> Self {
+    pub fn permanently(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, true)
     }
 
-    fn new(registrar: R, keep: CapabilitySet, for_good: bool) -> Self {
+    fn new(registrar: R, keep: CapabilitySet, permanently: bool) -> Self {
         let keep = (keep | CapabilitySet::SYS_ADMIN) - CapabilitySet::FSETID;
         Self {
             registrar,
             keep,
-            for_good,
+            permanently,
         }
     }
 
@@ -190,8 +191,8 @@ impl<R: InCallingThread> Lowered<R> {
         file: BorrowedFd<'_>,
         grant: Access,
     ) -> Result<BackingId, BackingError> {
-        if self.for_good && GUARDS.get() == 0 {
-            self.lower_for_good()?;
+        if self.permanently && GUARDS.get() == 0 {
+            self.lower_permanently()?;
             return self.registrar.register(file, grant);
         }
         let mut lowered = CapabilityGuard::only(self.keep)?;
@@ -207,7 +208,7 @@ impl<R: InCallingThread> Lowered<R> {
     }
 
     /// Lowers the calling thread, and records in `LOWERED` whether it can get capabilities back.
-    fn lower_for_good(&self) -> Result<(), RightsError> {
+    fn lower_permanently(&self) -> Result<(), RightsError> {
         let sets = current_sets()?;
         let effective = sets.effective & self.keep;
         set_effective(sets, effective).map_err(RightsError::NotChanged)?;
@@ -226,7 +227,7 @@ impl<R: InCallingThread> Register for Lowered<R> {
     #[inline]
     fn register(&self, file: BorrowedFd<'_>, grant: Access) -> Result<BackingId, BackingError> {
         match LOWERED.get() {
-            Lowering::Final(effective) if self.for_good && self.keep.contains(effective) => {
+            Lowering::Final(effective) if self.permanently && self.keep.contains(effective) => {
                 self.registrar.register(file, grant)
             }
             _ => self.register_lowered(file, grant),
@@ -252,7 +253,7 @@ impl<R: InCallingThread> Register for Lowered<R> {
 impl<R: InCallingThread> InCallingThread for Lowered<R> {}
 impl<R: InCallingThread> WithoutFsetid for Lowered<R> {}
 
-/// The state of a thread that [`Lowered::for_good`] has lowered.
+/// The state of a thread that [`Lowered::permanently`] has lowered.
 #[derive(Clone, Copy)]
 enum Lowering {
     /// The thread was not lowered yet, or a guard has changed it since.
@@ -313,7 +314,7 @@ fn set_effective(sets: CapabilitySets, effective: CapabilitySet) -> Result<bool,
 ///
 /// # Examples
 ///
-/// A server whose threads are [lowered for good](Lowered::for_good) gives a file the set-group-ID bit:
+/// A server whose threads are [lowered for good](Lowered::permanently) gives a file the set-group-ID bit:
 ///
 /// ```
 /// use fuse_backing::rights::{CapabilityGuard, CapabilitySet};
@@ -427,8 +428,8 @@ impl Drop for CapabilityGuard {
 /// Whether the permitted and inheritable sets may have changed since a guard was made.
 #[derive(Clone, Copy)]
 enum OtherSets {
-    /// Only a registrar has run, so they have not. This spares a capget(2).
+    /// They are unchanged, because only the inner registrar has run. This saves a capget(2).
     Unchanged,
-    /// They may have.
+    /// They may have changed.
     Unknown,
 }

@@ -15,8 +15,8 @@ pub(crate) use shuttle::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
 };
 
-// Poisoning is ignored: under a lock only the code of a key or of a registrar can panic, and it leaves nothing half
-// done.
+// Both functions ignore poisoning. Only a key's or a registrar's code can panic under a lock, and the guarded data is
+// consistent whenever that code runs.
 
 /// Takes a lock, poisoned or not.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

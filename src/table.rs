@@ -23,7 +23,8 @@
 //!
 //! # OPEN, CREATE and RELEASE
 //!
-//! [`Handles::open`](crate::Handles::open) does steps 2 and 3, [`Handles::release`](crate::Handles::release) step 4.
+//! [`Handles::open`](crate::Handles::open) takes the fd of step 1, does step 2 and returns the reply for the server to
+//! send. [`Handles::release`](crate::Handles::release) does step 4.
 //!
 //! 1. **Open the backing file**, with the client's flags. This checks permissions, and gives the true errno where the
 //!    kernel's own open of the file would later give `EIO`: `ETXTBSY`, `EROFS`, or `EINVAL` for an `O_DIRECT` that
@@ -35,12 +36,12 @@
 //!    CREATE reply with invalid attributes.
 //! 4. **At RELEASE, drop the [`OpenFile`].**
 //!
-//! CREATE opens the file too, so answer it in the same way. A plain reply puts the inode in server mode without the
-//! table's knowledge: until that handle is released, a passthrough open of the inode gets `EIO`.
+//! CREATE opens the file too, so answer it in the same way. A CREATE reply that does not come from the table puts the
+//! inode in server mode, which the table does not know: until that handle is released, a passthrough open of the inode gets `EIO`.
 //!
 //! Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
 //!
-//! [`BackingTable::share`] opens an inode that is registered already, without a fd and without a system call.
+//! [`BackingTable::share`] opens an inode that is registered already, without an fd and without a system call.
 //!
 //! # Server mode
 //!
@@ -49,7 +50,7 @@
 //! [`BackingTable::on_server_mode`] calls back once for each cause. [`BackingTable::serve`] chooses this mode.
 //!
 //! After a failure of [`Scope::Connection`](crate::error::Scope::Connection) the table tries no further registration
-//! until [`BackingTable::reset`]. After any other failure it tries again at the next open after this inode's last
+//! until [`BackingTable::retry_registrations`]. After any other failure it tries again at the next open after this inode's last
 //! release.
 //!
 //! # What is registered
@@ -172,10 +173,10 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         self.shared.attach(registrar)
     }
 
-    /// Calls `tell` once in the table's life for each cause of opens in server mode, except
-    /// [`ServerReason::Chosen`]. The opening thread makes the call, without holding a lock. For causes that have
-    /// occurred already, `tell` is called now. The table keeps `tell` for as long as it lives: a closure that needs
-    /// the table should hold a [`Weak`](std::sync::Weak) reference to it.
+    /// Sets the callback for opens in server mode, in place of an earlier one. The table calls `tell` once for each
+    /// cause, except [`ServerReason::Chosen`]. The opening thread makes the call, without holding a lock. For causes that have
+    /// occurred already, `tell` is called now. The table and its open files keep `tell` until all of them are
+    /// dropped: a closure that needs the table should hold a [`Weak`](std::sync::Weak) reference to it.
     pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
         let tell: std::sync::Arc<OnServerMode> = std::sync::Arc::new(tell);
         let (causes, _replaced) = self
@@ -190,7 +191,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// Opens an inode whose backing file the server has opened with the client's flags.
     ///
     /// The first open registers the file, and later ones share its id. If the open is in server mode,
-    /// [`OpenFile::server_reason`] says why. The table does not keep the fd.
+    /// [`OpenFile::server_reason`] says why. The table does not keep this fd. (With [`set_keep_fds`](Self::set_keep_fds) it
+    /// keeps one of its own.)
     ///
     /// The grants of all opens add up while the inode is registered: one that may read and one that may write
     /// get the same id. If the registrar [enforces](Register::enforces_grant) its grant, a later open can get no
@@ -266,7 +268,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         Ok(self.opened(open))
     }
 
-    /// Opens an inode that is registered already, without a fd and without a system call.
+    /// Opens an inode that is registered already, without an fd and without a system call.
     ///
     /// Returns `None` if the server must open the file itself and call [`open`](Self::open): the inode is not
     /// registered, or the client asks for more than was granted so far, or for `O_TRUNC`.
@@ -322,7 +324,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         let file = file.lend();
         let examined = file.examine()?;
         let granted = examined.shareable(file.granted()?);
-        // By id alone, so that an idle inode with this id is joined. `join_or_insert` would replace it if this
+        // Compares the id alone, so that this open joins an idle inode with the id. `join_or_insert` would replace it if this
         // refused, and so close the very id that is adopted. The file is compared below.
         let admits = |mode: &Mode, _| match mode {
             Mode::Passthrough(known) if known.id == *id => Ok(()),
@@ -361,7 +363,7 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// reply with the new id gives the client `EIO`. If a file is replaced under an open inode without this call,
     /// opens of the new file fail with [`DifferentFile`](OpenError::DifferentFile) until the inode is released.
     pub fn forget(&self, inode: &K) {
-        let _done = self.shared.detach(inode, true);
+        let _ = self.shared.detach(inode, true);
     }
 
     /// Closes the id of an inode that is not open, so that the next open registers the file anew. Returns false while
@@ -374,8 +376,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
 
     /// Forgets a failure that concerned the connection, so that the next open tries to register again. Call it when
     /// the cause was removed. An inode that is open in server mode stays in it until its last release.
-    pub fn reset(&self) {
-        self.shared.ledger().reset();
+    pub fn retry_registrations(&self) {
+        self.shared.ledger().retry_registrations();
     }
 
     /// Sets how many ids may be registered at a time. At the limit, an open closes an idle id, or waits for a close

@@ -10,7 +10,9 @@ use std::env;
 use std::fs;
 
 use fuse_backing::error::{NegotiateError, OpenError};
-use fuse_backing::init::{InitFlags, MaxStackDepth, Negotiated, negotiate, reply};
+use fuse_backing::init::{
+    InitFlags, MaxStackDepth, Negotiated, negotiate, negotiate_for_registrar,
+};
 use fuse_backing::rights::Lowered;
 use fuse_backing::{Access, BackingId, FopenFlags, FuseDevice, Handles, OpenReply};
 use proptest::prelude::{any, prop};
@@ -268,7 +270,7 @@ fn negotiate_as_the_rules_say(offered: u64, wanted: u64, depth: MaxStackDepth, p
     let flags = InitFlags::from_bits_retain;
     let negotiated = negotiate(flags(offered), flags(wanted), depth);
     // `reply` gives the same, except that it does not check the permission.
-    match reply(flags(offered), flags(wanted), depth) {
+    match negotiate_for_registrar(flags(offered), flags(wanted), depth) {
         Ok(_) if !permitted => assert!(matches!(negotiated, Err(NegotiateError::NotPermitted(_)))),
         reply => assert_eq!(reply, negotiated),
     }
@@ -329,16 +331,11 @@ const DEPTHS: [MaxStackDepth; 2] = [MaxStackDepth::One, MaxStackDepth::Two];
 fn negotiations_of_every_named_combination() {
     let permitted = may_register();
     let names: Vec<_> = InitFlags::all().iter_names().collect();
-    assert_eq!(names.len(), 8);
-    // These flags change nothing here. Nor do flags without a name, of which each of the two fields gets one.
-    let io_uring = InitFlags::OVER_IO_URING | InitFlags::HAS_IO_URING_BUFPOOL;
-    let others = io_uring | InitFlags::from_bits_retain(1 << 2 | 1 << 63);
+    assert_eq!(names.len(), 6);
+    // Flags without a name change nothing. Each of the two fields gets one.
+    let others = InitFlags::from_bits_retain(1 << 2 | 1 << 63);
     let named = names.iter().map(|&(_, flag)| flag);
-    let of_matter = named.filter(|&flag| !io_uring.contains(flag));
-    let bits: Vec<u64> = of_matter
-        .chain([others])
-        .map(|flags| flags.bits())
-        .collect();
+    let bits: Vec<u64> = named.chain([others]).map(|flags| flags.bits()).collect();
     let subsets = |bits: &[u64]| -> Vec<u64> {
         let pick = |subset: u32| (0..bits.len()).filter(move |i| subset >> i & 1 == 1);
         (0..1 << bits.len())

@@ -142,7 +142,7 @@ fn refusals_have_the_scope_that_the_registrar_gives() {
     assert_eq!(open.server_reason(), Some(ServerReason::Refused(error)));
     drop(open);
 
-    table.reset();
+    table.retry_registrations();
     let open = table.open(&1, RDONLY, both(&file)).unwrap();
     fake.refuse_next(Errno::PIPE, Scope::Connection);
     drop(open);

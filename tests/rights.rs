@@ -143,7 +143,7 @@ impl Register for Noting {
 fn lowered_to_what_the_thread_has_of_the_chosen() {
     let keep = CapabilitySet::CHOWN | CapabilitySet::FSETID;
     let noting = Noting::default();
-    for make in [Lowered::around_each, Lowered::for_good] {
+    for make in [Lowered::per_registration, Lowered::permanently] {
         let lowered = make(&noting, keep);
         apart(|| {
             let all = sets().effective;
@@ -165,7 +165,7 @@ fn lowered_gives_the_registrars_errors() {
     let file = file();
     let (errno, scope) = (Errno::DQUOT, Scope::File);
     let error = BackingError::Registrar { errno, scope };
-    for make in [Lowered::around_each, Lowered::for_good] {
+    for make in [Lowered::per_registration, Lowered::permanently] {
         let lowered = make(&fake, NONE);
         apart(|| {
             fake.refuse_next(errno, scope);
@@ -329,8 +329,8 @@ fn what_the_registrar_wants_is_passed_on() {
             let wants = (registrar.takes_path_fd(), registrar.enforces_grant());
             assert_eq!(wants, (takes_path_fd, enforces_grant));
         };
-        wants(&Lowered::around_each(fake(), NONE));
-        wants(&Lowered::for_good(fake(), NONE));
+        wants(&Lowered::per_registration(fake(), NONE));
+        wants(&Lowered::permanently(fake(), NONE));
         wants(&unprepared(fake()));
     }
 }

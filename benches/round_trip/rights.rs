@@ -16,8 +16,8 @@ use crate::support::{Contest, Report, per_op};
 use crate::{PATIENCE, ROUNDS, in_turns};
 
 const PLAIN: &str = "all rights";
-const AROUND: &str = "Lowered::around_each";
-const FOR_GOOD: &str = "Lowered::for_good";
+const AROUND: &str = "Lowered::per_registration";
+const FOR_GOOD: &str = "Lowered::permanently";
 const THREAD: &str = "RegistrarThread";
 const LANDLOCK: &str = "RegistrarThread, Landlock";
 
@@ -28,9 +28,9 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let (device, file) = (&session.device, file.as_fd());
     let keep = CapabilitySet::empty();
     let rounds = report.args().rounds(ROUNDS / 2);
-    let around = Lowered::around_each(device, keep);
+    let around = Lowered::per_registration(device, keep);
     let shared = Arc::new(FuseDevice::new(device.as_fd().try_clone_to_owned()?)?);
-    let lowered = || Lowered::for_good(Arc::clone(&shared), keep);
+    let lowered = || Lowered::permanently(Arc::clone(&shared), keep);
     let registrar = RegistrarThread::spawn(lowered(), || Ok::<(), Infallible>(()))?;
     let restricted = RegistrarThread::spawn(lowered(), || restrict(Access::ReadOnly))?;
 
@@ -50,10 +50,10 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
     let once = |keep| {
         thread::scope(|scope| {
             let measured = scope.spawn(move || {
-                let for_good = Lowered::for_good(device, keep);
+                let permanently = Lowered::permanently(device, keep);
                 Contest::new(PHASES)
                     .way(PLAIN, both(device, file))
-                    .way(FOR_GOOD, both(&for_good, file))
+                    .way(FOR_GOOD, both(&permanently, file))
                     .run(rounds)
             });
             measured.join().expect("no panic")
@@ -82,11 +82,15 @@ pub fn run(report: &mut Report) -> Result<(), Failed> {
         once[0].ratio(FOR_GOOD, PLAIN),
     );
     report.at_most(
-        "a pair, 20 000 in a row: Lowered::around_each / all rights",
+        "a pair, 20 000 in a row: Lowered::per_registration / all rights",
         around,
         1.7,
     );
-    report.at_most("backing_open: Lowered::for_good / all rights", once, 1.01);
+    report.at_most(
+        "backing_open: Lowered::permanently / all rights",
+        once,
+        1.01,
+    );
     Ok(())
 }
 

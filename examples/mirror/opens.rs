@@ -50,7 +50,7 @@ pub(crate) fn attach(
     set.map_err(|_| refused("max_stack_depth".to_owned()))?;
     let table = files.table();
     table.on_server_mode(|why| eprintln!("mirror: serving without passthrough: {why}"));
-    let lowered = Lowered::around_each(device, CapabilitySet::empty());
+    let lowered = Lowered::per_registration(device, CapabilitySet::empty());
     let attached = table.attach(AsNobody(lowered));
     attached.map_err(|_| io::Error::other("a device is already attached"))
 }

@@ -1,7 +1,8 @@
-//! Handles by number, in slots. A released slot is used again by the next open, when it is still in the CPU's cache.
+//! Handles by number, in slots. The slot that was released last in a shard is used first, while it is
+//! likely still in the CPU's cache.
 
-// Each of the `SHARDS` shards has a lock. A thread holds at most one, calls nothing of the server's under it, and holds
-// no lock of the table meanwhile.
+// Each of the `SHARDS` shards has a lock. A thread holds at most one, runs no code of the server under it, and holds no
+// lock of the table at the same time.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +10,9 @@ use crate::sync::{Mutex, MutexGuard, lock};
 
 const SHARD_BITS: u32 = 4;
 const SHARDS: usize = 1 << SHARD_BITS;
-/// The difference between successive handle numbers of one slot. The bits below it are the shard's number
-/// (`SHARD_BITS`), and above that the slot's index plus 1 (32 bits).
-const GENERATION: u64 = 1 << (32 + SHARD_BITS);
+/// The difference between successive handle numbers of one slot. Below it are, from the lowest bit, the
+/// shard's number (`SHARD_BITS` bits) and the slot's index plus 1 (32 bits).
+const GENERATION_STEP: u64 = 1 << (32 + SHARD_BITS);
 
 /// `H` is a reference to a handle.
 pub(super) struct Slots<H>([Shard<H>; SHARDS]);
@@ -46,10 +47,10 @@ impl<H: Clone> Slots<H> {
         lock(&self.0[fh as usize % SHARDS].0)
     }
 
-    /// Stores a handle and returns its number. `near` selects the shard: threads that pass different values seldom wait
+    /// Stores a handle and returns its number. `shard_hint` selects the shard: threads that pass different values seldom wait
     /// for each other.
-    pub(super) fn insert(&self, handle: H, near: u8) -> u64 {
-        let shard = u64::from(near) % SHARDS as u64;
+    pub(super) fn insert(&self, handle: H, shard_hint: u8) -> u64 {
+        let shard = u64::from(shard_hint) % SHARDS as u64;
         let locked = &mut *self.lock(shard);
         let at = locked.free.pop().unwrap_or(locked.slots.len());
         if at == locked.slots.len() {
@@ -58,7 +59,7 @@ impl<H: Clone> Slots<H> {
         }
         let (fh, slot) = &mut locked.slots[at];
         while locked.adopted.contains_key(fh) {
-            *fh = fh.wrapping_add(GENERATION);
+            *fh = fh.wrapping_add(GENERATION_STEP);
         }
         *slot = Some(handle);
         *fh
@@ -84,10 +85,10 @@ impl<H: Clone> Slots<H> {
         let locked = &mut *self.lock(fh);
         let at = slot_of(fh);
         match locked.slots.get_mut(at) {
-            Some((its, slot)) if *its == fh && slot.is_some() => {
+            Some((number, slot)) if *number == fh && slot.is_some() => {
                 // A slot whose numbers are used up stays empty.
-                if let Some(next) = fh.checked_add(GENERATION) {
-                    *its = next;
+                if let Some(next) = fh.checked_add(GENERATION_STEP) {
+                    *number = next;
                     locked.free.push(at);
                 }
                 slot.take()
@@ -100,14 +101,14 @@ impl<H: Clone> Slots<H> {
 impl<H> ShardState<H> {
     fn get(&self, fh: u64) -> Option<&H> {
         match self.slots.get(slot_of(fh)) {
-            Some((its, Some(handle))) if *its == fh => Some(handle),
+            Some((number, Some(handle))) if *number == fh => Some(handle),
             _ => self.adopted.get(&fh),
         }
     }
 }
 
-/// The index of the slot that `fh` is of, if it is a slot's number.
+/// The index of the slot that gives numbers like `fh`. The slot need not exist: `fh` can be a predecessor's.
 #[allow(clippy::cast_possible_truncation, reason = "at most 32 bits")]
 fn slot_of(fh: u64) -> usize {
-    ((fh % GENERATION) >> SHARD_BITS).wrapping_sub(1) as usize
+    ((fh % GENERATION_STEP) >> SHARD_BITS).wrapping_sub(1) as usize
 }

@@ -32,7 +32,7 @@ const LIVENESS_CHECK: Duration = Duration::from_millis(500);
 /// the calling thread, it means the registrar's thread: every caller gets the same error.
 ///
 /// Dropping it ends the thread and waits until the inner registrar is dropped. A
-/// [`BackingTable`](crate::BackingTable) drops it together with the last open.
+/// [`BackingTable`](crate::BackingTable) drops it when both the table and its last open file are dropped.
 ///
 /// If the thread dies (the inner registrar panics, or seccomp kills the thread), every call fails with
 /// [`BackingError::Registrar`], `EOWNERDEAD` and [`Scope::Connection`]: a table then serves new opens without
@@ -50,7 +50,7 @@ const LIVENESS_CHECK: Duration = Duration::from_millis(500);
 /// use nix::unistd::{Uid, setfsuid};
 ///
 /// # fn f(device: FuseDevice) -> Result<(), Box<dyn std::error::Error>> {
-/// let lowered = Lowered::for_good(device, CapabilitySet::empty());
+/// let lowered = Lowered::permanently(device, CapabilitySet::empty());
 /// let nobody = Uid::from_raw(u32::MAX - 1); // 65534 may have blocks reserved for it
 /// let registrar = RegistrarThread::spawn(lowered, move || {
 ///     setfsuid(nobody); // reports no error: a second call returns what is set
@@ -226,9 +226,9 @@ impl<R: WithoutFsetid> WithoutFsetid for RegistrarThread<R> {}
 
 impl<R> Drop for RegistrarThread<R> {
     fn drop(&mut self) {
-        // If the inner registrar owns this, the thread itself drops it, and would wait for itself.
+        // An inner registrar that owns this handle drops it in the thread. Then the thread would wait for itself.
         if gettid() != self.place.1 {
-            let _ended = self.ask(Request::End);
+            let _ = self.ask(Request::End);
         }
     }
 }

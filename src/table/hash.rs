@@ -1,6 +1,7 @@
-//! How the table finds an inode: a keyed hash that costs two multiplications.
+//! How the table finds an inode: a hash with random seeds. A `u64` key costs two multiplications, and one more to choose
+//! the shard.
 //!
-//! Each table has a random key, so that colliding inode numbers cannot be prepared. The hash is not cryptographic: an
+//! Each table has random seeds, so that nobody can prepare inode numbers that collide. The hash is not cryptographic: an
 //! attacker who finds collisions all the same makes opens slow.
 
 use std::collections::hash_map::RandomState;
@@ -21,14 +22,15 @@ impl Seeds {
         }
     }
 
-    /// Which of `parts` parts a key belongs to; `parts` is a power of two. This uses the state before `finish`, whose
-    /// result the map within the part uses. So some parts may get several times as many keys as others.
+    /// Which of `shards` shards a key belongs to; `shards` is a power of two. This uses the state before `finish`,
+    /// because the map inside the shard uses the result of `finish`. The state is less mixed, so some shards may get
+    /// several times as many keys as others.
     #[inline]
     #[allow(clippy::cast_possible_truncation, reason = "the remainder fits")]
-    pub(super) fn part(&self, key: &impl Hash, parts: u8) -> u8 {
+    pub(super) fn shard_of(&self, key: &impl Hash, shards: u8) -> u8 {
         let mut hasher = self.build_hasher();
         key.hash(&mut hasher);
-        (hasher.state >> 56) as u8 % parts
+        (hasher.state >> 56) as u8 % shards
     }
 }
 
@@ -49,7 +51,7 @@ pub(super) struct Folding {
     seeds: Seeds,
 }
 
-/// Combines both halves of the product, so that each bit of the input affects all of the output.
+/// Combines both halves of the product, so that each bit of the input can affect every bit of the output.
 #[inline]
 #[allow(clippy::cast_possible_truncation, reason = "the halves of a product")]
 fn fold(a: u64, b: u64) -> u64 {
@@ -90,7 +92,7 @@ mod tests {
     #[test]
     #[allow(clippy::cast_possible_truncation)]
     fn spreads_inode_numbers() {
-        const PARTS: u8 = 64;
+        const SHARDS: u8 = 64;
         const EACH: usize = 256;
         let sequences: [fn(u64) -> u64; 4] = [
             |n| n,
@@ -101,17 +103,17 @@ mod tests {
         // Several seeds, to find sequences that some seeds spread badly.
         for sequence in sequences.into_iter().cycle().take(8 * sequences.len()) {
             let seeds = Seeds::random();
-            let (mut parts, mut low) = ([0; PARTS as usize], [0; PARTS as usize]);
-            for n in 0..u64::from(PARTS) * EACH as u64 {
-                parts[usize::from(seeds.part(&sequence(n), PARTS))] += 1;
+            let (mut shards, mut low) = ([0; SHARDS as usize], [0; SHARDS as usize]);
+            for n in 0..u64::from(SHARDS) * EACH as u64 {
+                shards[usize::from(seeds.shard_of(&sequence(n), SHARDS))] += 1;
                 low[seeds.hash_one(sequence(n)) as usize % low.len()] += 1;
             }
             // Random hashes would exceed these 6 standard deviations once in 10^9.
             for count in low {
                 assert!((EACH - 96..=EACH + 96).contains(&count), "{low:?}");
             }
-            for count in parts {
-                assert!(count < parts.len() * EACH / 2, "{parts:?}");
+            for count in shards {
+                assert!(count < shards.len() * EACH / 2, "{shards:?}");
             }
         }
     }

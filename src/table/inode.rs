@@ -10,7 +10,7 @@ use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 
 /// An inode of a table whose shared part is `S`.
 ///
-/// It is open (`opens` > 0); or parked (`parked` != 0), when the ledger has it and an open can take it back; or
+/// It is open (`opens` > 0); or parked (`parked` != 0), when the ledger or a `Claim` has it and an open can take it back; or
 /// neither, when its id is being closed and no open finds it.
 pub(super) struct Inode<K, S> {
     /// Set once, by the first open, under `deciding`. Readers need no lock.
@@ -85,9 +85,9 @@ impl<K, S> Inode<K, S> {
 
 /// The inodes of a shard: what the shard lock protects. All methods need that lock.
 pub(super) struct Inodes<K, S> {
-    /// Those that opens find, and those under their key that are being closed.
+    /// By key: the inodes that opens find, and inodes whose id is being closed and that no newer inode has replaced.
     by_key: HashMap<K, Arc<Inode<K, S>>, Seeds>,
-    /// Those without a key, until they are closed.
+    /// Inodes that no key leads to any more, until their id is closed.
     detached: Vec<Arc<Inode<K, S>>>,
 }
 
@@ -140,7 +140,7 @@ impl<K: Hash + Eq + Clone, S> Inodes<K, S> {
     }
 
     /// Drops the references to all inodes that are not open, when the table is dropped and no open can come any more.
-    /// That includes an inode that is still here because the key's own code panicked in `remove`.
+    /// This also drops an inode that `remove` has left behind because the key's own code panicked.
     pub(super) fn retain_open(&mut self) {
         self.by_key.retain(|_, inode| inode.opens.get() > 0);
         self.detached.retain(|inode| inode.opens.get() > 0);

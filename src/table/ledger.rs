@@ -28,7 +28,7 @@ pub(super) struct Ledger<T> {
     last: usize,
     /// The table was dropped: nothing can be reopened, and no close retried.
     orphaned: bool,
-    /// How often [`reset`](Self::reset) was called.
+    /// How often [`retry_registrations`](Self::retry_registrations) was called.
     resets: usize,
     /// Called for each cause that is new in `stats.served`.
     on_server_mode: Option<Arc<OnServerMode>>,
@@ -41,7 +41,7 @@ pub(super) type OnServerMode = dyn Fn(ServerReason) + Send + Sync;
 pub(super) enum Room<T> {
     /// Yes. The id is counted in `stats.ids`.
     Reserved {
-        /// How often `reset` was called before, for [`Ledger::refused`].
+        /// How often `retry_registrations` was called before, for [`Ledger::refused`].
         resets: usize,
         keep_fds: bool,
     },
@@ -102,7 +102,7 @@ impl<T: Clone> Ledger<T> {
     }
 
     /// Remembers an error of registering that holds for the whole connection, so that nothing more is registered.
-    /// `resets` is from [`Room::Reserved`]: an error is not remembered if `reset` was called after the attempt began.
+    /// `resets` is from [`Room::Reserved`]: an error is not remembered if `retry_registrations` was called after the attempt began.
     pub(super) fn refused(&mut self, error: BackingError, resets: usize) {
         if error.scope() == Scope::Connection && resets == self.resets {
             self.stats.refused = Some(error);
@@ -110,7 +110,7 @@ impl<T: Clone> Ledger<T> {
     }
 
     /// Forgets the remembered error, also that of an attempt that is being made.
-    pub(super) fn reset(&mut self) {
+    pub(super) fn retry_registrations(&mut self) {
         self.stats.refused = None;
         self.resets += 1;
     }
@@ -186,7 +186,7 @@ impl<T: Clone> Ledger<T> {
         Some(Claim { inode, parked })
     }
 
-    /// Claims all parked inodes. From now on nothing is parked, since it would keep the registrar, and so the
+    /// Claims all parked inodes. From now on nothing is parked, since a parked inode keeps the registrar, and so the device fd and the
     /// connection.
     pub(super) fn orphan(&mut self) -> Vec<Claim<T>> {
         self.orphaned = true;

@@ -13,7 +13,8 @@ use crate::error::{BackingError, ServerReason};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TableStats {
-    /// Registered ids: of open inodes, idle ones, and those that could not be closed.
+    /// Backing ids: of open inodes, idle ones, those that could not be closed, and those that are being registered or
+    /// closed. The limit applies to this number.
     pub ids: usize,
     /// How many ids there may be.
     pub limit: usize,

@@ -18,7 +18,7 @@ pub(super) enum Mode {
 }
 
 impl Mode {
-    /// Whether an earlier open, which examined the file, was granted `access`.
+    /// Whether earlier opens, which examined the file, were together granted `access`. True in server mode.
     pub(super) fn was_granted(&self, access: Access) -> bool {
         match self {
             Self::Passthrough(registered) => registered
@@ -38,8 +38,8 @@ pub(super) struct Registered {
     pub(super) file: FileId,
     /// The most access that the registrar was asked to permit.
     pub(super) grant: Access,
-    /// What opens have been granted so far, as bits of [`Access`]. Bits are only added, and nothing else depends on
-    /// them: so the accesses are `Relaxed`, and need no lock.
+    /// What opens have been granted so far, as bits of [`Access`]. Bits are only added, and no other data is read on
+    /// the strength of them: so the accesses are `Relaxed`, and need no lock.
     granted: AtomicU8,
     /// The fd that `keep_fds` keeps; closed with the last reference to the inode.
     _kept: Option<OwnedFd>,

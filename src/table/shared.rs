@@ -124,7 +124,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     /// Takes the shard lock of this key. Caller must hold neither a shard lock nor the ledger lock.
     #[inline]
     fn lock_of(&self, key: &K) -> (u8, ShardGuard<'_, R, K>) {
-        let shard = self.seeds.part(key, SHARDS);
+        let shard = self.seeds.shard_of(key, SHARDS);
         (shard, self.lock(shard))
     }
 
@@ -183,8 +183,8 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         };
         let inode = Inode::new(key.clone(), shard, self.seconds(), Arc::clone(self));
         let inode = Arc::new(inode);
-        // Before another thread can find the inode. Declared before `open`: if `decide` panics, the inode is released
-        // (and removed) before those that wait for `deciding` look again.
+        // Locks `deciding` before another thread can find the inode. It is declared before `open`, so a panic of
+        // `decide` drops `open`, which removes the inode, before the opens that wait for `deciding` look again.
         let deciding = lock(&inode.deciding);
         inodes.insert(Arc::clone(&inode));
         let open = Open(Arc::clone(&inode));
@@ -193,7 +193,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         }
         drop(inodes);
         if let Some(replaced) = &replaced {
-            let _counted = self.close(replaced);
+            let _ = self.close(replaced);
         }
         inode.decide(decide);
         drop(deciding);
@@ -235,7 +235,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         if let Some(inode) = parked.cloned() {
             self.claim(&inode);
             drop(inodes);
-            let _counted = self.close(&inode);
+            let _ = self.close(&inode);
         }
         true
     }
@@ -267,18 +267,19 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
         if parked.is_some() {
             self.trim();
         } else {
-            let _counted = self.close(inode);
+            let _ = self.close(inode);
         }
     }
 
     /// Closes an id that the ledger counts in `closing`, of an inode that is neither open nor parked. Always ends in
     /// [`finish_close`](Self::finish_close), even if the registrar panics. Caller may hold the `deciding` of another
-    /// inode, and no other lock.
+    /// inode, and no other lock. Caller may ignore the result: `stats.close_failures` counts a failure, and the ledger
+    /// keeps the inode for `retry_closes`.
     fn close(&self, inode: &Arc<Inode<R, K>>) -> Result<(), BackingError> {
         let Some(Mode::Passthrough(registered)) = inode.mode() else {
             return Ok(());
         };
-        // The result if the registrar panics.
+        // `finish_close` records this result if the registrar panics.
         let (errno, scope) = (Errno::IO, Scope::File);
         let result = Cell::new(Err(BackingError::Registrar { errno, scope }));
         let finish = OnDrop(|| self.finish_close(inode, result.get()));
@@ -297,14 +298,14 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     fn update_and_wake<T>(&self, update: impl FnOnce(&mut Ledger<Arc<Inode<R, K>>>) -> T) -> T {
         let mut ledger = self.ledger();
         let updated = update(&mut ledger);
-        // Each notification is a system call.
+        // Notifying is a system call, so this skips it if no open waits.
         if ledger.waiting > 0 {
             self.close_finished.notify_all();
         }
         updated
     }
 
-    /// Books the result of a close: removes the inode, or parks it again as unclosed if closing its id failed. Takes
+    /// Records the result of a close: removes the inode, or parks it again as unclosed if closing its id failed. Takes
     /// the shard lock, then the ledger lock; caller must hold neither.
     fn finish_close(&self, inode: &Arc<Inode<R, K>>, result: Result<(), BackingError>) {
         let mut inodes = self.lock(inode.shard);
@@ -351,7 +352,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
             let Some(claim) = self.ledger().claim_surplus() else {
                 return;
             };
-            let _counted = self.close_claimed(claim);
+            let _ = self.close_claimed(claim);
         }
     }
 
@@ -422,7 +423,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
                 }
                 Room::Evict(claim) => {
                     drop(ledger);
-                    let _counted = self.close_claimed(claim);
+                    let _ = self.close_claimed(claim);
                     ledger = self.ledger();
                 }
             }
@@ -472,7 +473,7 @@ impl<R: Register, K: Hash + Eq + Clone> Shared<R, K> {
     }
 }
 
-/// Calls a closure when dropped: also if a registrar panics.
+/// Calls a closure when dropped, so that it also runs if a registrar panics.
 struct OnDrop<F: Fn()>(F);
 
 impl<F: Fn()> Drop for OnDrop<F> {

@@ -369,7 +369,7 @@ impl World {
 
     pub fn reset(&mut self) {
         self.model.refused = None;
-        self.table().reset();
+        self.table().retry_registrations();
     }
 
     pub fn retry_closes(&mut self, thread: Thread) -> Result<(), Wrong> {

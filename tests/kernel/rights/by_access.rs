@@ -28,7 +28,7 @@ use crate::thread::apart;
 type Thread = RegistrarThread<Lowered<Device>>;
 
 fn thread(device: Device, access: Access) -> Result<Thread, RegistrarThreadError<RulesetError>> {
-    let lowered = Lowered::for_good(device, CapabilitySet::empty());
+    let lowered = Lowered::permanently(device, CapabilitySet::empty());
     RegistrarThread::spawn(lowered, move || restrict(access))
 }
 

@@ -46,10 +46,10 @@ fn by(registrar: &impl Register, file: &File) -> BackingId {
 
 fn without_fsetid() -> [Registering; 3] {
     [
-        |device, file| by(&Lowered::around_each(device, NONE), file),
-        |device, file| by(&Lowered::for_good(device, NONE), file),
+        |device, file| by(&Lowered::per_registration(device, NONE), file),
+        |device, file| by(&Lowered::permanently(device, NONE), file),
         |device, file| {
-            let lowered = Lowered::for_good(device, NONE);
+            let lowered = Lowered::permanently(device, NONE);
             let thread = RegistrarThread::spawn(lowered, || Ok::<(), Errno>(()));
             by(&thread.expect("started"), file)
         },
@@ -153,7 +153,7 @@ fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Fail
     let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
     let keep = CapabilitySet::DAC_OVERRIDE | CapabilitySet::SYS_TIME;
-    let lowered = Lowered::around_each(&noting, keep);
+    let lowered = Lowered::per_registration(&noting, keep);
     apart(|| {
         set(|sets| sets.inheritable |= CHOWN);
         configure_capability_in_ambient_set(CHOWN, true).expect("prctl");
@@ -180,7 +180,7 @@ fn around_each_leaves_the_thread_as_it_was(sandbox: &Sandbox) -> Result<(), Fail
 #[apply(needs_passthrough)]
 fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
-    for make in [Lowered::around_each, Lowered::for_good] {
+    for make in [Lowered::per_registration, Lowered::permanently] {
         let lowered = make(&noting, CapabilitySet::all());
         let kept = apart(|| {
             let all = sets().effective;
@@ -194,11 +194,11 @@ fn fsetid_cannot_be_kept(sandbox: &Sandbox) -> Result<(), Failed> {
 }
 
 #[apply(needs_passthrough)]
-fn for_good_lowers_the_thread(sandbox: &Sandbox) -> Result<(), Failed> {
+fn permanently_lowers_the_thread(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
     // The thread has no CAP_SYS_TIME to keep.
-    let wide = Lowered::for_good(&noting, CHOWN | FSETID | CapabilitySet::SYS_TIME);
-    let narrow = Lowered::for_good(&noting, NONE);
+    let wide = Lowered::permanently(&noting, CHOWN | FSETID | CapabilitySet::SYS_TIME);
+    let narrow = Lowered::permanently(&noting, NONE);
     apart(|| {
         set(|sets| sets.effective -= CapabilitySet::SYS_TIME);
         let before = sets();
@@ -222,8 +222,8 @@ pub(super) fn register(args: &[String]) -> Result<String, Box<dyn std::error::Er
     let device = mounted(args[0].as_ref(), Init::passthrough(1)).map_err(|e| format!("{e:?}"))?;
     let file = tempfile::tempfile()?;
     let made = |how: &str| match how {
-        "for-good" => Lowered::for_good(&device, NONE),
-        _ => Lowered::around_each(&device, NONE),
+        "for-good" => Lowered::permanently(&device, NONE),
+        _ => Lowered::per_registration(&device, NONE),
     };
     let lowered = made(&args[1]);
     let mut registered = vec![by(&made(&args[2]), &file)];
@@ -256,7 +256,7 @@ fn system_calls(sandbox: &Sandbox) -> Result<(), Failed> {
 #[apply(needs_passthrough)]
 fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
-    let lowered = Lowered::for_good(&noting, NONE);
+    let lowered = Lowered::permanently(&noting, NONE);
     let registered = || {
         lowered.unregister(by(&lowered, &file)).expect("closed");
         noting.effective()
@@ -282,7 +282,7 @@ fn raised_in_a_thread_that_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), 
 #[apply(needs_passthrough)]
 fn raised_before_the_thread_is_lowered_for_good(sandbox: &Sandbox) -> Result<(), Failed> {
     let (_connection, noting, file) = noting(sandbox)?;
-    let lowered = Lowered::for_good(&noting, NONE);
+    let lowered = Lowered::permanently(&noting, NONE);
     apart(|| {
         let raised = CapabilityGuard::with(FSETID).expect("permitted");
         lowered.unregister(by(&lowered, &file)).expect("closed");
@@ -368,11 +368,11 @@ fn thread_that_changes_its_ids_is_lowered_again(sandbox: &Sandbox) -> Result<(),
         noting.effective()
     };
     for (keep, make) in [
-        (CapabilitySet::SETUID, Lowered::for_good as fn(_, _) -> _),
-        (CapabilitySet::SETUID, Lowered::around_each),
+        (CapabilitySet::SETUID, Lowered::permanently as fn(_, _) -> _),
+        (CapabilitySet::SETUID, Lowered::per_registration),
         // Without CAP_SETUID a thread can still return to its former ids.
-        (NONE, Lowered::for_good),
-        (NONE, Lowered::around_each),
+        (NONE, Lowered::permanently),
+        (NONE, Lowered::per_registration),
     ] {
         let lowered = make(&noting, keep);
         apart(|| {
@@ -409,7 +409,7 @@ fn lowering_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
         (libc::SYS_capset, Errno::PERM),
         (libc::SYS_capget, Errno::NOSYS),
     ] {
-        for make in [Lowered::around_each, Lowered::for_good] {
+        for make in [Lowered::per_registration, Lowered::permanently] {
             let lowered = make(&noting, NONE);
             apart(|| {
                 let before = fs::read_to_string("/proc/thread-self/status").expect("/proc");
@@ -444,18 +444,18 @@ fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     let noting = Noting::then(connection.device(), || {
         refuse(libc::SYS_capset, Errno::PERM).expect("seccomp");
     });
-    let (around_each, for_good) = (
-        Lowered::around_each(&noting, NONE),
-        Lowered::for_good(&noting, NONE),
+    let (per_registration, permanently) = (
+        Lowered::per_registration(&noting, NONE),
+        Lowered::permanently(&noting, NONE),
     );
     apart(|| {
         let refused = Err(BackingError::Rights(NOT_RESTORED));
         for _ in 0..2 {
-            let registered = around_each.register(file.as_fd(), Access::ReadWrite);
+            let registered = per_registration.register(file.as_fd(), Access::ReadWrite);
             assert_eq!(registered, refused);
             assert_eq!(sets().effective, ADMIN);
         }
-        let registered = for_good.register(file.as_fd(), Access::ReadWrite);
+        let registered = permanently.register(file.as_fd(), Access::ReadWrite);
         assert_eq!(registered, refused);
         let guard = CapabilityGuard::without(CHOWN).map(drop);
         assert_eq!(guard, Err(NOT_RESTORED));
@@ -464,7 +464,7 @@ fn restoring_that_is_refused(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_closed(&connection, noting.id());
 
     // Other threads are unaffected.
-    let id = apart(|| by(&Lowered::around_each(connection.device(), NONE), &file));
+    let id = apart(|| by(&Lowered::per_registration(connection.device(), NONE), &file));
     drop(file);
     assert_eq!(tmpfs.unmount(), Err(Errno::BUSY), "registered");
     connection.device().backing_close(id)?;
@@ -480,8 +480,8 @@ fn restoring_that_is_refused_once(sandbox: &Sandbox) -> Result<(), Failed> {
     let noting = Noting::then(connection.device(), || {
         refuse_next(libc::SYS_capset, Errno::PERM).expect("seccomp");
     });
-    let lowered = Lowered::around_each(&noting, NONE);
-    let plain = Lowered::around_each(connection.device(), NONE);
+    let lowered = Lowered::per_registration(&noting, NONE);
+    let plain = Lowered::per_registration(connection.device(), NONE);
     apart(|| {
         let before = sets();
         let refused = lowered.register(file.as_fd(), Access::ReadWrite);
@@ -530,7 +530,7 @@ impl Register for Panicking<'_> {
 fn registrar_that_panics(_: &Sandbox) -> Result<(), Failed> {
     let file = tempfile::tempfile()?;
     let seen = Mutex::new(NONE);
-    let lowered = Lowered::around_each(Panicking(&seen), NONE);
+    let lowered = Lowered::per_registration(Panicking(&seen), NONE);
     apart(|| {
         let before = sets();
         let register = || lowered.register(file.as_fd(), Access::ReadWrite);

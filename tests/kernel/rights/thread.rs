@@ -64,7 +64,7 @@ fn registers_with_what_it_has(sandbox: &Sandbox) -> Result<(), Failed> {
     let noting = Arc::new(Noting::new(connection.device()));
     let (before, file) = (sets(), file());
     let keep = CapabilitySet::CHOWN;
-    let lowered = Lowered::for_good(Arc::clone(&noting), keep);
+    let lowered = Lowered::permanently(Arc::clone(&noting), keep);
     let thread = RegistrarThread::spawn(lowered, || Ok::<(), Errno>(()))?;
     let id = register(&thread, &file)?;
     assert_eq!(noting.effective(), CapabilitySet::SYS_ADMIN | keep);
@@ -85,7 +85,7 @@ fn reserved_blocks_need_another_fsuid(sandbox: &Sandbox) -> Result<(), Failed> {
         return Ok(());
     }
     fn lowered(device: Device) -> Lowered<Device> {
-        Lowered::for_good(device, CapabilitySet::empty())
+        Lowered::permanently(device, CapabilitySet::empty())
     }
     let with_all_rights: Registering = |device| Box::new(device);
     let without_capabilities: Registering = |device| Box::new(lowered(device));

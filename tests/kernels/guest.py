@@ -1,4 +1,4 @@
-"""A guest: one command in a kernel of its own, and whether that went well."""
+"""A guest runs one command in a kernel of its own. Its console shows whether that succeeded."""
 
 import gzip
 import os
@@ -14,7 +14,7 @@ import packages
 from kernels import Kernel
 from packages import CACHE, HERE, Missing, is_within, need
 
-# What a kernel says when something is wrong with it.
+# Messages of a kernel that has a problem.
 TROUBLE = re.compile(
     r"BUG:|WARNING:|Kernel panic|Oops|KASAN|general protection fault|unreferenced object"
     r"|INFO: (possible|trying|task .* blocked|rcu)|possible (circular|recursive|irq lock)"
@@ -35,30 +35,30 @@ class Outcome:
     failed: int = 0
     ignored: int = 0
     seconds: float = 0
-    # Whether a test says that it knows the kernel.
+    # Whether the test of FUSE_BACKING_EXPECT ran and passed.
     told: bool = False
-    # Whether its package cannot be had any more.
+    # Whether its package is no longer available.
     gone: bool = False
-    # Bugs of the kernel that the tests worked around.
+    # Kernel bugs that the tests worked around.
     bugs: list[str] = field(default_factory=list)
-    # Why it is not as it has to be.
+    # Each reason why the run failed.
     problems: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Image:
     kernel: Path
-    # Their names and what is in them, in the order in which they are loaded.
+    # Names and contents, in the order in which they are loaded.
     modules: list[tuple[str, bytes]]
 
 
 def image(kernel: Kernel) -> Image:
-    """The kernel, fetched or built."""
+    """Fetches or builds the kernel."""
     if not kernel.wheel and not kernel.source:
         architecture = "arm64" if kernel.arch == "aarch64" else "amd64"
         found = packages.debian_kernel(*kernel.versions, architecture, bool(kernel.modules))
         trees = [packages.unpacked(package, packages.KERNELS) for package in found]
-        # From 7.2 on it lies beside the modules.
+        # From 7.2 on the kernel is in the folder of its modules.
         places = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
         file = next((file for place in places for file in trees[0].glob(place)), None)
         if not file:
@@ -89,10 +89,10 @@ def busybox(kernel: Kernel) -> Path:
 
 
 def prepare(kernel: Kernel) -> None:
-    """Fetches and builds what it needs: not two of them at a time, since they share folders."""
+    """Fetches and builds what the guest needs. Call it for one guest at a time, since they share folders."""
     need({"cpio": "cpio"})
     image(kernel)
-    # Debian has none for mips64.
+    # Debian has no busybox for mips64.
     if kernel.arch != "mips64":
         busybox(kernel)
 
@@ -103,7 +103,6 @@ def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, fi
         for name in ("bin", "dev", "proc", "sys", "tmp", "modules"):
             (root / name).mkdir()
         if kernel.arch == "mips64":
-            # Debian has no busybox for it.
             packages.call("mips64-linux-gnuabi64-gcc", "-static", "-O1", "-o", root / "init", HERE / "init.c")
         else:
             (root / "bin/busybox").write_bytes(busybox(kernel).read_bytes())
@@ -126,19 +125,19 @@ def initramfs(kernel: Kernel, modules: list[tuple[str, bytes]], command: str, fi
     return gzip.compress(done.stdout, 1)
 
 
-# Loglevel 5 has warnings on the console; panic=-1 ends the guest.
+# Loglevel 5 prints warnings on the console; panic=-1 ends the guest.
 COMMON = "loglevel=5 panic=-1"
-# How much slower a guest is than a machine: it is emulated, or watches its every step.
+# The factor for the tests' timeouts: a guest is emulated, or has debugging checks.
 PATIENCE = "5"
 
 
 def machine(kernel: Kernel, file: Path, ramdisk: Path) -> list[str]:
-    """The command that boots it, with its console on the standard output."""
+    """The command that boots the guest, with its console on stdout."""
     if kernel.arch == "um":
         return [str(file), "mem=2G", f"initrd={ramdisk}", "con=null", "con0=null,fd:1", f"uml_dir={ramdisk.parent}",
                 *COMMON.split()]
-    # An x86-64 kernel changes its own code under way, which qemu's threads do not always see in time,
-    # and a Malta board has one.
+    # An x86-64 kernel modifies its own code while it runs, which qemu's threads do not always see in time.
+    # A Malta board has one processor.
     processors = "2" if kernel.arch == "aarch64" else "1"
     qemu = ["-m", "2048", "-smp", processors, "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]
     qemu += ["-kernel", str(file), "-initrd", str(ramdisk), "-append"]
@@ -161,7 +160,7 @@ def machine(kernel: Kernel, file: Path, ramdisk: Path) -> list[str]:
 
 
 def boot(kernel: Kernel, made: Image, command: str, files: dict[str, Path]) -> Outcome:
-    """Runs a shell command in a guest that has these files in its root. Its console stays in the cache, as NAME.log."""
+    """Runs a shell command in a guest that has these files in its root. The console's log is logs/NAME.log in CACHE."""
     logs = CACHE / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{kernel.name}.log"
@@ -169,7 +168,7 @@ def boot(kernel: Kernel, made: Image, command: str, files: dict[str, Path]) -> O
     with tempfile.TemporaryDirectory() as folder, log.open("wb") as console:
         ramdisk = Path(folder) / "initramfs"
         ramdisk.write_bytes(initramfs(kernel, made.modules, command, files))
-        # A group of its own: user-mode Linux has many processes.
+        # User-mode Linux has many processes, so it gets a process group of its own.
         guest = subprocess.Popen(
             machine(kernel, made.kernel, ramdisk),
             stdin=subprocess.DEVNULL,
@@ -191,13 +190,13 @@ def boot(kernel: Kernel, made: Image, command: str, files: dict[str, Path]) -> O
     text = log.read_text(errors="replace").replace("\r", "")
     outcome = judge(kernel, text)
     if hangs:
-        outcome.problems.insert(0, f"it hangs: no end in {kernel.patience} s")
+        outcome.problems.insert(0, f"it hangs: it did not end in {kernel.patience} s")
     outcome.seconds = time.monotonic() - start
     return outcome
 
 
 def wait(guest: subprocess.Popen, log: Path, kernel: Kernel) -> None:
-    """Until the guest ends. A malta machine cannot, so there until it has halted."""
+    """Waits until the guest ends, or has halted: a Malta machine does not end by itself."""
     if kernel.arch != "mips64":
         guest.wait(kernel.patience)
         return
@@ -209,13 +208,13 @@ def wait(guest: subprocess.Popen, log: Path, kernel: Kernel) -> None:
 
 
 def judge(kernel: Kernel, console: str) -> Outcome:
-    """What a console says of how it went."""
+    """Reads the outcome from the console."""
     outcome = Outcome()
     if found := RELEASE.search(console):
         outcome.release = found[1]
     least, below = kernel.versions
     if not is_within(outcome.release, least, below):
-        outcome.problems.append(f"it is Linux {outcome.release}, not from {least} on and below {below}")
+        outcome.problems.append(f"it is Linux {outcome.release}, not from {least} up to {below}")
     if results := RESULT.findall(console):
         outcome.passed, outcome.failed, outcome.ignored = map(int, results[-1])
     outcome.told = bool(TOLD.search(console))
@@ -232,15 +231,15 @@ def judge(kernel: Kernel, console: str) -> Outcome:
 
 
 def unlike(kernel: Kernel, outcome: Outcome, passed: int | None) -> list[str]:
-    """How a run of all tests differs from what is known of the kernel, and from as many that passed before."""
+    """How a run of all tests differs from what is known of the kernel, and from the number that passed before."""
     problems = []
-    # What a kernel says of itself is believed where nothing is known of it, with a test less.
+    # Of an unknown kernel the tests assert only what they detect, with one test less.
     if not kernel.expect:
         return problems
     if not outcome.told:
-        problems.append("the tests were not told what it is to have")
+        problems.append("the tests were not told what the kernel has")
     if passed is not None and outcome.passed != passed:
-        problems.append(f"{passed} passed when it was recorded: if that is to change, --record")
+        problems.append(f"{passed} passed when it was recorded: if the change is intended, --record")
     return problems
 
 

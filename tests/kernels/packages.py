@@ -1,4 +1,4 @@
-"""What guests are made of: fetched by the package managers, which check it, and kept."""
+"""Fetches what guests are made of with package managers, which verify it, and keeps it in target/kernels/."""
 
 import functools
 import gzip
@@ -18,7 +18,7 @@ CACHE = ROOT / "target" / "kernels"
 
 
 class Missing(Exception):
-    """Something that is needed is not there, and could not be had."""
+    """Something that is needed is missing and could not be fetched or built."""
 
 
 def say(text: str) -> None:
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
-    """Quiet, unless it fails."""
+    """Runs a command, and prints its output only if it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         stdout=subprocess.PIPE,
@@ -34,7 +34,7 @@ def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
         stdin=subprocess.DEVNULL,
         text=True,
         errors="replace",
-        # What apt says is matched.
+        # apt's messages are matched.
         env={**os.environ, "LC_ALL": "C.UTF-8"},
         **options,
     )
@@ -45,7 +45,7 @@ def call(*command: str | Path, **options) -> subprocess.CompletedProcess:
 
 
 def need(tools: dict[str, str]) -> None:
-    """Tools, each with the package that has it: installed if this is root, else named."""
+    """Installs the packages of missing tools as root; otherwise the error names them."""
     missing = {tool: package for tool, package in tools.items() if not shutil.which(tool)}
     if not missing:
         return
@@ -57,7 +57,7 @@ def need(tools: dict[str, str]) -> None:
     call("apt-get", "install", "-qq", "-y", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", *packages)
 
 
-# Where kernels come from, whatever the machine's own release: each suite has others.
+# The sources of kernels, for any release of Debian on the machine. Each suite has other kernels.
 SUITES = """\
 Types: deb
 URIs: http://deb.debian.org/debian
@@ -74,11 +74,11 @@ Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 
 
 class Apt:
-    """apt with lists of its own, of more architectures than the machine's: needs no root."""
+    """apt with its own package lists, for several architectures. Needs no root."""
 
     def __init__(self, name: str, sources: str = ""):
         self.state = CACHE / name
-        # Its age is that of the lists.
+        # Touched at each update: its age is that of the lists.
         self.updated = self.state / "updated"
         self.sources = sources
 
@@ -90,9 +90,9 @@ class Apt:
             "Dir::State::status": "/var/lib/dpkg/status",
             "Dir::Cache": self.state / "cache",
             "APT::Sandbox::User": "",
-            # Else a source that fails is a warning.
+            # By default a source that fails is only a warning.
             "APT::Update::Error-Mode": "any",
-            # Of no use here, and larger than the rest.
+            # Not needed, and larger than the rest.
             "Acquire::Languages": "none",
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
         }
@@ -115,14 +115,14 @@ class Apt:
 
     @functools.cache
     def update(self) -> None:
-        """apt's lists: versions move, but not within an hour."""
+        """Updates the lists if they are older than an hour."""
         if self.is_current():
             return
-        # Of several sources, some may fail; what is not found then says so itself.
+        # Some of several sources may fail. A package that is then not found has an error of its own.
         try:
             self("apt-get", "update", "-q")
         except Missing:
-            say("apt-get update failed, trying with what there is")
+            say("apt-get update failed, continuing with the lists that exist")
         else:
             self.updated.touch()
 
@@ -130,13 +130,13 @@ class Apt:
         return self.updated.exists() and time.time() - self.updated.stat().st_mtime < 3600
 
 
-# What guests and tests are made with, of the machine's own sources.
+# The tools that make guests and tests come from the machine's own sources.
 TOOLS = Apt("apt")
 KERNELS = Apt("apt-kernels", SUITES)
 
 
 def fetched(package: str, apt: Apt = TOOLS) -> Path:
-    """A Debian package's file."""
+    """The file of a Debian package, fetched unless some version of it is kept."""
     name, _, architecture = package.partition(":")
 
     def kept() -> list[Path]:
@@ -156,7 +156,7 @@ def fetched(package: str, apt: Apt = TOOLS) -> Path:
 
 
 def unpacked(package: str, apt: Apt = TOOLS) -> Path:
-    """What is in a Debian package."""
+    """The folder with the contents of a Debian package."""
     file = fetched(package, apt)
     folder = CACHE / file.stem
     if not folder.exists():
@@ -166,7 +166,7 @@ def unpacked(package: str, apt: Apt = TOOLS) -> Path:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """`(6, 12, 43)` of `6.12.43-1~bpo12+1` and of `6.12.43+deb12-cloud-amd64`; of a release candidate nothing."""
+    """`(6, 12, 43)` for `6.12.43-1~bpo12+1` and for `6.12.43+deb12-cloud-amd64`; empty for a release candidate."""
     found = re.match(r"[0-9]+(\.[0-9]+)*", text)
     return tuple(map(int, found[0].split("."))) if found and "rc" not in text else ()
 
@@ -176,18 +176,18 @@ def is_within(version: str, least: str, below: str) -> bool:
 
 
 class Gone(Missing):
-    """A version that no suite has any more."""
+    """No suite has a kernel of this version any more."""
 
 
 def kernel_packages(known: dict[str, str], least: str, below: str, modules: bool) -> list[str]:
-    """Of packages and their versions, those of the newest kernel in these bounds."""
+    """From packages and their versions, those of the newest kernel in these bounds."""
     able = {}
     for package, version in known.items():
         _, kind, release = package.split("-", 2)
         number = version_of(version)
         if not is_within(version, least, below):
             continue
-        # From 6.19 on an image is a stub, which depends on the other two.
+        # From 6.19 on an image is a stub that depends on the other two packages.
         if kind == "image" and number < (6, 19) or kind == "binary" and not modules:
             able[number] = [package]
         elif kind == "binary" and f"linux-modules-{release}" in known:
@@ -200,8 +200,8 @@ def is_kernel(package: str, architecture: str) -> bool:
     return bool(re.fullmatch(name, package))
 
 
-def to_be_had(*packages: str) -> list[tuple[str, str]]:
-    """Packages with their versions."""
+def available(*packages: str) -> list[tuple[str, str]]:
+    """The packages that the suites have, with their versions."""
     KERNELS.update()
     lines = KERNELS("apt-cache", "madison", *packages).splitlines() if packages else []
     found = [re.match(r" *(\S+?)(?::\w+)? \| +(\S+) \|", line) for line in lines]
@@ -209,32 +209,32 @@ def to_be_had(*packages: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def kernels_to_be_had(architecture: str) -> dict[str, str]:
+def available_kernels(architecture: str) -> dict[str, str]:
     """Debian's cloud kernels, with their versions."""
     KERNELS.update()
     names = (name for name in KERNELS("apt-cache", "pkgnames", "linux-").split() if is_kernel(name, architecture))
-    # Of a name with several versions the newest is first, which is what is fetched.
-    return dict(reversed(to_be_had(*(f"{name}:{architecture}" for name in names))))
+    # If a name has several versions, the newest comes first, and that is the one that is fetched.
+    return dict(reversed(available(*(f"{name}:{architecture}" for name in names))))
 
 
 def debian_kernel(least: str, below: str, architecture: str, modules: bool) -> list[str]:
-    """The packages of the newest cloud kernel in these bounds that is kept; else of those to be had."""
+    """The packages of the newest cloud kernel in these bounds that is kept, or else available."""
     files = (file.stem.split("_") for file in (CACHE / "packages").glob("linux-*.deb"))
     kept = {name: version for name, version, _ in files if is_kernel(name, architecture)}
     found = kernel_packages(kept, least, below, modules)
-    found = found or kernel_packages(kernels_to_be_had(architecture), least, below, modules)
+    found = found or kernel_packages(available_kernels(architecture), least, below, modules)
     if not found:
         if not KERNELS.is_current():
-            raise Missing("the suites' lists cannot be had")
-        raise Gone(f"no suite has a kernel from {least} on and below {below} for {architecture}")
+            raise Missing("the package lists of the suites are unavailable")
+        raise Gone(f"no suite has a kernel from {least} up to {below} for {architecture}")
     return [f"{package}:{architecture}" for package in found]
 
 
 def header() -> Path:
-    """The folder with a <linux/fuse.h>: the newest that is kept, else the newest to be had."""
+    """The include folder with the newest <linux/fuse.h> that is kept, or else available."""
     name = "linux-libc-dev"
     if not any((CACHE / "packages").glob(f"{name}_*.deb")):
-        versions = [version for _, version in to_be_had(name)]
+        versions = [version for _, version in available(name)]
         if not versions:
             raise Missing(f"no package {name}")
         KERNELS("apt-get", "download", "-q", f"{name}={max(versions, key=version_of)}")
@@ -242,7 +242,7 @@ def header() -> Path:
 
 
 def wheel(requirement: str) -> Path:
-    """What is in a wheel."""
+    """The folder with the contents of a wheel."""
     name, _, version = requirement.partition("==")
     folder = CACHE / f"{name}-{version}"
     if not folder.exists():
@@ -258,7 +258,7 @@ def wheel(requirement: str) -> Path:
 
 
 def source(package: str) -> Path:
-    """A kernel's."""
+    """The folder with a kernel's source."""
     deb = fetched(package, KERNELS)
     folder = CACHE / f"source-{deb.stem}"
     if not folder.exists():
@@ -271,15 +271,15 @@ def source(package: str) -> Path:
 
 
 def fit_registers(tree: Path) -> None:
-    """User-mode Linux keeps its processes' extended registers in so many bytes, and cannot start where
-    the processor has more of them."""
+    """User-mode Linux reserves a fixed size for the extended registers of its processes, and cannot start on a
+    processor with AMX, which has more of them."""
     if re.search(r"^flags\b.*\bamx_tile\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
         offsets = tree / "arch/x86/um/user-offsets.c"
         offsets.write_text(offsets.read_text().replace("HOST_FP_SIZE, 2696", "HOST_FP_SIZE, 11008"))
 
 
 def built(package: str, architecture: str, fragments: tuple[str, ...], image: str, **variables: str) -> Path:
-    """A kernel of everything off, but for what the fragments say: the folder with it, its modules and its config."""
+    """The folder with a kernel, its modules and its config. All options are off except those in the fragments."""
     wanted = "".join((HERE / fragment).read_text() for fragment in fragments)
     deb = fetched(package, KERNELS)
     key = hashlib.sha256((deb.stem + wanted + repr(variables)).encode()).hexdigest()[:12]
@@ -289,7 +289,7 @@ def built(package: str, architecture: str, fragments: tuple[str, ...], image: st
     need({"make": "make", "gcc": "gcc libc6-dev", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"})
     tree = source(package)
     say(f"building {package} with {' and '.join(fragments)}: minutes")
-    # Kept: of the next one, only what differs is built.
+    # Kept, so that the next kernel builds only what differs.
     tree_out = CACHE / f"{architecture}-build-{package}"
     tree_out.mkdir(exist_ok=True)
     with partial(folder) as new:
@@ -301,7 +301,7 @@ def built(package: str, architecture: str, fragments: tuple[str, ...], image: st
         for line in wanted.splitlines():
             is_option = re.match(r"CONFIG_|# CONFIG_\w+ is not set", line)
             if is_option and line not in config.splitlines():
-                raise Missing(f"the kernel's configuration does not take {line}")
+                raise Missing(f"the kernel's configuration does not accept {line}")
         targets = [image] + (["modules"] if "CONFIG_MODULES=y" in config else [])
         call(*make, *targets)
         shutil.copy(tree_out / image, new / "kernel")
@@ -312,7 +312,7 @@ def built(package: str, architecture: str, fragments: tuple[str, ...], image: st
 
 
 def module(tree: Path, name: str) -> bytes:
-    """A module of a kernel's, unpacked."""
+    """The unpacked contents of a kernel module."""
     for path in tree.rglob(f"{name}.ko*"):
         data = path.read_bytes()
         return {".ko": bytes, ".xz": lzma.decompress, ".gz": gzip.decompress}[path.suffix](data)
@@ -320,7 +320,7 @@ def module(tree: Path, name: str) -> bytes:
 
 
 class partial:
-    """A folder that has its name only once it is complete."""
+    """A folder that gets its name when it is complete."""
 
     def __init__(self, folder: Path):
         self.folder = folder

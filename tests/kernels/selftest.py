@@ -1,4 +1,4 @@
-"""Whether what goes wrong in a guest is noticed: guests that do go wrong, each in its way."""
+"""Boots guests that fail in different ways, and checks that each failure is noticed."""
 
 from dataclasses import replace
 
@@ -7,10 +7,10 @@ import packages
 from kernels import KERNELS
 
 PASSED = "echo 'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'"
-# The kernel's own means of going wrong, of CONFIG_LKDTM.
+# CONFIG_LKDTM makes the kernel fail on request.
 PROVOKE = f"{PASSED}; echo %s >/sys/kernel/debug/provoke-crash/DIRECT"
 
-# What a guest does, and the problem that is to be seen, if any.
+# The name, what the guest does, and the problem that must be noticed, if any.
 GUESTS = (
     ("passes", PASSED, None),
     ("fails", f"{PASSED}; exit 101", "exit code 101"),
@@ -30,22 +30,22 @@ GUESTS = (
 )
 
 
-# What a run says of itself, where the tests passed and two did before.
+# Outcomes of a run whose tests passed, where two tests passed before.
 OUTCOMES = (
-    ("is not told of its kernel", guest.Outcome(passed=2), "not told"),
-    ("passes a test less than before", guest.Outcome(passed=1, told=True), "2 passed when it was recorded"),
+    ("is not told about its kernel", guest.Outcome(passed=2), "not told"),
+    ("passes one test less than before", guest.Outcome(passed=1, told=True), "2 passed when it was recorded"),
     ("passes as many as before", guest.Outcome(passed=2, told=True), None),
 )
 
 
-# Packages that there are, and those that are taken of them for a kernel with modules from 6.12 on and below 7.4.
+# Available packages, and the ones that are chosen for a kernel with modules, at least 6.12 and below 7.4.
 OLD, STUB = "linux-image-6.18.5+deb13-cloud-amd64", "linux-image-7.3.4+deb13-cloud-amd64"
 BINARY, MODULES = STUB.replace("image", "binary"), STUB.replace("image", "modules")
 CANDIDATE = "linux-binary-7.3-cloud-amd64"
 CHOICES = (
     ("is the newest", {OLD: "6.18.5-1~bpo13+1", STUB: "7.3.4-1", BINARY: "7.3.4-1", MODULES: "7.3.4-1"}, [BINARY, MODULES]),
     ("has lost its modules", {OLD: "6.18.5-1~bpo13+1", STUB: "7.3.4-1", BINARY: "7.3.4-1"}, [OLD]),
-    ("is a candidate", {CANDIDATE: "7.3~rc7-1~exp1", CANDIDATE.replace("binary", "modules"): "7.3~rc7-1~exp1"}, []),
+    ("is a release candidate", {CANDIDATE: "7.3~rc7-1~exp1", CANDIDATE.replace("binary", "modules"): "7.3~rc7-1~exp1"}, []),
     ("is out of bounds", {"linux-image-6.1.0-56-cloud-amd64": "6.1.192-2"}, []),
 )
 

@@ -1,4 +1,4 @@
-"""The kernel tests, linked statically, for the machines that they run on."""
+"""Builds the kernel tests, linked statically, for the machines that they run on."""
 
 import json
 import os
@@ -26,22 +26,22 @@ def tests_for(arch: str) -> Path:
 
 @cache
 def built(target: str) -> Path:
-    """Builds them, with the machine's Rust for its own target and else with Debian's."""
+    """Uses the installed Rust for this machine's own target, and Debian's for others."""
     say(f"building the tests for {target}")
     environment = dict(os.environ, RUSTFLAGS="-C target-feature=+crt-static")
-    # Emulated, what was not optimised takes minutes.
+    # In an emulator, code without optimization takes minutes.
     environment |= {"CARGO_PROFILE_DEV_OPT_LEVEL": "1", "CARGO_PROFILE_TEST_OPT_LEVEL": "1"}
     if target.startswith("aarch64"):
         need({"aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"})
         environment |= debian("arm64")
         environment |= {
             "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER": "aarch64-linux-gnu-gcc",
-            # The headers of this machine's, if any, are not those of the target.
+            # This machine's headers are not the target's.
             "FUSE_BACKING_UAPI_CHECK": "off",
         }
     extra = []
     if target.startswith("mips64"):
-        # Rust has no standard library for it that is built.
+        # There is no prebuilt standard library for this target.
         environment |= debian("amd64", "rust-web-src")
         environment |= {
             "CARGO_TARGET_MIPS64_UNKNOWN_LINUX_GNUABI64_LINKER": "mips64-linux-gnuabi64-gcc",
@@ -58,17 +58,17 @@ def built(target: str) -> Path:
         sys.stderr.write(done.stderr[-4000:])
         raise Missing(f"failed: {' '.join(command)}")
     made = [json.loads(line).get("executable") for line in done.stdout.splitlines() if line.startswith("{")]
-    # A copy, which stays when the tests are built again meanwhile.
+    # Another build of the tests must not replace this program.
     CACHE.mkdir(parents=True, exist_ok=True)
     tests = CACHE / f"tests-{target}"
     new = tests.with_suffix(".new")
     shutil.copy(next(path for path in reversed(made) if path), new)
-    # Another run may be executing the old one.
+    # Renamed, because another run may be executing the old program.
     return new.replace(tests)
 
 
-def debian(architecture: str, *further: str) -> dict[str, str]:
-    """Debian's compiler, with the standard library of an architecture beside its own, and further packages."""
+def rust(architecture: str, *further: str) -> Path:
+    """The folder with Debian's compiler, the standard library of an architecture, and further packages."""
     compiler = packages.fetched("rustc-web")
     version = compiler.name.split("_")[1].split(".")
     folder = CACHE / "-".join(["rust", compiler.stem.split("_")[1], architecture, *further])
@@ -76,12 +76,15 @@ def debian(architecture: str, *further: str) -> dict[str, str]:
         std = f"libstd-rust-web-{version[0]}.{version[1]}"
         llvm = re.search(r"libllvm\d+", packages.call("dpkg-deb", "-f", packages.fetched(std), "Depends").stdout)
         if not llvm:
-            raise Missing(f"{std} asks for no LLVM")
+            raise Missing(f"{std} does not depend on LLVM")
         names = ["rustc-web", std, "libstd-rust-web-dev", llvm[0]]
         with packages.partial(folder) as new:
             for name in [*names, f"libstd-rust-web-dev:{architecture}", *further]:
                 packages.call("dpkg", "-x", packages.fetched(name), new)
-    return {
-        "RUSTC": str(folder / "usr/bin/rustc"),
-        "LD_LIBRARY_PATH": str(folder / "usr/lib/x86_64-linux-gnu"),
-    }
+    return folder
+
+
+def debian(architecture: str, *further: str) -> dict[str, str]:
+    """The environment in which cargo uses that compiler."""
+    folder = rust(architecture, *further)
+    return {"RUSTC": str(folder / "usr/bin/rustc"), "LD_LIBRARY_PATH": str(folder / "usr/lib/x86_64-linux-gnu")}

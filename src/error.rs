@@ -345,11 +345,11 @@ pub enum BackingError {
     /// registered, unless closing fails as well.
     #[error(transparent)]
     Rights(#[from] RightsError),
-    /// [`ByAccess`](crate::rights::ByAccess) was asked to register a memfd, System V shared memory or a file on
-    /// hugetlbfs for less than reading and writing. Landlock does not restrict these.
+    /// [`ByAccess`](crate::rights::ByAccess) was asked to register a memfd or System V shared memory for less than
+    /// reading and writing. Landlock does not restrict these.
     #[error(
         "the kernel cannot enforce read-only or write-only access to this file \
-         (Landlock ignores memfds, System V shared memory and hugetlbfs)"
+         (Landlock ignores memfds and System V shared memory)"
     )]
     NotEnforceable,
     /// The [registrar](crate::Register) refused, not the kernel: because of its policy or its limit, or because it has

@@ -94,8 +94,8 @@
 //! [`ServerFile::path_fd`] and [`BackingTable::set_keep_fds`] make an fcntl(2) of an fd.
 //! [`Lowered`](rights::Lowered) makes capget(2) and capset(2), and reads `/proc/thread-self/status`.
 //! [`RegistrarThread`](rights::RegistrarThread) makes an fcntl(2), and a kill(2) with signal 0.
-//! [`ByAccess`](rights::ByAccess) makes one `memfd_create(2)`, and a statx(2) and an fstatfs(2) for each registration
-//! for less than reading and writing.
+//! [`ByAccess`](rights::ByAccess) makes one `memfd_create(2)`, and a statx(2) for each registration for less than
+//! reading and writing.
 //!
 //! After an ioctl has failed, the crate makes further system calls to find the cause. A seccomp filter should allow
 //! them:

@@ -25,7 +25,7 @@
 //! | [`Lowered::per_registration`] | with a chosen set of capabilities, never with `CAP_FSETID` | 1.74; 1.61 in a run of 20 000 registrations |
 //! | [`Lowered::permanently`] | the same; the thread stays lowered | 1.005; 1.14 if it keeps `CAP_SETUID` |
 //! | [`RegistrarThread`] | in a thread of its own, which the server prepares: it sets an fsuid, or enters a Landlock domain | 5.8 with a [`Lowered`] inside, with or without a Landlock domain |
-//! | [`ByAccess`] | through one of three registrars, by [`Access`] | one statx(2) and one fstatfs(2) more for each registration for less than reading and writing |
+//! | [`ByAccess`] | through one of three registrars, by [`Access`] | one statx(2) more for each registration for less than reading and writing |
 //!
 //! They combine, see the examples of [`RegistrarThread`] and [`ByAccess`]. Costs are from Linux 6.18; `cargo bench
 //! --bench round_trip` measures them on your machine.
@@ -34,7 +34,7 @@
 //!
 //! Use Landlock where not every reply can be trusted: no client can then write through an id that was registered for
 //! reading, whatever a reply says. `examples/enforced.rs` is such a server. Once the domain exists, it costs
-//! nothing, and it restricts files of other mount namespaces too. It does not restrict memfds and hugetlbfs, so [`ByAccess`]
+//! nothing, and it restricts files of other mount namespaces too. It does not restrict memfds, so [`ByAccess`]
 //! refuses them ([`NotEnforceable`](BackingError::NotEnforceable)).
 //!
 //! A detached read-only clone of the file's mount (`open_tree(2)`, `mount_setattr(2)`) keeps clients from writing as

@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::OnceLock;
 
-use rustix::fs::{MemfdFlags, fstatfs, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 
 use crate::access::Access;
@@ -17,8 +17,7 @@ use crate::register::{Register, WithoutFsetid};
 /// Made for [`RegistrarThread`](super::RegistrarThread)s in Landlock domains. If a thread may not write a file, no
 /// client can write through an id that this thread registers: a client that opens the file for writing gets `EIO`,
 /// whatever the reply says. This holds for unlinked files, files on overlayfs and files of other mount namespaces too.
-/// It requires nothing of the files' mounts. A registration for less than reading and writing costs one statx(2) and one
-/// fstatfs(2) more.
+/// It requires nothing of the files' mounts. A registration for less than reading and writing costs one statx(2) more.
 ///
 /// So it [enforces grants](Register::enforces_grant), and the table respects that: the
 /// [`grant`](crate::ServerFile::grant) of the first open counts for all. A file that Landlock does not restrict, such
@@ -106,15 +105,11 @@ impl<R: Register> Register for ByAccess<R> {
 
 impl<R: WithoutFsetid> WithoutFsetid for ByAccess<R> {}
 
-/// Whether Landlock may not restrict the file: it ignores files on mounts that the kernel keeps for itself
-/// (`security/landlock/fs.c`). Two of them have files that can be opened again:
-///
-/// - tmpfs, with memfds and System V shared memory: all of its files have the device number of a memfd;
-/// - hugetlbfs, with the same in huge pages. It has a mount for each size of page, so this refuses the files of every
-///   hugetlbfs.
+/// Whether the file is on the kernel's own mount of tmpfs, which has the memfds and System V shared memory. Landlock
+/// ignores files on mounts that the kernel keeps for itself (`security/landlock/fs.c`). Of these mounts, this one alone
+/// has files that can be registered: hugetlbfs, with the same in huge pages, gets `ELOOP`
+/// (`tests/kernel/rights/by_access.rs`). All files on it have the device number of a memfd.
 fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
-    /// From `include/uapi/linux/magic.h`.
-    const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
     /// Constant for as long as the machine runs.
     static DEVICE_OF_MEMFDS: OnceLock<u64> = OnceLock::new();
 
@@ -125,13 +120,5 @@ fn is_beyond_landlock(file: BorrowedFd<'_>) -> Result<bool, Errno> {
         let device = examine(memfd.as_fd())?.id.device;
         *DEVICE_OF_MEMFDS.get_or_init(|| device)
     };
-    if examine(file)?.id.device == memfds {
-        return Ok(true);
-    }
-    #[allow(
-        clippy::cast_sign_loss,
-        reason = "the type differs between targets, the magic fits all"
-    )]
-    let magic = fstatfs(file)?.f_type as u64;
-    Ok(magic == HUGETLBFS_MAGIC)
+    Ok(examine(file)?.id.device == memfds)
 }

@@ -177,6 +177,17 @@ fn memfd(sandbox: &Sandbox) -> Result<(), Failed> {
     assert_eq!(place.client("rw")?, "written");
     assert_eq!(content(&file)?, CONTENT.replacen("con", WRITTEN, 1));
     assert_eq!(place.asked(), (0, 0));
+
+    // Landlock does not restrict a memfd in huge pages either. The kernel refuses to register it.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB;
+    match memfd_create("huge", flags) {
+        Ok(huge) => {
+            let refused = read_only.register(huge.as_fd(), Access::ReadOnly);
+            assert_eq!(refused, Err(BackingError::StackedTooDeep));
+        }
+        // The kernel is without CONFIG_HUGETLBFS.
+        Err(failed) => assert_eq!(failed, Errno::NOSYS),
+    }
     Ok(())
 }
 

@@ -152,7 +152,10 @@ pub enum NotPermitted {
     NotNegotiatedOrDenied,
     /// The cause is unknown: `/proc` is unavailable, or a policy hides the thread's namespace, its capabilities, or
     /// the state of the device. On Android, whose kernels require no capability, it is always unknown.
-    #[error("the cause is unknown, because /proc is unavailable or a security policy hides it")]
+    #[error(
+        "the cause is unknown: /proc is not mounted, or a security policy hides the state of the \
+         thread or the device"
+    )]
     Undetermined,
 }
 
@@ -178,7 +181,9 @@ pub enum NegotiateError {
     )]
     NotOffered,
     /// The server wants `FUSE_WRITEBACK_CACHE` as well, with which the kernel leaves passthrough off.
-    #[error("passthrough and FUSE_WRITEBACK_CACHE exclude each other: ask for one of them")]
+    #[error(
+        "the server wants FUSE_WRITEBACK_CACHE, with which the kernel leaves passthrough off: leave it out"
+    )]
     WritebackCacheWanted,
     /// The server wants `FUSE_HANDLE_KILLPRIV`. With it, set-user-ID and set-group-ID bits survive writes in
     /// passthrough mode unless files are registered without `CAP_FSETID`, and it spares no request.
@@ -221,7 +226,7 @@ impl NegotiateError {
 pub enum RightsError {
     /// capget(2) or capset(2) failed, and the thread's capabilities are unchanged. `EPERM`: the capability is not among
     /// the thread's permitted ones, or a policy denies the call.
-    #[error("the thread's capabilities could not be changed: {0}")]
+    #[error("changing the thread's capabilities failed (are they in its permitted set?): {0}")]
     NotChanged(Errno),
     /// capget(2) or capset(2) failed at restoring: the thread keeps the changed capabilities.
     #[error("restoring the thread's capabilities failed, so it keeps the changed ones: {0}")]
@@ -291,7 +296,7 @@ pub enum BackingError {
     FileNotSupported,
     /// The device is not attached to a connection: it was not mounted yet. `EPERM`, in the first releases with
     /// passthrough `EINVAL`.
-    #[error("the device is not attached to a FUSE connection: mount it first")]
+    #[error("the device is not attached to a FUSE connection: pass it to mount(2) first")]
     NotAttached(Errno),
     /// `EPERM`, and why. If the call was a close, the id is still registered; a thread that has the capability can
     /// close it.
@@ -326,10 +331,10 @@ pub enum BackingError {
     #[error("the connection has no such backing id (closed before, or of another connection)")]
     UnknownId,
     /// `ENOMEM`: the kernel could not allocate memory.
-    #[error("the kernel is out of memory")]
+    #[error("the kernel could not allocate memory: try again")]
     OutOfMemory,
     /// `ENOSPC`: all ids of the connection are in use.
-    #[error("all backing ids of the connection are in use")]
+    #[error("all backing ids of the connection are in use: close some first")]
     OutOfIds,
     /// `EINTR`: a signal arrived while the call waited for the mount to complete, see
     /// [`FuseDevice::sync_init`](crate::FuseDevice::sync_init).
@@ -493,7 +498,9 @@ pub enum DeviceError {
     #[error("the kernel has no driver behind /dev/fuse: load the fuse module")]
     NoDriver(Errno),
     /// The node's permissions (`EACCES`) or a device cgroup (`EPERM`) deny opening it.
-    #[error("opening /dev/fuse is denied, by its permissions or a device cgroup: {0}")]
+    #[error(
+        "opening /dev/fuse is denied, by its permissions, a nodev mount or a device cgroup: {0}"
+    )]
     Denied(Errno),
     /// The fd is not a character device.
     #[error("the fd is not a FUSE device: it is {}", kind_of_file(*.0))]
@@ -510,7 +517,9 @@ pub enum DeviceError {
     #[error("the FUSE device was opened with O_PATH, which permits no ioctl: use O_RDWR")]
     PathOnly,
     /// The fd is 0, 1 or 2, which safe code can redirect to another file.
-    #[error("the fd is 0, 1 or 2 (standard input, output or error): pass a duplicate of it")]
+    #[error(
+        "the fd is 0, 1 or 2 (standard input, output or error), which safe code can redirect: pass a duplicate"
+    )]
     StandardStream,
     /// `ENOTTY`: the kernel is older than the ioctl.
     #[error("the kernel does not support this ioctl of /dev/fuse (needs Linux {needs} or newer)")]
@@ -523,7 +532,7 @@ pub enum DeviceError {
     Unimplemented,
     /// The device to be cloned is not attached to a connection: it was not mounted yet. `EPERM`, in older releases
     /// `EINVAL`.
-    #[error("the device is not attached to a FUSE connection: mount it first")]
+    #[error("the device is not attached to a FUSE connection: pass it to mount(2) first")]
     NotAttached(Errno),
     /// `EINVAL` from `sync_init`: the device is attached to a connection already.
     #[error("the device is attached to a FUSE connection already: call sync_init before mount(2)")]
@@ -572,10 +581,10 @@ pub enum ServerReason {
     NoRegistrar,
     /// Registering the file failed. Or it was not tried, because registering another file failed with
     /// [`Scope::Connection`]: [`BackingTable::retry_registrations`](crate::BackingTable::retry_registrations) makes the table try again.
-    #[error("the file was not registered: {0}")]
+    #[error("passthrough failed: {0}")]
     Refused(BackingError),
     /// The table's [limit](crate::BackingTable::set_limit) on ids was reached, and none was idle.
-    #[error("the table's limit on backing ids is reached (BackingTable::set_limit)")]
+    #[error("the table's limit on backing ids is reached: raise it with BackingTable::set_limit")]
     LimitReached,
     /// The server called [`BackingTable::serve`](crate::BackingTable::serve).
     #[error("the server chose to read and write the file itself")]
@@ -583,7 +592,7 @@ pub enum ServerReason {
     /// The file is append-only (`chattr +a`, `STATX_ATTR_APPEND`). In passthrough mode a client could overwrite it, by
     /// a mapping or after clearing `O_APPEND`: Linux before 7.3.4 does not check.
     #[error(
-        "the file is append-only, which Linux before 7.3.4 does not enforce in passthrough mode"
+        "the file is append-only, which not every kernel enforces in passthrough mode (Linux does from 7.3.4 on)"
     )]
     AppendOnly,
     /// statx(2) failed, so it is unknown whether the file is append-only.
@@ -615,7 +624,7 @@ pub enum ServerReason {
 #[non_exhaustive]
 pub enum OpenError {
     /// `EACCES`: the client asks for more than the server grants.
-    #[error("the client asks for {wanted} access, but the server grants only {granted}")]
+    #[error("the client asks for {wanted} access, but the server grants {granted} access")]
     AccessExceeded {
         /// What the server grants.
         granted: Access,
@@ -626,8 +635,8 @@ pub enum OpenError {
     /// [enforces](crate::Register::enforces_grant) its grant. Give the first open a
     /// [`grant`](crate::ServerFile::grant) that covers all later ones.
     #[error(
-        "the client asks for {wanted} access, the open inode is registered for {registered} \
-         (ServerFile::grant sets this)"
+        "the client asks for {wanted} access, but the open inode is registered for {registered} access \
+         (set ServerFile::grant at its first open)"
     )]
     GrantExceeded {
         /// What the inode is registered for.
@@ -640,8 +649,8 @@ pub enum OpenError {
     /// an inode to another file. [`adopt`](crate::BackingTable::adopt) also returns this for an inode that is open with
     /// another id or in server mode.
     #[error(
-        "the inode is open with another backing file \
-         (BackingTable::forget frees its number for a new file)"
+        "the inode is open with another backing file or id, or cannot be adopted in server mode \
+         (call BackingTable::forget before its number gets a new file)"
     )]
     DifferentFile,
     /// `EPERM`, in either mode: the client asks to write to an immutable file (`chattr +i`, `STATX_ATTR_IMMUTABLE`). No
@@ -653,7 +662,9 @@ pub enum OpenError {
     NoAccess,
     /// `EINVAL`: the kernel refuses these flags in a reply of this mode, see
     /// [`OpenReply::passthrough`](crate::OpenReply::passthrough) and [`OpenReply::server`](crate::OpenReply::server).
-    #[error("the kernel refuses these flags in an OPEN or CREATE reply of this mode: {0:?}")]
+    #[error(
+        "the kernel refuses these flags in such an OPEN or CREATE reply (see OpenReply): {0:?}"
+    )]
     FlagsNotAllowed(FopenFlags),
     /// fcntl(2) of the server's fd failed, or both statx(2) and fstat(2) did.
     #[error("cannot examine the server's fd, because fcntl or fstat failed: {0}")]

@@ -345,7 +345,8 @@ pub struct CapabilityGuard {
 assert_not_impl_any!(CapabilityGuard: Send, Sync);
 
 impl CapabilityGuard {
-    /// Makes further capabilities effective, which must be in the thread's permitted set.
+    /// Makes further capabilities effective, which must be in the thread's permitted set. The kernel ignores capabilities
+    /// that it does not know.
     ///
     /// # Errors
     ///

@@ -264,7 +264,7 @@ fn device_of_an_fd_that_is_borrowed() {
     }
     let null = File::open("/dev/null").unwrap();
     let reason = DeviceError::OtherDevice { major: 1, minor: 3 };
-    let text = "not a FUSE device: it is the character device 1:3, not 10:229";
+    let text = "the fd is not a FUSE device: it is the character device 1:3, not 10:229";
     holds(&device(null.as_fd()).unwrap_err(), &reason, Errno::NOTTY);
 
     let refused = FuseDevice::new(null.as_fd()).unwrap_err();
@@ -315,7 +315,7 @@ fn kinds_of_files() {
         (socket.into(), "a socket"),
     ] {
         let refused = FuseDevice::new(fd).unwrap_err();
-        let text = format!("not a FUSE device: not a character device (it is {kind})");
+        let text = format!("the fd is not a FUSE device: it is {kind}");
         assert_eq!(refused.to_string(), text);
     }
     // Whatever it leads to now.

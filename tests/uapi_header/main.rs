@@ -1,9 +1,8 @@
-//! The build script's comparison with `<linux/fuse.h>`, by building the crate against headers that
-//! are true, and against headers that are not.
+//! Tests the build script's comparison with `<linux/fuse.h>`: builds the crate against the true header and against
+//! changed ones.
 //!
-//! The true one is that of `FUSE_BACKING_UAPI_INCLUDE`, else the compiler's own. Where that is older
-//! than Linux 6.9 the outcome "too old" is asserted of it, and what 6.9 added is put in, so that
-//! there is something to change.
+//! The true header is the one that `FUSE_BACKING_UAPI_INCLUDE` selects, else the compiler's own. If it is older than
+//! Linux 6.9, the tests add what 6.9 added.
 
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 #![allow(unreachable_pub)]
@@ -18,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use tempfile::TempDir;
 
 use mode::Mode;
@@ -29,7 +28,7 @@ fn main() -> ExitCode {
         Ok(workshop) => (Ok(()), Some(Arc::new(workshop))),
         Err(why) => (Err(why), None),
     };
-    let mut trials: Vec<Trial> = Vec::new();
+    let mut trials = vec![Trial::ignorable_test("abi_compared", abi_compared)];
     let mut add = |name: &str, test: fn(&Workshop) -> Result<(), Failed>| {
         let workshop = workshop.clone();
         trials.push(mode.trial(name, &ready, move || test(&workshop.expect("ready"))));
@@ -59,11 +58,26 @@ fn main() -> ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// A change of the header, and how the build that sees it fails.
+/// Reports whether this build compared the ABI. In mode `require` a build that did not fails before the tests run.
+fn abi_compared() -> Result<Completion, Failed> {
+    if cfg!(fuse_backing_uapi_header) {
+        return Ok(Completion::Completed);
+    }
+    let reason = option_env!("FUSE_BACKING_UAPI_UNCHECKED");
+    let reason = reason.unwrap_or("FUSE_BACKING_UAPI_CHECK is off");
+    let report = format!("ABI not compared: {reason}. See README.md, ABI verification");
+    match option_env!("FUSE_BACKING_UAPI_CHECK") {
+        Some("require") => Err(report.into()),
+        _ => Ok(Completion::ignored_with(report)),
+    }
+}
+
+/// A change of the header that fails the build.
 struct Mutation {
     name: &'static str,
-    /// Each once in the header.
+    /// The header has the first text of each pair exactly once. The second replaces it.
     changes: &'static [(&'static str, &'static str)],
+    /// The build's output contains these.
     says: &'static [&'static str],
 }
 
@@ -78,17 +92,17 @@ const MUTATIONS: &[Mutation] = &[
             ),
         ],
         says: &[
-            "the offset of fuse_backing_map.fd: 4 in the header",
-            "the offset of fuse_backing_map.flags: 0 in the header",
+            "offset_of!(fuse_backing_map, fd): 0x4 in the header",
+            "offset_of!(fuse_backing_map, flags): 0x0 in the header",
         ],
     },
     Mutation {
         name: "type_of_a_field",
         changes: &[("int32_t\t\tfd;", "int64_t\t\tfd;")],
         says: &[
-            "the size of fuse_backing_map.fd: 8 bytes in the header",
-            "the size of fuse_backing_map: 24 in the header",
-            // The number encodes the size.
+            "size(|s: &fuse_backing_map| &s.fd): 0x8 in the header",
+            "size_of::<fuse_backing_map>(): 0x18 in the header",
+            // The ioctl number encodes the size.
             "FUSE_DEV_IOC_BACKING_OPEN",
         ],
     },
@@ -99,19 +113,19 @@ const MUTATIONS: &[Mutation] = &[
             "uint32_t\tpadding;\n};\n\n/* Device ioctls: */",
         )],
         says: &[
-            "the size of fuse_backing_map.padding: 4 bytes in the header",
-            "the alignment of fuse_backing_map: 4 in the header",
+            "size(|s: &fuse_backing_map| &s.padding): 0x4 in the header",
+            "align_of::<fuse_backing_map>(): 0x4 in the header",
         ],
     },
     Mutation {
         name: "signedness_of_fd",
         changes: &[("int32_t\t\tfd;", "uint32_t\t\tfd;")],
-        says: &["the signedness of fuse_backing_map.fd: unsigned in the header"],
+        says: &["signed(|s: &fuse_backing_map| &s.fd): 0x0 in the header"],
     },
     Mutation {
         name: "signedness_of_backing_id",
         changes: &[("int32_t\t\tbacking_id;", "uint32_t\t\tbacking_id;")],
-        says: &["the signedness of fuse_open_out.backing_id: unsigned in the header"],
+        says: &["signed(|s: &fuse_open_out| &s.backing_id): 0x0 in the header"],
     },
     Mutation {
         name: "name_of_a_field_that_moved",
@@ -120,10 +134,10 @@ const MUTATIONS: &[Mutation] = &[
             "uint64_t\tops_mask;\n\tuint32_t\tflags;\n};\n\n/* Device ioctls: */",
         )],
         says: &[
-            // `padding` is looked for behind `flags`, and that is where `flags` itself is now.
-            "the offset of fuse_backing_map.padding: 16 in the header",
-            "the offset of fuse_backing_map.flags: 16 in the header",
-            "the size of fuse_backing_map: 24 in the header",
+            // `padding` is looked up at the third position, where the changed header has `flags`.
+            "offset_of!(fuse_backing_map, padding): 0x10 in the header",
+            "offset_of!(fuse_backing_map, flags): 0x10 in the header",
+            "size_of::<fuse_backing_map>(): 0x18 in the header",
         ],
     },
     Mutation {
@@ -132,12 +146,12 @@ const MUTATIONS: &[Mutation] = &[
             "uint64_t\tpadding;\n};\n\n/* Device ioctls: */",
             "uint32_t\tops_mask;\n\tuint32_t\tmore;\n};\n\n/* Device ioctls: */",
         )],
-        says: &["the size of fuse_backing_map.padding: 4 bytes in the header"],
+        says: &["size(|s: &fuse_backing_map| &s.padding): 0x4 in the header"],
     },
     Mutation {
         name: "name_and_sign_of_a_field",
         changes: &[("int32_t\t\tbacking_id;", "uint32_t\tbacking;")],
-        says: &["the signedness of fuse_open_out.backing_id: unsigned in the header"],
+        says: &["signed(|s: &fuse_open_out| &s.backing_id): 0x0 in the header"],
     },
     Mutation {
         name: "name_and_place_of_a_field_of_the_same_size",
@@ -146,8 +160,8 @@ const MUTATIONS: &[Mutation] = &[
             "int32_t\t\tbacking;\n\tuint32_t\topen_flags;",
         )],
         says: &[
-            "the signedness of fuse_open_out.backing_id: unsigned in the header",
-            "the offset of fuse_open_out.open_flags: 12 in the header",
+            "signed(|s: &fuse_open_out| &s.backing_id): 0x0 in the header",
+            "offset_of!(fuse_open_out, open_flags): 0xc in the header",
         ],
     },
     Mutation {
@@ -156,7 +170,7 @@ const MUTATIONS: &[Mutation] = &[
             "uint64_t\tpadding;\n};\n\n/* Device ioctls: */",
             "};\n\n/* Device ioctls: */",
         )],
-        says: &["does not declare what the crate binds", "padding"],
+        says: &["lacks what the crate binds", "padding"],
     },
     Mutation {
         name: "place_in_init_out",
@@ -164,7 +178,7 @@ const MUTATIONS: &[Mutation] = &[
             "uint32_t\tmax_stack_depth;",
             "uint32_t\tother;\n\tuint32_t\tmax_stack_depth;",
         )],
-        says: &["the offset of fuse_init_out.max_stack_depth: 40 in the header"],
+        says: &["offset_of!(fuse_init_out, max_stack_depth): 0x28 in the header"],
     },
     Mutation {
         name: "number_of_an_ioctl",
@@ -194,9 +208,9 @@ const MUTATIONS: &[Mutation] = &[
         changes: &[("FOPEN_PASSTHROUGH\t(1 << 7)", "FOPEN_PASSTHROUGH\t(1 << 8)")],
         says: &["FOPEN_PASSTHROUGH: 0x100 in the header"],
     },
-    // Of Linux 7.3. An older header has neither.
+    // Linux 7.3 added both. An older header has neither.
     Mutation {
-        name: "younger_bits",
+        name: "newer_bits",
         changes: &[(
             "/* Device ioctls: */\n",
             "#undef FOPEN_IO_URING_ZERO_COPY\n#define FOPEN_IO_URING_ZERO_COPY (1 << 9)\n\
@@ -211,11 +225,11 @@ const MUTATIONS: &[Mutation] = &[
     Mutation {
         name: "constant_gone",
         changes: &[("#define FOPEN_NOFLUSH", "#define FOPEN_OTHER")],
-        says: &["does not define FOPEN_NOFLUSH"],
+        says: &["lacks what the crate binds", "FOPEN_NOFLUSH"],
     },
 ];
 
-/// What 6.9 added to a header, for machines whose own is older.
+/// Turns an older header into one of Linux 6.9.
 const ADDED_BY_6_9: &[(&str, &str)] = &[
     (
         "struct fuse_open_out {\n\tuint64_t\tfh;\n\tuint32_t\topen_flags;\n\tuint32_t\tpadding;\n};",
@@ -237,10 +251,10 @@ const ADDED_BY_6_9: &[(&str, &str)] = &[
     ),
 ];
 
-/// The true header, and where the crate is built: one target folder, so that dependencies are
-/// compiled once.
 struct Workshop {
+    /// The text of the true header.
     header: String,
+    /// All builds share it, so that dependencies are compiled once.
     target: TempDir,
     lock: Mutex<()>,
 }
@@ -259,7 +273,7 @@ impl Workshop {
             if young {
                 "of Linux 6.9 or newer"
             } else {
-                "older than Linux 6.9, brought up to it"
+                "older than Linux 6.9: the tests add what 6.9 added"
             }
         );
         let header = if young {
@@ -274,7 +288,7 @@ impl Workshop {
         })
     }
 
-    /// A folder with this `linux/fuse.h` and no other.
+    /// Creates an include folder that has this `linux/fuse.h` alone.
     fn include(header: &str) -> Result<TempDir, Failed> {
         let dir = TempDir::with_prefix("with {space} ")?;
         fs::create_dir(dir.path().join("linux"))?;
@@ -291,7 +305,7 @@ impl Workshop {
     }
 
     fn cargo(&self, configure: impl FnOnce(&mut Command)) -> Result<Build, Failed> {
-        // Cargo would wait for its own lock, and say so in the output.
+        // A second cargo would wait for the lock of the target folder, and print that it waits.
         let _one_at_a_time = self.lock.lock();
         let mut cargo = Command::new(env!("CARGO"));
         cargo
@@ -305,7 +319,7 @@ impl Workshop {
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"))
             .env("CARGO_TARGET_DIR", self.target.path())
             .env_remove("FUSE_BACKING_UAPI_INCLUDE")
-            // Away from the checkout's .cargo/config.toml, as a dependent is.
+            // A dependent's build does not read the checkout's .cargo/config.toml either.
             .current_dir(self.target.path());
         configure(&mut cargo);
         let output = cargo.output()?;
@@ -316,7 +330,7 @@ impl Workshop {
     }
 }
 
-/// What `cc` includes, from the first line that preprocessing leaves of it.
+/// Returns the path of the `<linux/fuse.h>` that `cc` includes.
 fn compilers_header() -> Result<PathBuf, String> {
     let source = TempDir::new().map_err(|e| e.to_string())?;
     let file = source.path().join("probe.c");
@@ -356,6 +370,12 @@ impl Build {
     }
 
     #[track_caller]
+    fn assert_passed_silently(&self) {
+        self.assert_passed();
+        assert!(!self.output.contains("warning"), "{}", self.output);
+    }
+
+    #[track_caller]
     fn assert_failed(&self, says: &[&str]) {
         assert!(!self.passed, "the build passed");
         self.assert_says(says);
@@ -383,18 +403,17 @@ fn bites(workshop: &Workshop, mutation: &Mutation) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The control: without a change the build passes, and says nothing.
+/// The control: without a change the build passes without a warning.
 fn true_header(workshop: &Workshop) -> Result<(), Failed> {
     let include = Workshop::include(&workshop.header)?;
     for mode in ["auto", "require"] {
         let build = workshop.check(mode, include.path())?;
-        build.assert_passed();
-        assert!(!build.output.contains("warning"), "{}", build.output);
+        build.assert_passed_silently();
     }
     Ok(())
 }
 
-/// A field at the same place, of the same type, may have another name. `ops_mask` is proposed on the kernel's lists.
+/// The header may rename a field that keeps its place and type. `ops_mask` is proposed on the kernel's lists.
 fn renamed_fields(workshop: &Workshop) -> Result<(), Failed> {
     let changes = [
         (
@@ -409,7 +428,7 @@ fn renamed_fields(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// In a target folder that no other test builds in.
+/// Builds in a target folder of its own: other tests' builds would hide that cargo builds again.
 fn looks_again_at_a_changed_header(workshop: &Workshop) -> Result<(), Failed> {
     let include = Workshop::include(&workshop.header)?;
     let target = TempDir::new()?;
@@ -435,7 +454,7 @@ fn looks_again_at_a_changed_header(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Without `FUSE_BACKING_UAPI_INCLUDE`: what the compiler has.
+/// Without `FUSE_BACKING_UAPI_INCLUDE` the header is the compiler's own.
 fn the_machines_header(workshop: &Workshop) -> Result<(), Failed> {
     let require = workshop.cargo(|cargo| {
         cargo.env("FUSE_BACKING_UAPI_CHECK", "require");
@@ -450,38 +469,31 @@ fn the_machines_header(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Another outcome than a mismatch.
+/// A header that is too old is no mismatch.
 fn too_old(workshop: &Workshop) -> Result<(), Failed> {
     let old = workshop
         .header
         .replace("FUSE_DEV_IOC_BACKING_OPEN", "FUSE_DEV_IOC_NONE");
     let include = Workshop::include(&old)?;
-    let says = [
-        "was not compared with a uapi header",
-        "is older than Linux 6.9",
-    ];
+    let says = ["ABI not compared: ", "is older than Linux 6.9"];
     workshop
         .check("require", include.path())?
         .assert_failed(&says);
-    let auto = workshop.check("auto", include.path())?;
-    auto.assert_passed();
-    auto.assert_says(&says);
-    auto.assert_says(&["warning: fuse-backing"]);
+    workshop
+        .check("auto", include.path())?
+        .assert_passed_silently();
     Ok(())
 }
 
 fn absent(workshop: &Workshop) -> Result<(), Failed> {
     let empty = TempDir::new()?;
-    let says = [
-        "was not compared with a uapi header: there is no ",
-        "linux/fuse.h",
-    ];
+    let says = ["ABI not compared: there is no ", "linux/fuse.h"];
     workshop
         .check("require", empty.path())?
         .assert_failed(&says);
-    let auto = workshop.check("auto", empty.path())?;
-    auto.assert_passed();
-    auto.assert_says(&says);
+    workshop
+        .check("auto", empty.path())?
+        .assert_passed_silently();
     Ok(())
 }
 
@@ -503,16 +515,16 @@ fn unusable_compiler(workshop: &Workshop) -> Result<(), Failed> {
             "the C compiler cannot translate the probe",
         ),
     ] {
-        for (mode, passes) in [("require", false), ("auto", true)] {
-            let build = workshop.cargo(|cargo| {
+        let build = |mode| {
+            workshop.cargo(|cargo| {
                 cargo
                     .env("FUSE_BACKING_UAPI_CHECK", mode)
                     .env("FUSE_BACKING_UAPI_INCLUDE", include.path())
                     .env("CC", cc);
-            })?;
-            assert_eq!(build.passed, passes, "{cc}: {}", build.output);
-            build.assert_says(&["was not compared with a uapi header", says]);
-        }
+            })
+        };
+        build("require")?.assert_failed(&["ABI not compared: ", says]);
+        build("auto")?.assert_passed_silently();
     }
     Ok(())
 }
@@ -524,10 +536,9 @@ fn unknown_mode(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// A dependent's build: a crate of its own, outside of the checkout, with no C compiler to be found.
+/// A dependent's build: another crate, outside the checkout, with no C compiler in PATH.
 ///
-/// rustc links build scripts with `cc`, so that one is named by its path, and what PATH leads to is
-/// an empty folder.
+/// PATH is an empty folder. rustc links build scripts with `cc`, whose full path the linker variable has.
 fn off_needs_no_compiler(workshop: &Workshop) -> Result<(), Failed> {
     let dependent = TempDir::new()?;
     fs::create_dir(dependent.path().join("src"))?;
@@ -540,7 +551,7 @@ fn off_needs_no_compiler(workshop: &Workshop) -> Result<(), Failed> {
         env!("CARGO_MANIFEST_DIR")
     );
     fs::write(dependent.path().join("Cargo.toml"), manifest)?;
-    // The versions that this checkout has in the local registry.
+    // The versions that cargo has without a network.
     fs::copy(
         concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock"),
         dependent.path().join("Cargo.lock"),
@@ -554,16 +565,15 @@ fn off_needs_no_compiler(workshop: &Workshop) -> Result<(), Failed> {
             .env("CARGO_TARGET_DIR", workshop.target.path())
             .env("RUSTC", which("rustc").unwrap_or_else(|| "rustc".into()))
             .env(linker_variable(), linker)
-            // Where the linker driver finds `ld`.
+            // The linker driver finds `ld` here.
             .env("COMPILER_PATH", "/usr/bin")
             .env("PATH", empty.path())
             .env_remove("CC")
             .env_remove("FUSE_BACKING_UAPI_CHECK")
             .current_dir(dependent.path());
     })?;
-    build.assert_passed();
-    assert!(!build.output.contains("warning"), "{}", build.output);
-    // The control: here a compiler that is asked for is not found.
+    build.assert_passed_silently();
+    // The control: a required comparison finds no compiler.
     let asked = workshop.cargo(|cargo| {
         cargo
             .env("PATH", empty.path())
@@ -583,7 +593,7 @@ fn which(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// `CARGO_TARGET_<TRIPLE>_LINKER` of the host, which is what build scripts are for.
+/// Returns `CARGO_TARGET_<TRIPLE>_LINKER` of the host: build scripts run there.
 fn linker_variable() -> String {
     let output = Command::new("rustc").arg("-vV").output().expect("rustc");
     let version = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -1,5 +1,5 @@
-//! The build script by itself, told that it builds for other targets: no standard library for them
-//! is needed, and the compilers for them are the machine's own, whose predefined macros lie.
+//! Runs the build script alone, for other targets. The compiler is the machine's own, with the other target's predefined
+//! macros. No standard library for the target is needed.
 
 use std::collections::HashMap;
 use std::env;
@@ -23,7 +23,7 @@ pub const TESTS: &[(&str, Test)] = &[
 
 pub type Test = fn(&Workshop) -> Result<(), Failed>;
 
-/// Of its own `<stdint.h>`, since the C library's looks at the architecture.
+/// `-ffreestanding` selects the compiler's own `<stdint.h>`: the C library's depends on the architecture.
 const FREESTANDING: &str = "cc -ffreestanding -U__x86_64__ -U__i386__ -U__aarch64__ -U__riscv";
 const BIG: &str = "-U__BYTE_ORDER__ -D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__";
 const MIPS64: &str = "mips64-unknown-linux-gnuabi64";
@@ -45,7 +45,7 @@ struct Script {
 struct Ran {
     passed: bool,
     output: String,
-    /// What it wrote for rustc to evaluate.
+    /// The file of assertions that the script wrote for rustc.
     assertions: Option<String>,
 }
 
@@ -60,7 +60,7 @@ impl Ran {
     #[track_caller]
     fn assert_unchecked(&self, why: &str) {
         assert!(!self.passed, "{}", self.output);
-        self.assert_says("cargo::error=the ABI was not compared with a uapi header: ");
+        self.assert_says("cargo::error=ABI not compared: ");
         self.assert_says(why);
         assert!(!self.output.contains("rustc-cfg="), "{}", self.output);
         assert_eq!(self.assertions, None);
@@ -76,7 +76,7 @@ impl Ran {
     }
 }
 
-/// `target_arch`, bits and endianness, as cargo says them to build scripts.
+/// `target_arch`, pointer width and endianness, as cargo gives them to build scripts.
 type Architecture = (&'static str, &'static str, &'static str);
 
 impl Script {
@@ -95,8 +95,7 @@ impl Script {
         Ok(Self { folder, include })
     }
 
-    /// In `require` mode, for a target on a host that is another, with these compilers and the true
-    /// header.
+    /// Runs the script in mode `require` for a cross build, with these compilers and the true header.
     fn run(
         &self,
         target: &str,
@@ -106,7 +105,7 @@ impl Script {
         self.run_with(self.include.path(), target, architecture, compilers)
     }
 
-    /// What `variables` has goes before everything else.
+    /// As `run`, with this include folder. `variables` override all others.
     fn run_with(
         &self,
         include: &Path,
@@ -137,7 +136,7 @@ impl Script {
     }
 }
 
-/// By the target's name in either spelling, which goes before `CC`.
+/// The variable with the target's name, in either spelling, takes precedence over `CC`.
 fn compilers_variable(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let (right, wrong) = (&*big_endian_mips(), "no-such-compiler");
@@ -150,7 +149,7 @@ fn compilers_variable(workshop: &Workshop) -> Result<(), Failed> {
         &[(dashes, right), ("CC", wrong)],
         &[(underscores, right), ("CC", wrong)],
         &[(dashes, right), (underscores, wrong)],
-        // Empty is as good as unset.
+        // An empty variable counts as unset.
         &[(dashes, " "), (underscores, right), ("CC", wrong)],
     ] {
         let ran = script.run(MIPS64, ("mips64", "64", "big"), compilers)?;
@@ -162,17 +161,21 @@ fn compilers_variable(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Not the host's `cc`, which is there.
+/// A cross build does not use the host's `cc`.
 fn no_compiler_for_the_target(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let ran = script.run(MIPS64, ("mips64", "64", "big"), &[])?;
-    ran.assert_unchecked("set CC_mips64_unknown_linux_gnuabi64 for this cross build");
-    // Of another target's it takes no notice.
+    ran.assert_unchecked(
+        "no C compiler for mips64-unknown-linux-gnuabi64: set CC_mips64_unknown_linux_gnuabi64",
+    );
+    // The script ignores the variable of another target.
     let other = format!("CC_mips64el_unknown_linux_gnuabi64={}", big_endian_mips());
     let (name, value) = other.split_once('=').ok_or("no =")?;
     let ran = script.run(MIPS64, ("mips64", "64", "big"), &[(name, value)])?;
-    ran.assert_unchecked("set CC_mips64_unknown_linux_gnuabi64 for this cross build");
-    // The control: when host and target are the same, `cc` it is.
+    ran.assert_unchecked(
+        "no C compiler for mips64-unknown-linux-gnuabi64: set CC_mips64_unknown_linux_gnuabi64",
+    );
+    // The control: if host and target are the same, the script uses `cc`.
     if cfg!(target_pointer_width = "64") && cfg!(target_endian = "little") {
         script
             .run("host", (env::consts::ARCH, "64", "little"), &[])?
@@ -181,7 +184,7 @@ fn no_compiler_for_the_target(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Its predefined macros say otherwise than cargo.
+/// The compiler's predefined macros contradict cargo.
 fn compiler_for_another_target(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let (big, little) = (big_endian_mips(), little_endian_mips());
@@ -192,7 +195,7 @@ fn compiler_for_another_target(workshop: &Workshop) -> Result<(), Failed> {
         (("mips64", "64", "little"), &little),
         (("mips64r6", "64", "big"), &big),
         (("mips", "32", "big"), &half),
-        // A family that the script has not heard of: by size and byte order alone.
+        // An architecture that the script does not know: it checks the pointer size and byte order alone.
         (("new64", "64", "big"), &nobody),
         (("new64", "64", "big"), &big),
     ];
@@ -219,8 +222,7 @@ fn compiler_for_another_target(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Those of the header are what rustc is to compare: of the ioctls, here those of the compiler's own
-/// `asm/ioctl.h`.
+/// The assertions have the header's values. The ioctl numbers are those of the machine's own `asm/ioctl.h`.
 fn values(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let compiler = big_endian_mips();
@@ -228,13 +230,13 @@ fn values(workshop: &Workshop) -> Result<(), Failed> {
     ran.assert_compared();
     let assertions = ran.assertions.ok_or("none")?;
     for assertion in [
-        "assert!(size_of::<fuse_backing_map>() == 16, ",
-        "assert!(align_of::<fuse_open_out>() == 8, ",
-        "assert!(std::mem::offset_of!(fuse_init_out, max_stack_depth) == 36, ",
-        "assert!(size(|s: &fuse_open_out| &s.backing_id) == 4, ",
-        "assert!(signed(|s: &fuse_backing_map| &s.fd) == true, ",
-        "assert!(signed(|s: &fuse_backing_map| &s.flags) == false, ",
-        // Of more than 32 bits, and one whose sign bit is set as an int.
+        "assert!(size_of::<fuse_backing_map>() as u64 == 0x10, ",
+        "assert!(align_of::<fuse_open_out>() as u64 == 0x8, ",
+        "assert!(std::mem::offset_of!(fuse_init_out, max_stack_depth) as u64 == 0x24, ",
+        "assert!(size(|s: &fuse_open_out| &s.backing_id) as u64 == 0x4, ",
+        "assert!(signed(|s: &fuse_backing_map| &s.fd) as u64 == 0x1, ",
+        "assert!(signed(|s: &fuse_backing_map| &s.flags) as u64 == 0x0, ",
+        // A value of more than 32 bits, and one that is negative as an int.
         "assert!(FUSE_PASSTHROUGH as u64 == 0x2000000000, ",
         "assert!(FUSE_DEV_IOC_CLONE as u64 == 0x8004e500, ",
     ] {
@@ -242,20 +244,20 @@ fn values(workshop: &Workshop) -> Result<(), Failed> {
         let found = assertions.matches(&line).count();
         assert_eq!(found, 1, "{assertion} in:\n{assertions}");
     }
-    // Three structs' sizes and alignments, three things of each of 18 fields, and 25 constants: a header of
-    // 6.9 has four of them less, one before 7.3 two.
+    // 3 structs' sizes and alignments, 18 fields' offsets, sizes and signedness, and 25 constants. A header of 6.9 lacks
+    // four constants, one before 7.3 lacks two.
     let count = assertions.lines().count();
     assert!((81..=85).contains(&count), "{count}");
     Ok(())
 }
 
-/// None, an old one, one without a field or a constant: each is said, of the header that it is.
+/// An absent header, an old one, and one without a field or a constant: the error names the header and the reason.
 fn headers_that_do_not_do(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let architecture = ("mips64", "64", "big");
     let compiler = &*big_endian_mips();
     let missing = &*format!("{compiler} -include no-such-file.h");
-    let unchecked = "the ABI was not compared with a uapi header: ";
+    let unchecked = "ABI not compared: ";
     let without = |from: &str, to: &str| workshop.header.replace(from, to);
     for (header, before, after) in [
         (None, "there is no ", ""),
@@ -279,13 +281,10 @@ fn headers_that_do_not_do(workshop: &Workshop) -> Result<(), Failed> {
     ran.assert_says("no-such-file.h");
 
     for (header, says) in [
-        (
-            without("int32_t\t\tbacking_id;", ""),
-            " does not declare what the crate binds:",
-        ),
+        (without("int32_t\t\tbacking_id;", ""), "backing_id"),
         (
             without("#define FOPEN_NOFLUSH", "#define FOPEN_OTHER"),
-            " does not define FOPEN_NOFLUSH",
+            "FOPEN_NOFLUSH",
         ),
     ] {
         assert_ne!(header, workshop.header);
@@ -293,33 +292,33 @@ fn headers_that_do_not_do(workshop: &Workshop) -> Result<(), Failed> {
         let ran = script.run_with(include.path(), MIPS64, architecture, &[("CC", compiler)])?;
         assert!(!ran.passed, "{}", ran.output);
         let path = include.path().join("linux/fuse.h");
-        ran.assert_says(&format!("cargo::error={}{says}", path.display()));
-        if says.contains("declare") {
-            ran.assert_says("backing_id");
-        }
+        let lacks = format!(
+            "cargo::error={} lacks what the crate binds: ",
+            path.display()
+        );
+        ran.assert_says(&lacks);
+        ran.assert_says(says);
     }
-    // The younger ones a header need not have.
-    const YOUNGER: [&str; 4] = [
+    // A header may lack the constants that are newer than Linux 6.9.
+    const NEWER: [&str; 4] = [
         "FUSE_DEV_IOC_SYNC_INIT",
         "FUSE_OVER_IO_URING",
         "FUSE_HAS_IO_URING_BUFPOOL",
         "FOPEN_IO_URING_ZERO_COPY",
     ];
     let define = |name| format!("#define {name}");
-    let header = YOUNGER
-        .iter()
-        .fold(workshop.header.clone(), |header, name| {
-            header.replace(&define(*name), "#define FUSE_OTHER")
-        });
+    let header = NEWER.iter().fold(workshop.header.clone(), |header, name| {
+        header.replace(&define(*name), "#define FUSE_OTHER")
+    });
     let include = Workshop::include(&header)?;
     let ran = script.run_with(include.path(), MIPS64, architecture, &[("CC", compiler)])?;
     ran.assert_compared();
     let assertions = ran.assertions.ok_or("none")?;
-    assert!(!YOUNGER.iter().any(|name| assertions.contains(name)));
+    assert!(!NEWER.iter().any(|name| assertions.contains(name)));
     Ok(())
 }
 
-/// What nobody asked for is not done, and what cannot be done is a warning or an error.
+/// `auto` passes without a comparison, and tells the tests why. `off` compares nothing. Other modes fail.
 fn modes(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let architecture = ("mips64", "64", "big");
@@ -331,7 +330,19 @@ fn modes(workshop: &Workshop) -> Result<(), Failed> {
     run("auto", compiler)?.assert_compared();
     let unchecked = run("auto", "no-such-compiler")?;
     assert!(unchecked.passed, "{}", unchecked.output);
-    unchecked.assert_says("cargo::warning=the ABI was not compared with a uapi header: ");
+    unchecked.assert_says(
+        "cargo::rustc-env=FUSE_BACKING_UAPI_UNCHECKED=no C compiler: no-such-compiler: ",
+    );
+    assert!(
+        !unchecked.output.contains("cargo::warning"),
+        "{}",
+        unchecked.output
+    );
+    assert!(
+        !unchecked.output.contains("rustc-cfg="),
+        "{}",
+        unchecked.output
+    );
     assert_eq!(unchecked.assertions, None);
     for mode in ["", "off"] {
         let off = run(mode, compiler)?;
@@ -344,8 +355,8 @@ fn modes(workshop: &Workshop) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Each variable that it reads, and each header that the compiler read, also behind a folder's name
-/// with a space.
+/// Cargo watches each variable that the script reads and each header that the compiler reads, also in a folder whose
+/// name has a space.
 fn what_cargo_is_to_watch(workshop: &Workshop) -> Result<(), Failed> {
     let script = Script::new(workshop)?;
     let compiler = big_endian_mips();
@@ -374,11 +385,11 @@ fn what_cargo_is_to_watch(workshop: &Workshop) -> Result<(), Failed> {
         watched.iter().any(|path| path.ends_with("asm/ioctl.h")),
         "{watched:?}"
     );
-    // Cargo runs a script again whose files are not there.
+    // Cargo runs a script again if a watched file does not exist.
     for path in watched.iter().filter(|path| path.is_absolute()) {
         assert!(path.is_file(), "{path:?}");
     }
-    // What the script wrote itself would make cargo run it each time.
+    // Cargo would run the script each time if it watched a file that the script writes.
     let own = watched
         .iter()
         .filter(|path| path.starts_with(script.folder.path()));

@@ -7,11 +7,11 @@
 //!   says nothing, and `cargo test --test uapi_header` reports why the ABI was not compared.
 //! - `require`: a build that cannot compare fails.
 //!
-//! `FUSE_BACKING_UAPI_INCLUDE=DIR` selects `DIR/linux/fuse.h`, else it is the compiler's own. A relative `DIR` starts at
-//! the package's folder. The compiler is `CC_<target>`, `CC`, or `cc` if host and target are the same.
-//!
-//! The compiler translates for the target, and nothing it produces is run. It writes the header's values into assembly
-//! as text. rustc compares them as it compiles the crate. A mismatch is a compile error that names the value.
+//! The header is `DIR/linux/fuse.h` if `FUSE_BACKING_UAPI_INCLUDE=DIR` is set, else the compiler's own `<linux/fuse.h>`. A
+//! relative `DIR` starts at the package's folder. The compiler is `CC_<target>`, `CC`, or `cc` if host and target are
+//! the same. It translates for the target, and nothing it produces is run: it writes the header's values into assembly
+//! as text. They become assertions, which rustc evaluates when it compiles the crate for the same target. A mismatch is
+//! a compile error that names the field or the constant.
 
 use std::collections::HashMap;
 use std::env;
@@ -90,7 +90,7 @@ fn main() {
     }
 }
 
-/// Writes the assertions for rustc, or returns why nothing can be compared here.
+/// Writes the assertions for rustc, or returns why it cannot compare. A header that lacks a value fails the build.
 fn compare() -> Result<(), String> {
     let probe = Probe::new()?;
     let header = probe.header();

@@ -7,7 +7,7 @@
 //!   says nothing, and `cargo test --test uapi_header` reports why the ABI was not compared.
 //! - `require`: a build that cannot compare fails.
 //!
-//! The header is `DIR/linux/fuse.h` if `FUSE_BACKING_UAPI_INCLUDE=DIR` is set, else the compiler's own `<linux/fuse.h>`. A
+//! The header is `DIR/linux/fuse.h` with `FUSE_BACKING_UAPI_INCLUDE=DIR`, else the compiler's own `<linux/fuse.h>`. A
 //! relative `DIR` starts at the package's folder. The compiler is `CC_<target>`, `CC`, or `cc` if host and target are
 //! the same. It translates for the target, and nothing it produces is run: it writes the header's values into assembly
 //! as text. They become assertions, which rustc evaluates when it compiles the crate for the same target. A mismatch is
@@ -297,7 +297,7 @@ fn parse(assembly: &str) -> HashMap<String, u64> {
     assembly.lines().filter_map(value).collect()
 }
 
-/// Lets cargo watch the headers in the dependency file, which is a make rule: `target: header header \<newline> header`.
+/// Lets cargo watch the headers in the dependency file, a make rule: `target: header header \<newline> header`.
 /// Without the file, which some compilers do not write, cargo watches none.
 fn rerun_if_headers_change(dependencies: &str) {
     let rule = fs::read_to_string(dependencies).unwrap_or_default();

@@ -65,7 +65,7 @@ fn abi_compared() -> Result<Completion, Failed> {
     }
     let reason = option_env!("FUSE_BACKING_UAPI_UNCHECKED");
     let reason = reason.unwrap_or("FUSE_BACKING_UAPI_CHECK is off");
-    let report = format!("ABI not compared: {reason}. See README.md, ABI verification");
+    let report = format!("ABI not compared: {reason}. See CONTRIBUTING.md, ABI verification");
     match option_env!("FUSE_BACKING_UAPI_CHECK") {
         Some("require") => Err(report.into()),
         _ => Ok(Completion::ignored_with(report)),

@@ -1,5 +1,5 @@
-//! Runs the build script alone, for other targets. The compiler is the machine's own, with the other target's predefined
-//! macros. No standard library for the target is needed.
+//! Runs the build script alone, for other targets. The compiler is the machine's own, with the other target's
+//! predefined macros. No standard library for the target is needed.
 
 use std::collections::HashMap;
 use std::env;
@@ -244,8 +244,8 @@ fn values(workshop: &Workshop) -> Result<(), Failed> {
         let found = assertions.matches(&line).count();
         assert_eq!(found, 1, "{assertion} in:\n{assertions}");
     }
-    // 3 structs' sizes and alignments, 18 fields' offsets, sizes and signedness, and 25 constants. A header of 6.9 lacks
-    // four constants, one before 7.3 lacks two.
+    // 3 structs' sizes and alignments, 18 fields' offsets, sizes and signedness, and 25 constants. A header of 6.9
+    // lacks four constants, one before 7.3 lacks two.
     let count = assertions.lines().count();
     assert!((81..=85).contains(&count), "{count}");
     Ok(())

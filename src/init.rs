@@ -20,7 +20,7 @@
 //! [`NotNegotiatedOrDenied`](crate::error::NotPermitted::NotNegotiatedOrDenied). [`negotiate`] works out a reply that
 //! has all of this, or says why passthrough is unavailable: the kernel does not offer it, the server wants flags that
 //! exclude it, or this thread may not register. A server whose files are registered by another thread or process calls
-//! [`reply`], which does not look at the calling thread.
+//! [`negotiate_for_registrar`], which does not look at the calling thread.
 //!
 //! # `max_stack_depth`
 //!

@@ -5,7 +5,7 @@
 //!
 //! Sizes, offsets, signedness and numbers are asserted in this file at compile time, for every target, against the
 //! values measured on Linux 6.12 and 6.18. With `FUSE_BACKING_UAPI_CHECK=require` the build also compares them with
-//! `<linux/fuse.h>`, see the README. Without it the build needs no C compiler.
+//! `<linux/fuse.h>`, see CONTRIBUTING.md. Without it the build needs no C compiler.
 //!
 //! # References
 //!

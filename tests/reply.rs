@@ -130,7 +130,9 @@ fn access_exceeded() {
             } else {
                 let error = reply.unwrap_err();
                 assert_eq!(error, OpenError::AccessExceeded { granted, wanted });
-                let message = format!("the client asks for {wanted} access, but the server grants {granted} access");
+                let message = format!(
+                    "the client asks for {wanted} access, but the server grants {granted} access"
+                );
                 assert_eq!(error.to_string(), message);
                 assert_eq!(error.errno(), Errno::ACCESS);
                 assert_eq!(raw(error), Errno::ACCESS.raw_os_error());

@@ -110,7 +110,10 @@ fn refuses_others_and_gives_them_back(sandbox: &Sandbox) -> Result<(), Failed> {
         let reason = refused.cause();
         assert_eq!(refused.errno(), Errno::NOTTY);
         let message = format!("{refused} {refused:?}");
-        assert!(message.starts_with("the fd is not a FUSE device: "), "{message}");
+        assert!(
+            message.starts_with("the fd is not a FUSE device: "),
+            "{message}"
+        );
         let returned = File::from(refused.into_inner()).metadata().unwrap();
         assert_eq!(returned.ino(), inode, "the same fd, still open");
         format!("{reason:?}")

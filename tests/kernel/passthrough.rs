@@ -319,7 +319,7 @@ fn checked_reply_refuses_the_access(sandbox: &Sandbox) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The README's recommendation to servers that cannot trust every reply: the kernel refuses writes if the file was
+/// SECURITY.md's recommendation to servers that cannot trust every reply: the kernel refuses writes if the file was
 /// opened through a detached read-only clone of its mount.
 #[apply(needs_passthrough)]
 #[allow(unsafe_code)]

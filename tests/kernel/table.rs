@@ -908,7 +908,10 @@ fn listing(sandbox: &Sandbox) -> Result<(), Failed> {
     ];
     assert_eq!(row("1")?[..], expected);
     assert!(printed.contains("passthrough, idle"), "{printed}");
-    assert!(printed.contains("server: the server chose to read and write the file itself"), "{printed}");
+    assert!(
+        printed.contains("server: the server chose to read and write the file itself"),
+        "{printed}"
+    );
 
     thread::sleep(Duration::from_millis(1100));
     for entry in &setup.table.list() {

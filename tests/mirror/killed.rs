@@ -152,7 +152,7 @@ fn wait_until_it_asks(client: &Client) -> Result<(), Failed> {
 }
 
 /// While a process has the device fd, an id that was not closed pins the backing filesystem: `Mirror::stop`
-/// relies on that. And clients of a server that is gone wait until the connection is aborted, as README says.
+/// relies on that. And clients of a server that is gone wait until the connection is aborted.
 #[apply(test_case)]
 fn while_its_device_is_kept(name: &str) -> Result<(), Failed> {
     let sandbox = Sandbox::new(name)?;

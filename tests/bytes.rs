@@ -378,6 +378,9 @@ fn init_flags_from_fields() {
         // Without INIT_EXT, the kernel has sent no second word.
         let low = flags & !(1 << 30);
         assert_eq!(InitFlags::from_fields(low, flags2).bits(), low.into());
+        // The integers that FUSE libraries have.
+        assert_eq!(InitFlags::from(taken), composed);
+        assert_eq!(FopenFlags::from(flags).bits(), flags);
         Ok(())
     });
 }

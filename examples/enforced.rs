@@ -2,7 +2,7 @@
 //! and grants everything. Still no client can write (memfds excepted), because of the thread that `registrar` starts.
 #![cfg_attr(rustfmt, rustfmt_skip)]
 use std::{env, error::Error, ffi::OsStr, fs::File, io, os::fd::AsFd, sync::Arc, time::Duration, time::UNIX_EPOCH};
-use fuse_backing::{FopenFlags, FuseDevice, Handles, Opened, init::{InitFlags, MaxStackDepth, negotiate}};
+use fuse_backing::{FopenFlags, FuseDevice, Handles, Opened, init::{MaxStackDepth, negotiate}};
 use fuse_backing::rights::{CapabilitySet, Lowered, RegistrarThread};
 use fuser::{Errno, FileAttr, FileHandle, FileType, INodeNo, KernelConfig, OpenFlags, Request};
 use landlock::{AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError};
@@ -25,7 +25,7 @@ fn attr(file: &File, ino: INodeNo) -> FileAttr {
 
 impl fuser::Filesystem for Server {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let reply = negotiate(InitFlags::from_bits_retain(config.capabilities().bits()), InitFlags::empty(), MaxStackDepth::One)?;
+        let reply = negotiate(config.capabilities().bits(), 0, MaxStackDepth::One)?;
         config.add_capabilities(fuser::InitFlags::from_bits_retain(reply.flags.bits())).or(Err(io::ErrorKind::Other))?;
         config.set_max_stack_depth(reply.max_stack_depth).map(drop).or(Err(io::ErrorKind::Other.into()))
     }

@@ -22,8 +22,8 @@
 //!
 //! # Registering and closing
 //!
-//! The kernel answers the server with an errno. [`BackingError`] names the cause behind it. These are the errnos with several causes, or with
-//! something to do:
+//! The kernel answers the server with an errno. [`BackingError`] names the cause behind it. These are the errnos with
+//! several causes, or with something to do:
 //!
 //! | errno | error | what to do |
 //! |---|---|---|
@@ -42,8 +42,8 @@
 //! # What to do next
 //!
 //! [`BackingError::scope`] says what the error means for the next attempt. A [`BackingTable`] acts on it: after
-//! [`Scope::Connection`] it registers nothing until [`BackingTable::retry_registrations`]; after any other scope it tries again at
-//! the next open that follows the inode's last release.
+//! [`Scope::Connection`] it registers nothing until [`BackingTable::retry_registrations`]; after any other scope it tries
+//! again at the next open that follows the inode's last release.
 //!
 //! | scope | what to do |
 //! |---|---|
@@ -580,7 +580,8 @@ pub enum ServerReason {
     #[error("the table has no registrar yet: call BackingTable::attach")]
     NoRegistrar,
     /// Registering the file failed. Or it was not tried, because registering another file failed with
-    /// [`Scope::Connection`]: [`BackingTable::retry_registrations`](crate::BackingTable::retry_registrations) makes the table try again.
+    /// [`Scope::Connection`]: [`BackingTable::retry_registrations`](crate::BackingTable::retry_registrations) makes the
+    /// table try again.
     #[error("passthrough failed: {0}")]
     Refused(BackingError),
     /// The table's [limit](crate::BackingTable::set_limit) on ids was reached, and none was idle.

@@ -36,11 +36,11 @@
 //!
 //! Without this flag the kernel asks the server for `security.capability` before each write, and small writes take ten
 //! times as long. (It stops asking once the server has answered a GETXATTR with `ENOSYS`; from the source, not
-//! measured.) With the flag, the server promises to clear set-user-ID and set-group-ID bits. In passthrough mode only the
-//! filesystem of the backing file can clear them, and it does so only if the file was registered without `CAP_FSETID`.
-//! So [`Negotiated::handle_killpriv_v2`] takes a value whose type shows this: a registrar, table or handles that are
-//! [`WithoutFsetid`]. The
-//! guide in [`rights`](crate::rights) lists the requests that the server must then handle differently.
+//! measured.) With the flag, the server promises to clear set-user-ID and set-group-ID bits. In passthrough mode only
+//! the filesystem of the backing file can clear them, and it does so only if the file was registered without
+//! `CAP_FSETID`. So [`Negotiated::handle_killpriv_v2`] takes a value whose type shows this: a registrar, table or
+//! handles that are [`WithoutFsetid`]. The guide in [`rights`](crate::rights) lists the requests that the server must
+//! then handle differently.
 //!
 //! # With fuser
 //!

@@ -16,15 +16,15 @@
 //! | [`error`] | errors: one variant for each cause, and what follows from it |
 //! | [`register`] | testing a server without root, and other registrars |
 //!
-//! In the repository, `examples/hello.rs` is a server in fewer than 90 lines and `examples/mirror.rs` a whole filesystem, both
-//! on [fuser].
+//! In the repository, `examples/hello.rs` is a server in fewer than 90 lines and `examples/mirror.rs` a whole
+//! filesystem, both on [fuser].
 //!
 //! # Life of a passthrough file
 //!
 //! 1. **INIT.** [`init::negotiate`] works out the reply that turns passthrough on, or says why passthrough is
 //!    unavailable. The kernel silently accepts an unusable reply, and refuses every registration later.
-//! 2. **The device.** [`FuseDevice`] takes the device fd that was given to mount(2), which it owns, shares or borrows. It
-//!    refuses any file that is not `/dev/fuse`.
+//! 2. **The device.** [`FuseDevice`] takes the device fd that was given to mount(2), which it owns, shares or borrows.
+//!    It refuses any file that is not `/dev/fuse`.
 //! 3. **OPEN and CREATE.** The server opens its backing file and passes it to its [`Handles`]. They register the
 //!    file, or share the id that is registered for this inode; keep the file under a new file handle; and return
 //!    the reply. The kernel looks the id up only when it handles the reply.

@@ -56,9 +56,9 @@
 //!
 //! # On a CI runner with `CAP_SYS_ADMIN`
 //!
-//! To see what the kernel does, mount the server in a test, and run the test as root on a kernel with passthrough: Linux 6.9 or newer with
-//! `CONFIG_FUSE_PASSTHROUGH=y`. The runner's root needs `CAP_SYS_ADMIN` in the initial user namespace. In a virtual
-//! machine it has that; in a rootless container it cannot.
+//! To see what the kernel does, mount the server in a test, and run the test as root on a kernel with passthrough:
+//! Linux 6.9 or newer with `CONFIG_FUSE_PASSTHROUGH=y`. The runner's root needs `CAP_SYS_ADMIN` in the initial user
+//! namespace. In a virtual machine it has that; in a rootless container it cannot.
 //!
 //! ```yaml
 //! jobs:
@@ -108,9 +108,10 @@ use crate::id::BackingId;
 /// [The guide](self) lists the registrars.
 ///
 /// [`BackingTable`](crate::BackingTable) calls a registrar from the thread that opens or releases an inode. During the
-/// call the table holds at most one lock: the one that makes other opens of the same inode wait. If [`register`](Self::register) panics, nothing counts as
-/// registered. If [`unregister`](Self::unregister) panics or returns [`BackingError::Registrar`], the id may or may not
-/// be closed: the table keeps it for [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
+/// call the table holds at most one lock: the one that makes other opens of the same inode wait. If
+/// [`register`](Self::register) panics, nothing counts as registered. If [`unregister`](Self::unregister) panics or
+/// returns [`BackingError::Registrar`], the id may or may not be closed: the table keeps it for
+/// [`retry_closes`](crate::BackingTable::retry_closes), and answers no open with it.
 ///
 /// # Examples
 ///

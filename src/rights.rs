@@ -44,18 +44,19 @@
 //! # Before there are other threads
 //!
 //! libc's setuid(2), seteuid(2), setgid(2), setgroups(2) and similar functions change every thread of the process,
-//! including lowered and registrar threads: a registrar's fsuid becomes that of the new user. If a lowered thread is not permitted the change
-//! that another thread makes, glibc ends the process. So call these functions before any thread is lowered or prepared.
-//! setfsuid(2), setfsgid(2), capset(2) and Landlock change one thread.
+//! including lowered and registrar threads: a registrar's fsuid becomes that of the new user. If a lowered thread is
+//! not permitted the change that another thread makes, glibc ends the process. So call these functions before any
+//! thread is lowered or prepared. setfsuid(2), setfsgid(2), capset(2) and Landlock change one thread.
 //!
 //! # `FUSE_HANDLE_KILLPRIV_V2`
 //!
-//! Before each write the kernel asks the server for `security.capability`, which is most of the cost of a small
-//! write. (A server that answers GETXATTR with `ENOSYS` is asked once; from the source, not measured.) A server that answers INIT with this flag is not asked. In return it must clear set-user-ID bits,
-//! set-group-ID bits of group-executable files, and `security.capability`. In passthrough mode the server sees no
-//! writes: only the filesystem of the backing file can clear these bits, and does if the file was registered without
-//! `CAP_FSETID`. So [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) requires a
-//! registrar that is [`WithoutFsetid`]. The price: root's own writes clear the bits too.
+//! Before each write the kernel asks the server for `security.capability`, which is most of the cost of a small write.
+//! (A server that answers GETXATTR with `ENOSYS` is asked once; from the source, not measured.) A server that answers
+//! INIT with this flag is not asked. In return it must clear set-user-ID bits, set-group-ID bits of group-executable
+//! files, and `security.capability`. In passthrough mode the server sees no writes: only the filesystem of the backing
+//! file can clear these bits, and does if the file was registered without `CAP_FSETID`. So
+//! [`Negotiated::handle_killpriv_v2`](crate::init::Negotiated::handle_killpriv_v2) requires a registrar that is
+//! [`WithoutFsetid`]. The price: root's own writes clear the bits too.
 //!
 //! The server must handle these requests differently:
 //!
@@ -169,10 +170,10 @@ impl<R: InCallingThread> Lowered<R> {
     /// that need `CAP_FSETID`: chmod(2) with the set-group-ID bit, and setting ACLs. While a guard lives,
     /// registrations are made as by [`per_registration`](Self::per_registration).
     ///
-    /// Further registrations make no further system call in a thread that cannot get capabilities back by changing its user ids: one
-    /// that keeps no `CAP_SETUID` and whose user ids are all the same. Other threads are examined each time, by one
-    /// capget(2), and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities effective. Do
-    /// not raise a lowered thread by capset(2): that is not noticed.
+    /// Further registrations make no further system call in a thread that cannot get capabilities back by changing its
+    /// user ids: one that keeps no `CAP_SETUID` and whose user ids are all the same. Other threads are examined each
+    /// time, by one capget(2), and lowered again, since seteuid(2) and setfsuid(2) to 0 make permitted capabilities
+    /// effective. Do not raise a lowered thread by capset(2): that is not noticed.
     pub fn permanently(registrar: R, keep: CapabilitySet) -> Self {
         Self::new(registrar, keep, true)
     }
@@ -345,8 +346,8 @@ pub struct CapabilityGuard {
 assert_not_impl_any!(CapabilityGuard: Send, Sync);
 
 impl CapabilityGuard {
-    /// Makes further capabilities effective, which must be in the thread's permitted set. The kernel ignores capabilities
-    /// that it does not know.
+    /// Makes further capabilities effective, which must be in the thread's permitted set. The kernel ignores
+    /// capabilities that it does not know.
     ///
     /// # Errors
     ///

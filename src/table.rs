@@ -37,7 +37,8 @@
 //! 4. **At RELEASE, drop the [`OpenFile`].**
 //!
 //! CREATE opens the file too, so answer it in the same way. A CREATE reply that does not come from the table puts the
-//! inode in server mode, which the table does not know: until that handle is released, a passthrough open of the inode gets `EIO`.
+//! inode in server mode, which the table does not know: until that handle is released, a passthrough open of the inode
+//! gets `EIO`.
 //!
 //! Never answer OPEN with `ENOSYS`: it ends OPEN requests, and so passthrough, for the whole connection.
 //!
@@ -50,8 +51,8 @@
 //! [`BackingTable::on_server_mode`] calls back once for each cause. [`BackingTable::serve`] chooses this mode.
 //!
 //! After a failure of [`Scope::Connection`](crate::error::Scope::Connection) the table tries no further registration
-//! until [`BackingTable::retry_registrations`]. After any other failure it tries again at the next open after this inode's last
-//! release.
+//! until [`BackingTable::retry_registrations`]. After any other failure it tries again at the next open after this
+//! inode's last release.
 //!
 //! # What is registered
 //!
@@ -174,8 +175,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     }
 
     /// Sets the callback for opens in server mode, in place of an earlier one. The table calls `tell` once for each
-    /// cause, except [`ServerReason::Chosen`]. The opening thread makes the call, without holding a lock. For causes that have
-    /// occurred already, `tell` is called now. The table and its open files keep `tell` until all of them are
+    /// cause, except [`ServerReason::Chosen`]. The opening thread makes the call, without holding a lock. For causes
+    /// that have occurred already, `tell` is called now. The table and its open files keep `tell` until all of them are
     /// dropped: a closure that needs the table should hold a [`Weak`](std::sync::Weak) reference to it.
     pub fn on_server_mode(&self, tell: impl Fn(ServerReason) + Send + Sync + 'static) {
         let tell: std::sync::Arc<OnServerMode> = std::sync::Arc::new(tell);
@@ -191,8 +192,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
     /// Opens an inode whose backing file the server has opened with the client's flags.
     ///
     /// The first open registers the file, and later ones share its id. If the open is in server mode,
-    /// [`OpenFile::server_reason`] says why. The table does not keep this fd. (With [`set_keep_fds`](Self::set_keep_fds) it
-    /// keeps one of its own.)
+    /// [`OpenFile::server_reason`] says why. The table does not keep this fd. (With
+    /// [`set_keep_fds`](Self::set_keep_fds) it keeps one of its own.)
     ///
     /// The grants of all opens add up while the inode is registered: one that may read and one that may write
     /// get the same id. If the registrar [enforces](Register::enforces_grant) its grant, a later open can get no
@@ -324,8 +325,8 @@ impl<R: Register, K: Hash + Eq + Clone> BackingTable<R, K> {
         let file = file.lend();
         let examined = file.examine()?;
         let granted = examined.shareable(file.granted()?);
-        // Compares the id alone, so that this open joins an idle inode with the id. `join_or_insert` would replace it if this
-        // refused, and so close the very id that is adopted. The file is compared below.
+        // Compares the id alone, so that this open joins an idle inode with the id. `join_or_insert` would replace it
+        // if this refused, and so close the very id that is adopted. The file is compared below.
         let admits = |mode: &Mode, _| match mode {
             Mode::Passthrough(known) if known.id == *id => Ok(()),
             Mode::Passthrough(_) | Mode::Server(_) => Err(OpenError::DifferentFile),

@@ -47,8 +47,8 @@ impl<H: Clone> Slots<H> {
         lock(&self.0[fh as usize % SHARDS].0)
     }
 
-    /// Stores a handle and returns its number. `shard_hint` selects the shard: threads that pass different values seldom wait
-    /// for each other.
+    /// Stores a handle and returns its number. `shard_hint` selects the shard: threads that pass different values
+    /// seldom wait for each other.
     pub(super) fn insert(&self, handle: H, shard_hint: u8) -> u64 {
         let shard = u64::from(shard_hint) % SHARDS as u64;
         let locked = &mut *self.lock(shard);

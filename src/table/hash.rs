@@ -1,8 +1,8 @@
-//! How the table finds an inode: a hash with random seeds. A `u64` key costs two multiplications, and one more to choose
-//! the shard.
+//! How the table finds an inode: a hash with random seeds. A `u64` key costs two multiplications, and one more to
+//! choose the shard.
 //!
-//! Each table has random seeds, so that nobody can prepare inode numbers that collide. The hash is not cryptographic: an
-//! attacker who finds collisions all the same makes opens slow.
+//! Each table has random seeds, so that nobody can prepare inode numbers that collide. The hash is not cryptographic:
+//! an attacker who finds collisions all the same makes opens slow.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hash, Hasher};

@@ -10,8 +10,8 @@ use crate::sync::{Arc, AtomicUsize, Mutex, Ordering};
 
 /// An inode of a table whose shared part is `S`.
 ///
-/// It is open (`opens` > 0); or parked (`parked` != 0), when the ledger or a `Claim` has it and an open can take it back; or
-/// neither, when its id is being closed and no open finds it.
+/// It is open (`opens` > 0); or parked (`parked` != 0), when the ledger or a `Claim` has it and an open can take it
+/// back; or neither, when its id is being closed and no open finds it.
 pub(super) struct Inode<K, S> {
     /// Set once, by the first open, under `deciding`. Readers need no lock.
     mode: OnceLock<Mode>,

@@ -102,7 +102,8 @@ impl<T: Clone> Ledger<T> {
     }
 
     /// Remembers an error of registering that holds for the whole connection, so that nothing more is registered.
-    /// `resets` is from [`Room::Reserved`]: an error is not remembered if `retry_registrations` was called after the attempt began.
+    /// `resets` is from [`Room::Reserved`]: an error is not remembered if `retry_registrations` was called after the
+    /// attempt began.
     pub(super) fn refused(&mut self, error: BackingError, resets: usize) {
         if error.scope() == Scope::Connection && resets == self.resets {
             self.stats.refused = Some(error);
@@ -186,8 +187,8 @@ impl<T: Clone> Ledger<T> {
         Some(Claim { inode, parked })
     }
 
-    /// Claims all parked inodes. From now on nothing is parked, since a parked inode keeps the registrar, and so the device fd and the
-    /// connection.
+    /// Claims all parked inodes. From now on nothing is parked, since a parked inode keeps the registrar, and so the
+    /// device fd and the connection.
     pub(super) fn orphan(&mut self) -> Vec<Claim<T>> {
         self.orphaned = true;
         let next = || self.claim_unclosed().or_else(|| self.claim_oldest());

@@ -26,7 +26,8 @@ const VERSION: &str = "=0.3.2";
 const OPERATIONS: u32 = 100_000;
 const SEED: &str = "20";
 
-/// All that fsx can do on Linux. Lengths are at least 1: an allocation of no bytes fails, and fsx takes that for an error.
+/// All that fsx can do on Linux. Lengths are at least 1: an allocation of no bytes fails, and fsx takes that for an
+/// error.
 const CONFIG: &str = "\
 flen = 262144
 [opsize]

@@ -1,4 +1,4 @@
-//! fuse3.
+// fuse3, and rfuse3, which is its fork: src/lib.rs includes this file for each, as `library`.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,28 +10,28 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use fuse3::raw::reply::{
+use library::raw::reply::{
     FileAttr, ReplyAttr, ReplyCreated, ReplyData, ReplyEntry, ReplyInit, ReplyOpen, ReplyWrite,
 };
-use fuse3::raw::{Filesystem, Request, Session};
-use fuse3::{Errno, FileType, Inode, MountOptions, Result, Timestamp};
+use library::raw::{Filesystem, Request, Session};
+use library::{Errno, FileType, Inode, MountOptions, Result, Timestamp};
 
 use crate::Server;
 use crate::files::{self, Files, Node, errno};
 use crate::relay;
 use crate::wire;
 
-struct Fuse3 {
+struct Filesystem3 {
     files: Arc<Files>,
     device: OwnedFd,
 }
 
-/// fuse3 answers INIT without passthrough, and takes no fd but that of fusermount3. So it gets a socket from
+/// The library answers INIT without passthrough, and takes no fd but that of fusermount3. So it gets a socket from
 /// `src/bin/fusermount3.rs`, which has to be in `PATH`, and the relay completes the INIT reply.
 pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {
     let device = files::mount(mountpoint)?;
     files.attach(&device)?;
-    let filesystem = Fuse3 {
+    let filesystem = Filesystem3 {
         files,
         device: device.try_clone()?,
     };
@@ -55,8 +55,8 @@ pub fn serve(files: Arc<Files>, mountpoint: &Path) -> io::Result<Server> {
     }))
 }
 
-impl Fuse3 {
-    /// Writes the reply to the device. What fuse3 writes after that, the kernel refuses with ENOENT, which the relay
+impl Filesystem3 {
+    /// Writes the reply to the device. What the library writes after that, the kernel refuses with ENOENT, which the relay
     /// ignores.
     fn answer<T>(&self, request: Request, body: io::Result<Vec<u8>>) -> Result<T> {
         let sent = wire::reply(&self.device, request.unique, body);
@@ -64,11 +64,9 @@ impl Fuse3 {
     }
 }
 
-impl Filesystem for Fuse3 {
+impl Filesystem for Filesystem3 {
     async fn init(&self, _: Request) -> Result<ReplyInit> {
-        Ok(ReplyInit::new(
-            const { NonZeroU32::new(128 << 10).unwrap() },
-        ))
+        Ok(init_reply(const { NonZeroU32::new(128 << 10).unwrap() }))
     }
 
     async fn destroy(&self, _: Request) {}

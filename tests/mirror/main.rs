@@ -14,7 +14,7 @@ macro_rules! test_case {
 
         inventory::submit! {
             crate::Test {
-                file: module_path!(),
+                module: module_path!(),
                 line: line!(),
                 name: stringify!($name),
                 run: $name,
@@ -92,7 +92,7 @@ use mode::Mode;
 /// A function with the attribute `#[apply(test_case)]`. The test's name is made of the function's module and name. The
 /// function gets it as an argument, for its sandbox.
 pub struct Test {
-    file: &'static str,
+    module: &'static str,
     line: u32,
     name: &'static str,
     run: fn(&str) -> Result<(), Failed>,
@@ -114,10 +114,10 @@ fn main() -> ExitCode {
     };
     let mut trials = vec![fsx_trial(mode, ready.clone())];
     let mut tests: Vec<_> = inventory::iter::<Test>().collect();
-    tests.sort_by_key(|test| (!LONG.contains(&test.file), test.file, test.line));
+    tests.sort_by_key(|test| (!LONG.contains(&test.module), test.module, test.line));
     trials.extend(tests.iter().map(|test| {
-        let file = test.file.strip_prefix("mirror::").unwrap_or(test.file);
-        let name = format!("{file}::{}", test.name);
+        let module = test.module.trim_start_matches("mirror::");
+        let name = format!("{module}::{}", test.name);
         let run = test.run;
         mode.trial(&name.clone(), &ready, move || run(&name))
     }));
